@@ -1,0 +1,31 @@
+# Nothing but Python 3.11 or newer and make is needed. PYTHON=python3.12 make demo   chooses another interpreter.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint clean
+
+help:            ## show what can be made
+	@grep -E '^[a-z]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; found " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 demo" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --editable '.[dev,peers]'
+	@touch $@
+
+install: $(VENV)/.installed   ## create .venv with everything in it
+
+demo: $(VENV)/.installed      ## train and evaluate every project at its smallest, then write runs/demo/report.html
+	$(BIN)/python -m common.demo
+
+test: $(VENV)/.installed      ## run the tests
+	$(BIN)/python -m pytest tests/
+
+lint: $(VENV)/.installed      ## check style
+	$(BIN)/python -m ruff check .
+
+clean:           ## delete .venv and caches; runs/ and data/ stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,189 @@
+"""Our U-Net against diffusers' UNet2DModel: one training step, same weights, same batch.  python -m bench.diffusion --size small
+
+First the two networks must agree in float32, on outputs and on the gradient of every parameter; otherwise nothing is timed. Then each
+round times ours, the peer, and ours again, in one process: forward, mean squared error, backward and AdamW. The ratio of a round
+compares the peer with the mean of ours before and after it, so that a drift of the machine cancels; the second ours over the first
+is the A/A control, whose spread says which differences are noise. ratio > 1: ours has the higher throughput.
+
+Our training script keeps the network in channels_last, so ours is timed so. The peer is timed both in channels_last and in the
+default format, and the ratio is against whichever is faster. Peak memory comes from one fresh process a side.
+The last line of stdout is one JSON object: ratio, aa_ratio, ours and peer (images/s), memory_ratio (ours / peer), and the circumstances.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from diffusion.config import ModelConfig
+from diffusion.model import Attention, ResidualBlock, Stage, UNet
+
+SIZES = {  # dropout off: the two would draw different masks
+    "tiny": ModelConfig(channels=32, multipliers=(1, 2), blocks=1, groups=8, attention=(4,), dropout=0.0),
+    "small": ModelConfig(channels=64, multipliers=(1, 2, 2), dropout=0.0),
+    "cifar": ModelConfig(dropout=0.0),
+}
+IMAGE_SIZE = {"tiny": 8, "small": 32, "cifar": 32}
+BATCH = {"tiny": 2, "small": 16, "cifar": 4}
+FORMATS = {"ours": torch.channels_last, "peer": torch.contiguous_format, "peer_channels_last": torch.channels_last}
+
+
+def build_peer(config: ModelConfig, image_size: int) -> nn.Module:
+    """The UNet2DModel with the same architecture as UNet(config, image_size); the settings of google/ddpm-cifar10-32 where they apply.
+
+    Raises ValueError for what the peer does not have: patches, and its own Fourier features differ from ours.
+    """
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        raise SystemExit("bench.diffusion compares with diffusers: pip install diffusers") from None
+    if config.patch != 1 or config.time_embedding != "sinusoidal":
+        raise ValueError("UNet2DModel has no equal of model.patch > 1 or model.time_embedding=fourier")
+    levels = len(config.multipliers)
+    attention = [image_size // 2**level in config.attention for level in range(levels)]
+    return UNet2DModel(
+        sample_size=image_size, in_channels=config.image_channels, out_channels=config.image_channels,
+        block_out_channels=tuple(config.channels * m for m in config.multipliers), layers_per_block=config.blocks,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+        attention_head_dim=config.head_channels or None, dropout=config.dropout, norm_num_groups=config.groups,
+        attn_norm_num_groups=config.groups, norm_eps=1e-6,
+        downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
+        num_class_embeds=config.num_classes + 1 if config.num_classes else None,
+        resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
+    )
+
+
+def in_peer_names(net: UNet, value: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`value` of each of our parameters (its data, its gradient) under the peer's names, our fused matrices split into the peer's."""
+    named: dict[str, torch.Tensor] = {}
+
+    def put(name: str, module: nn.Module, part: slice = slice(None)) -> None:
+        named[f"{name}.weight"] = value(module.weight)[part]
+        if module.bias is not None:
+            named[f"{name}.bias"] = value(module.bias)[part]
+
+    def put_stage(name: str, stage: Stage) -> None:
+        nonlocal start
+        for i, (block, attention) in enumerate(zip(stage.blocks, stage.attention, strict=True)):
+            put_block(f"{name}.resnets.{i}", block, slice(start, start + block.modulation_width))
+            start += block.modulation_width
+            if isinstance(attention, Attention):
+                put_attention(f"{name}.attentions.{i}", attention)
+
+    def put_block(name: str, block: ResidualBlock, rows: slice) -> None:
+        for part in ("norm1", "conv1", "norm2", "conv2"):
+            put(f"{name}.{part}", getattr(block, part))
+        put(f"{name}.time_emb_proj", net.modulation, rows)
+        if isinstance(block.shortcut, nn.Conv2d):
+            put(f"{name}.conv_shortcut", block.shortcut)
+
+    def put_attention(name: str, attention: Attention) -> None:
+        put(f"{name}.group_norm", attention.norm)
+        C = attention.out.in_features
+        for i, part in enumerate(("to_q", "to_k", "to_v")):
+            put(f"{name}.{part}", attention.qkv, slice(i * C, (i + 1) * C))
+        put(f"{name}.to_out.0", attention.out)
+
+    put("conv_in", net.conv_in)
+    put("time_embedding.linear_1", net.time_mlp[0])
+    put("time_embedding.linear_2", net.time_mlp[2])
+    if net.class_embedding is not None:
+        named["class_embedding.weight"] = value(net.class_embedding.weight)
+    start = 0  # first row of the next block in the fused matrix of all blocks
+    for i, stage in enumerate(net.down):
+        put_stage(f"down_blocks.{i}", stage)
+        if stage.resample is not None:
+            put(f"down_blocks.{i}.downsamplers.0.conv", stage.resample.conv)
+    put_stage("mid_block", net.middle)
+    for i, stage in enumerate(net.up):
+        put_stage(f"up_blocks.{i}", stage)
+        if stage.resample is not None:
+            put(f"up_blocks.{i}.upsamplers.0.conv", stage.resample.conv)
+    put("conv_norm_out", net.norm_out)
+    put("conv_out", net.conv_out)
+    return named
+
+
+def build_pair(config: ModelConfig, image_size: int, seed: int = 0) -> tuple[UNet, nn.Module]:
+    """Ours and the peer with equal random weights, none of them zero: a zero layer would hide every gradient behind it."""
+    torch.manual_seed(seed)
+    ours, peer = UNet(config, image_size), build_peer(config, image_size)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    peer.load_state_dict(in_peer_names(ours, lambda p: p.detach()))
+    return ours, peer
+
+
+def make_batch(config: ModelConfig, image_size: int, batch: int) -> dict[str, torch.Tensor]:
+    """Random images (B, C, S, S), times (B,) in 0..999 and noise to be predicted, like a training step's."""
+    rng = torch.Generator().manual_seed(1)
+    shape = (batch, config.image_channels, image_size, image_size)
+    return {"x": torch.randn(shape, generator=rng), "time": torch.randint(1000, (batch,), generator=rng).float(),
+            "target": torch.randn(shape, generator=rng)}
+
+
+def predict(net: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    out = net(batch["x"], batch["time"])
+    return out if isinstance(out, torch.Tensor) else out.sample
+
+
+def largest_difference(ours: UNet, peer: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Largest difference of the outputs, and of the gradients of any parameter, as a share of the largest entry of the peer's."""
+    outputs = []
+    for net in (ours, peer):
+        net.zero_grad(set_to_none=True)
+        outputs.append(predict(net, batch))
+        F.mse_loss(outputs[-1], batch["target"]).backward()
+    peer_grads = {name: p.grad for name, p in peer.named_parameters()}
+    scale = max(g.abs().max() for g in peer_grads.values())
+    worst = 0.0
+    for name, grad in in_peer_names(ours, lambda p: p.grad).items():
+        # The gradient of a key's bias is zero in theory (softmax ignores a constant), rounding in practice: hence the second term.
+        worst = max(worst, float((grad - peer_grads[name]).abs().max() / (peer_grads[name].abs().max() + 1e-4 * scale)))
+    difference = float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max())
+    return {"output": difference, "gradient": worst}
+
+
+class Side:
+    """A network with its optimizer and memory format, and the training step that is timed."""
+
+    def __init__(self, net: nn.Module, memory_format: torch.memory_format, args: argparse.Namespace):
+        self.net = net.to(args.device, memory_format=memory_format).train()
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4, fused=True)
+        self.call = torch.compile(self.net) if args.compile else self.net
+        self.args = args
+
+    def step(self, batch: dict[str, torch.Tensor]) -> None:
+        with torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            out = predict(self.call, batch)
+        F.mse_loss(out.float(), batch["target"]).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def seconds(self, batch: dict[str, torch.Tensor]) -> float:
+        """Time of one step: wall time, or CPU time when it runs on one CPU thread, which other processes disturb less."""
+        clock = time.process_time if self.args.device == "cpu" and self.args.threads == 1 else time.perf_counter
+        synchronise(self.args.device)
+        start = clock()
+        self.step(batch)
+        synchronise(self.args.device)
+        return clock() - start
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,1 @@
+"""What every project shares and none of them studies: configs, runtime, checkpoints, logs, metrics."""

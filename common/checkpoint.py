@@ -1,0 +1,175 @@
+"""Checkpoints that are whole or are not used.
+
+A checkpoint is two files: `<step>.pt`, written by `torch.save`, and `<step>.json`, its manifest with the SHA-256 of the first,
+written last. A checkpoint without a manifest is an interrupted save; one whose hash differs is damaged. Either is passed over
+with one warning and the newest whole one is used. (`torch.load` alone notices hardly any flipped bit: a zip archive's CRC is not
+checked when tensors are read.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import time
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from common.errors import ProjectError
+from common.files import TEMPORARY, atomic_open, sha256, sync_folder, write_text
+
+
+class CheckpointError(ProjectError):
+    """A checkpoint is missing, damaged, or does not fit."""
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of one run.
+
+    Args:
+        folder: where the files are.
+        keep_last: number of newest checkpoints to keep, beside the best one.
+        keep_every: also keep every checkpoint whose step is a multiple of this; 0 = none.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2, keep_every: int = 0) -> None:
+        self.folder, self.keep_last, self.keep_every = folder, max(1, keep_last), keep_every
+
+    def clean(self) -> None:
+        """Delete what an interrupted save left behind. Call it when a run starts, while nobody else writes here."""
+        for path in self.folder.glob(f"{TEMPORARY}*"):
+            path.unlink(missing_ok=True)
+
+    def save(self, step: int, state: dict[str, Any], best: bool = False) -> Path:
+        """Write the state after `step` updates, then delete what is no longer to be kept.
+
+        Args:
+            state: nested dicts, lists, numbers, strings and tensors; nothing that needs pickle to rebuild.
+            best: whether this is the best checkpoint so far; the newest so marked is kept.
+        """
+        path = self.path(step)
+        if path.exists() and _is_whole(path):  # the same step of a resumed run: the same state
+            return path
+        _manifest(path).unlink(missing_ok=True)  # never an old manifest beside new bytes
+        with atomic_open(path) as file:
+            writer = _HashingWriter(file)
+            try:
+                torch.save(state, writer)
+            except RuntimeError as error:  # torch reports a failed write() in its own words
+                raise writer.error or error from None
+        manifest = {"file": path.name, "step": step, "bytes": writer.count, "sha256": writer.digest.hexdigest(), "best": best,
+                    "torch": torch.__version__, "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        write_text(_manifest(path), json.dumps(manifest | {"manifest_sha256": _digest(manifest)}, indent=2) + "\n")
+        self._prune()
+        return path
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """The state of the newest whole checkpoint, or None. One warning for each newer one that is broken."""
+        for path in reversed(self.list()):
+            try:
+                return self.load(path)
+            except CheckpointError as error:
+                warnings.warn(f"{error}; trying the one before", stacklevel=2)
+        return None
+
+    @staticmethod
+    def load(path: Path) -> dict[str, Any]:
+        """Verify a checkpoint against its manifest and read it onto the CPU. `CheckpointError` where it is not whole."""
+        verify(path)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).split("\n")[0]
+            raise CheckpointError(f"checkpoint {path} cannot be read as plain tensors: {reason}") from None
+
+    def list(self) -> list[Path]:
+        """All checkpoint files, oldest first, whole or not."""
+        return sorted((p for p in self.folder.glob("*.pt") if p.stem.isdigit()), key=lambda p: int(p.stem))
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` is or would be."""
+        return self.folder / f"{step:08d}.pt"
+
+    def newest_step(self) -> int | None:
+        """Step of the newest checkpoint that has a manifest, without reading it; for messages."""
+        steps = [int(p.stem) for p in self.list() if _manifest(p).exists()]
+        return steps[-1] if steps else None
+
+    def _prune(self) -> None:
+        whole = [p for p in self.list() if _manifest(p).exists()]
+        best = [p for p in whole if _read_manifest(p).get("best")]
+        keep = {*whole[-self.keep_last :], *best[-1:]}
+        keep |= {p for p in whole if self.keep_every and int(p.stem) % self.keep_every == 0}
+        for path in self.list():
+            if path not in keep and path < whole[-1]:
+                _manifest(path).unlink(missing_ok=True)  # manifest first: what is left is plainly not whole
+                path.unlink(missing_ok=True)
+        sync_folder(self.folder)
+
+
+def verify(path: Path) -> None:
+    """Check a checkpoint against its manifest; `CheckpointError` says what is wrong."""
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}")
+    if not _manifest(path).is_file():
+        raise CheckpointError(f"checkpoint {path} has no manifest {_manifest(path).name}: its save was interrupted, or it is not ours")
+    manifest = _read_manifest(path)
+    if manifest.pop("manifest_sha256", None) != _digest(manifest):
+        raise CheckpointError(f"manifest {_manifest(path)} is damaged")
+    if path.stat().st_size != manifest["bytes"] or sha256(path) != manifest["sha256"]:
+        raise CheckpointError(f"checkpoint {path} is damaged: its content does not match its SHA-256")
+
+
+def export_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write inference weights as safetensors, atomically."""
+    from safetensors.torch import save
+
+    with atomic_open(path) as file:
+        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, metadata))
+
+
+def _manifest(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(_manifest(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+class _HashingWriter:
+    """A file for `torch.save` that hashes what passes and remembers the real reason of a failed write."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest, self.count, self.error = file, hashlib.sha256(), 0, None
+
+    def write(self, data: bytes) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        self.count += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()

@@ -1,0 +1,186 @@
+"""Typed configs: YAML over dataclass defaults, `key=value` over the YAML, checked by OmegaConf.
+
+A mistake in a config is a person's mistake, so it ends the program with one line on stderr, exit status 2 and no traceback.
+Nothing here imports PyTorch: the line appears before anything slow has started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Mode = Literal["train", "eval", "sample"]
+
+
+class ConfigError(ValueError):
+    """A value that a config must not have. `key` is its dotted name."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(f"{key}: {message}")
+        self.key = key
+
+
+def require(condition: object, key: str, message: str) -> None:
+    """Raise `ConfigError` unless `condition` holds; for `__post_init__` of config dataclasses."""
+    if not condition:
+        raise ConfigError(key, message)
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The settings that every project has beside its own sections."""
+
+    seed: int = 0
+    run_dir: str = ""  # where everything of this run goes; default runs/<config name>
+    data_root: str = ""  # where datasets are looked for and downloaded to; default $DATA_ROOT, else data/
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it, fp16 on older GPUs, else fp32
+    compile: bool = False  # torch.compile: slower to start, faster to run
+    deterministic: bool = False  # also on a GPU: same bits every run, at some cost in speed (a CPU always repeats itself)
+    keep_last: int = 2  # checkpoints kept beside the best one
+    keep_every: int = 0  # also keep every checkpoint whose step is a multiple of this; 0 = none
+    tensorboard: bool = False  # also write TensorBoard event files (pip install tensorboard)
+    wandb: str = ""  # also log to this Weights & Biases project (pip install wandb)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside the config."""
+
+    mode: Mode
+    resume: bool = False
+    dry_run: bool = False
+    overwrite: bool = False
+    checkpoint: str = ""  # eval and sample: a checkpoint other than the newest
+
+
+C = TypeVar("C", bound=BaseConfig)
+
+
+def load(schema: type[C], project: str, mode: Mode = "train", argv: list[str] | None = None) -> tuple[C, Options]:
+    """Read the command line of `python -m <project>.<mode>` into a checked config.
+
+    mode "train" takes `--config FILE`; "eval" and "sample" take `--run DIR` and read the config that the run was started with.
+    Any mistake prints one line on stderr and exits with status 2.
+    """
+    args = _parse(project, mode, sys.argv[1:] if argv is None else argv)
+    if mode == "train":
+        if not args.config:
+            _fail(f"--config is required; {project} has: " + (", ".join(list_configs(project)) or "none here; run from the repository's root"))
+        path, run_dir = Path(args.config), f"runs/{Path(args.config).stem}"
+    else:
+        if not args.run:
+            example = Path((list_configs(project) or ["<name>"])[0]).stem
+            _fail(f"--run is required, for example: python -m {project}.{mode} --run runs/{example}")
+        path, run_dir = Path(args.run) / "config.yaml", args.run
+    try:
+        config = resolve(schema, path, args.overrides, run_dir)
+    except (ConfigError, OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError, TypeError) as error:
+        _fail(explain(error, schema, path))
+    options = {name: getattr(args, name) for name in ("resume", "dry_run", "overwrite", "checkpoint") if hasattr(args, name)}
+    return config, Options(mode, **options)
+
+
+def resolve(schema: type[C], path: Path | None, overrides: list[str] = [], run_dir: str = "") -> C:  # noqa: B006 (never mutated)
+    """Defaults of `schema`, then the YAML file `path`, then `key=value` strings. Raises instead of exiting."""
+    merged = OmegaConf.structured(schema)  # frozen, as the dataclass is
+    OmegaConf.set_readonly(merged, False)
+    if path is not None:
+        merged = OmegaConf.merge(merged, read_yaml(path))
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(item, "an override is written key=value")
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+    if not merged.run_dir or (path is not None and path.name == "config.yaml"):  # a run folder may have been moved since
+        merged.run_dir = run_dir if not any(item.startswith("run_dir=") for item in overrides) else merged.run_dir
+    if not merged.data_root:
+        merged.data_root = os.environ.get("DATA_ROOT", "data")
+    return OmegaConf.to_object(merged)
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """A YAML mapping as an OmegaConf node. `ConfigError` for a missing, empty or unreadable file."""
+    name = str(path)
+    if not path.exists():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [], n=1)
+        raise ConfigError(name, f"no such file{f'; did you mean {path.parent / near[0]}?' if near else ''}")
+    require(path.is_file(), name, "is a folder, not a YAML file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(name, "is not a text file") from None
+    except OSError as error:
+        raise ConfigError(name, f"cannot be read: {error.strerror}") from None
+    node = OmegaConf.create(text) if text.strip() else None
+    require(node is not None and len(node) > 0, name, "is empty")
+    require(isinstance(node, DictConfig), name, "must hold `key: value` lines")
+    return node
+
+
+def to_yaml(config: BaseConfig) -> str:
+    """Every setting of `config`, defaults included, as YAML text that `resolve` reads back to an equal object."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def flatten(config: object, prefix: str = "") -> dict[str, object]:
+    """Dotted key -> value for every leaf of a config dataclass."""
+    flat: dict[str, object] = {}
+    for item in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, item.name)
+        flat |= flatten(value, f"{prefix}{item.name}.") if dataclasses.is_dataclass(value) else {prefix + item.name: value}
+    return flat
+
+
+def list_configs(project: str, folder: Path = Path("configs")) -> list[str]:
+    """The configs of a project: those whose opening comment gives its training command."""
+    command = f"python -m {project}.train"
+    return [str(path) for path in sorted(folder.glob("*.yaml")) if command in path.read_text(encoding="utf-8", errors="replace")]
+
+
+def explain(error: Exception, schema: type[BaseConfig], path: Path) -> str:
+    """One line for a person: which key, what is wrong with it, and the nearest valid key."""
+    text = str(error).split("\n")[0].strip()
+    if isinstance(error, ConfigError):
+        return text
+    if isinstance(error, yaml.MarkedYAMLError):
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        return f"{path}{line}: {error.problem or text}"
+    key = getattr(error, "full_key", None)
+    if isinstance(error, OmegaConfBaseException) and key:
+        if "not in" in text:
+            keys = list(flatten(schema()))
+            sections = sorted({k.rsplit(".", 1)[0] for k in keys if "." in k})
+            near = difflib.get_close_matches(key, keys + sections, n=1, cutoff=0.5)
+            leaf = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]  # right name, wrong section
+            return f"{key}: unknown key" + (f"; did you mean {(leaf or near)[0]}?" if leaf or near else "")
+        return f"{key}: {text}"
+    return f"{path}: {text}"
+
+
+def _parse(project: str, mode: Mode, argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m {project}.{mode}", allow_abbrev=False)
+    if mode == "train":
+        parser.add_argument("--config", help="YAML file: " + (", ".join(list_configs(project)) or "configs/<name>.yaml"))
+        parser.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint of the run folder")
+        parser.add_argument("--overwrite", action="store_true", help="delete an earlier run in the same folder")
+        parser.add_argument("--dry-run", action="store_true", help="print the resolved config, parameter count and shapes, then stop")
+    else:
+        parser.add_argument("--run", help="a run folder, such as runs/<config name>")
+        parser.add_argument("--checkpoint", default="", help="a file in its checkpoints/ (default: the newest valid one)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the YAML, dotted: train.lr=1e-4")
+    return parser.parse_intermixed_args(argv)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

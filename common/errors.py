@@ -1,0 +1,30 @@
+"""Failures that a person can act on: they end a program with one line on stderr and status 1, never a traceback."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec
+
+from common.config import ConfigError
+
+P = ParamSpec("P")
+
+
+class ProjectError(RuntimeError):
+    """Something outside the code is wrong (a file, a disk, a dataset, a diverged run); the message says what to do."""
+
+
+def exits_cleanly(function: Callable[P, None]) -> Callable[P, None]:
+    """Wrap a program's main function: `ProjectError` becomes `error: ...` and exit status 1, `ConfigError` the same with 2."""
+
+    @functools.wraps(function)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except (ProjectError, ConfigError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+    return wrapped

@@ -1,0 +1,124 @@
+"""What a run says while it trains: `metrics.jsonl` always, a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from common.errors import ProjectError
+from common.files import write_text
+
+T = TypeVar("T")
+
+
+class MetricLog:
+    """`metrics.jsonl` of one run, one object a logged step, and its optional mirrors.
+
+    Args:
+        folder: the run folder.
+        first_step: lines of this step and later are dropped: they were written after the checkpoint that a resumed run continues from.
+        tensorboard: also write TensorBoard events into the folder.
+        wandb: also log to this Weights & Biases project, if not empty.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 1, tensorboard: bool = False, wandb: str = "") -> None:
+        self.path = folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(self.path) if line["step"] < first_step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = self.path.open("a", encoding="utf-8", buffering=1)
+        self.board = self.wandb = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ProjectError("tensorboard=true needs: pip install tensorboard") from None
+            self.board = SummaryWriter(str(folder), purge_step=first_step)
+        if wandb:
+            try:
+                import wandb as client
+            except ImportError:
+                raise ProjectError("wandb=... needs: pip install wandb") from None
+            self.wandb = client.init(project=wandb, name=folder.name, dir=str(folder), id=folder.name, resume="allow")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Append one line."""
+        try:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise ProjectError(f"cannot write {self.path}: {error.strerror}") from error
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out, a missing file has none."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+class Display:
+    """A `rich` progress bar on a terminal; one plain line a logged step, or every few seconds, where output goes to a file."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.console = Console(file=sys.stderr, quiet=not enabled)
+        self.live = enabled and self.console.is_terminal
+        self.enabled = enabled
+
+    def say(self, text: str) -> None:
+        """Print one line above the bar."""
+        if self.enabled:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def track(self, items: Iterable[T], total: int, label: str, done: int = 0, every: float = 10.0) -> Iterator[T]:
+        """Iterate with a bar; without a terminal, a line about every `every` seconds (0 = none)."""
+        if self.live:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+                       TextColumn("{task.fields[note]}"))
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                self.bar, self.task = bar, bar.add_task(label, total=total, completed=done, note="")
+                for item in items:
+                    yield item
+                    bar.advance(self.task)
+            return
+        last = time.monotonic()
+        for count, item in enumerate(items, done + 1):
+            yield item
+            if every and time.monotonic() - last > every:
+                last = time.monotonic()
+                self.say(f"{label}: {count} of {total}")
+
+    def note(self, step: int, total: int, values: dict[str, float], seconds_left: float) -> None:
+        """Show the values of a logged step: beside the bar, or as a line."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "time")
+        if self.live and hasattr(self, "bar"):
+            self.bar.update(self.task, note=text)
+        else:
+            self.say(f"step {step}/{total}  {text}  {_duration(seconds_left)} left")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"

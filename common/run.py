@@ -1,0 +1,288 @@
+"""One run of a project: its folder, its checkpoints, its log, its stop signals.
+
+A training loop creates a `Run` and calls these small things by name; nothing here calls back into the loop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import math
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from common import runtime
+from common.checkpoint import CheckpointError, Checkpoints
+from common.config import BaseConfig, Options, flatten, resolve, to_yaml
+from common.errors import ProjectError
+from common.files import write_json, write_text
+from common.logging import Display, MetricLog
+from common.signals import Stopped, StopSignals
+
+T = TypeVar("T")
+FREE_KEYS = ("run_dir", "data_root", "device", "compile", "keep_last", "keep_every", "tensorboard", "wandb")  # may differ on resume
+FREE_SECTIONS = ("sample", "eval")
+
+
+class NonFinite(ProjectError):
+    """The loss or a gradient became infinite or NaN; nothing was updated with it and nothing saved."""
+
+
+class Run:
+    """A training run, from `Run.start` to the end of the `with` block.
+
+    Attributes:
+        folder: `runs/<name>/`.
+        device, rank, world, is_main: see `common.runtime.Runtime`.
+        flops_per_step: set it to have model FLOPs utilisation logged on a known GPU.
+    """
+
+    def __init__(self, config: BaseConfig, options: Options) -> None:
+        self.config, self.options = config, options
+        self.folder = Path(config.run_dir)
+        self.machine = runtime.start(config)
+        self.device, self.rank, self.world, self.is_main = self.machine.device, self.machine.rank, self.machine.world, self.machine.is_main
+        self.signals = StopSignals()
+        self.display = Display(self.is_main)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_last, config.keep_every)
+        self.autocast = self.machine.autocast
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.machine.amp_dtype == torch.float16)
+        self.flops_per_step = 0.0
+        self.step = self.saved_step = self.total = 0
+        self._agreed_to_stop = False
+        self._bad = torch.zeros((), device=self.device)  # first non-finite step, kept on the device
+        self._last_log = (0, 0.0)
+        self.log_file: MetricLog | None = None
+
+    @classmethod
+    def start(cls, config: BaseConfig, options: Options) -> Run:
+        """Open the run folder: a new one, or with --resume an old one. Refuses to write over an earlier run unless told to."""
+        run = cls(config, options)
+        problem = ""
+        if run.is_main:
+            try:
+                run._open_folder()
+            except ProjectError as error:
+                problem = str(error)
+        if run.machine.any(bool(problem)):
+            raise ProjectError(problem or "the main process could not open the run folder")
+        run.display.say(f"{run.folder}: {run.device}, {str(run.machine.amp_dtype or torch.float32).removeprefix('torch.')}"
+                        + (f", {run.world} processes" if run.world > 1 else ""))
+        return run
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self.log_file:
+            self.log_file.close()
+        if self.world > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        if (error is None or kind is Stopped) and self.signals.received:
+            after = f" after step {self.step}; add --resume to the same command to go on" if self.step else ""
+            self.display.say(f"stopped by {self.signals.received}{after}")
+            sys.exit(self.signals.exit_code)
+
+    # -- models and randomness ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model to call in the loop: the same weights, wrapped for several processes and compiled as the config asks."""
+        net: nn.Module = model
+        if self.world > 1:
+            net = nn.parallel.DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        return torch.compile(net) if self.config.compile else net
+
+    def generator(self, *numbers: int) -> torch.Generator:
+        """A generator on the device whose stream depends on the run's seed and these numbers only; equal in every process."""
+        return torch.Generator(self.device).manual_seed(runtime.fold(self.config.seed, *numbers))
+
+    def shard(self, batch: Tensor) -> Tensor:
+        """This process's rows of a batch that every process has drawn alike."""
+        size = len(batch) // self.world
+        return batch[self.rank * size : (self.rank + 1) * size]
+
+    # -- the loop ----------------------------------------------------------------------------------------------------------------
+
+    def steps(self, done: int, total: int) -> Iterator[int]:
+        """Step numbers done+1 to total. After a stop signal it ends as soon as the loop has saved.
+
+        The global generators are seeded anew from (seed, step, process) before each step, so that dropout does not depend on history.
+        """
+        self.total, self.step, self.saved_step = total, done, done
+        self._last_log = (done, time.perf_counter())
+        for step in self.display.track(range(done + 1, total + 1), total, self.folder.name, done, every=0):
+            self.step = step
+            torch.manual_seed(runtime.fold(self.config.seed, step, self.rank))
+            yield step
+            if self.stopping and self.saved_step == step:
+                break
+        self._check_finite()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a stop signal has arrived; with several processes, whether they have all seen that one of them got it."""
+        return self._agreed_to_stop if self.world > 1 else self.signals.received is not None
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something that happens every so many steps happens at this one; the last step counts, 0 means never."""
+        return every > 0 and (step % every == 0 or step == self.total)
+
+    def save_due(self, step: int, every: int) -> bool:
+        """`due`, and also once a stop signal has arrived."""
+        return self.due(step, every) or self.stopping
+
+    def optimize(self, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float = 0.0) -> Tensor:
+        """Clip the gradients and step, unless the loss or a gradient is not finite.
+
+        On a CPU that raises `NonFinite` at once. On a GPU asking would make the host wait for the device at every step, so a fused
+        optimizer is told to skip from the first bad step on, and the error is raised when a line is logged or a checkpoint is due.
+
+        Args:
+            loss: the loss of this step, detached or not; only looked at.
+            clip: largest global norm of the gradients; 0 = no limit.
+        Returns:
+            The gradients' global norm before clipping, a scalar on the device.
+        """
+        self.scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+        bad = ~torch.isfinite(loss.detach())
+        if not self.scaler.is_enabled():  # under fp16 an overflow is the scaler's business: it skips the step and halves its factor
+            bad |= ~torch.isfinite(norm)
+        if self.world > 1:
+            flags = torch.stack([bad.float().cpu(), torch.tensor(float(self.signals.received is not None))])
+            torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=self.machine.control)
+            bad, self._agreed_to_stop = flags[0].to(self.device) > 0, bool(flags[1])
+        self._bad = torch.where((self._bad == 0) & bad, float(self.step), self._bad)
+        if self.device.type == "cuda" and optimizer.defaults.get("fused"):
+            optimizer.grad_scale, optimizer.found_inf = None, (self._bad > 0).float()
+        else:
+            self._check_finite(loss, norm)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return norm
+
+    def _check_finite(self, loss: Tensor | None = None, norm: Tensor | None = None) -> None:
+        bad = int(self._bad)
+        if bad:
+            values = f" (loss {float(loss):.4g}, gradient norm {float(norm):.4g})" if loss is not None and norm is not None else ""
+            last = self.checkpoints.newest_step()
+            good = f"last good checkpoint: {self.checkpoints.path(last)} (step {last})" if last else "no checkpoint yet"
+            raise NonFinite(f"loss or gradient is not finite at step {bad}{values}; nothing was updated; {good}")
+
+    def log(self, step: int, every: int, units: dict[str, int] | None = None, **values: Tensor | float) -> None:
+        """Write a line of metrics if one is due. Tensors are read from the device, and averaged over the processes, only then.
+
+        Args:
+            units: work a step, such as {"images": 128}; logged as `images_per_second` since the last line.
+        """
+        if not self.due(step, every):
+            return
+        self._check_finite()
+        row = {name: self._mean(value) for name, value in values.items()}  # reading waits for the device, so the clock comes after
+        (last_step, last_time), now = self._last_log, time.perf_counter()
+        rate = (step - last_step) / max(now - last_time, 1e-9)
+        row |= {f"{name}_per_second": rate * amount for name, amount in (units or {}).items()}
+        peak = runtime.peak_flops(self.device)
+        if peak and self.flops_per_step:
+            row["mfu"] = self.flops_per_step * rate / (peak * self.world)
+        self._last_log = (step, now)
+        if self.is_main and self.log_file:
+            self.log_file.write(step, row)
+            self.display.note(step, self.total, row, (self.total - step) / max(rate, 1e-9))
+
+    def _mean(self, value: Tensor | float) -> float:
+        if self.world > 1 and isinstance(value, Tensor):
+            torch.distributed.all_reduce(value := value.detach().clone())
+            value /= self.world
+        return float(value)
+
+    def track(self, items: Iterable[T], total: int = 0, label: str = "sampling") -> Iterator[T]:
+        """Iterate with a progress bar; raises `Stopped` between two items once a stop signal has arrived."""
+        return stoppable(self.signals, items)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A part of a step, such as drawing samples, that a stop signal may cut short; the loop goes on to its checkpoint."""
+        with contextlib.suppress(Stopped):
+            yield
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, best: bool = False, **parts: Any) -> None:
+        """Write a checkpoint of everything that has a `state_dict`, and of plain values; the main process writes."""
+        self._check_finite()
+        self.saved_step = step
+        if self.is_main:
+            state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+            self.checkpoints.save(step, {"step": step, "config": to_yaml(self.config), "rng": runtime.rng_state(),
+                                         "scaler": self.scaler.state_dict(), "parts": state}, best)
+
+    def resume(self, **parts: Any) -> int:
+        """With --resume, load the newest whole checkpoint into `parts`; returns the number of steps done, 0 for a fresh start."""
+        state = self.checkpoints.load_newest() if self.options.resume else None
+        if self.options.resume and state is None and self.checkpoints.list():
+            raise CheckpointError(f"no whole checkpoint in {self.checkpoints.folder}")
+        if state is not None:
+            for name, part in parts.items():
+                try:
+                    part.load_state_dict(state["parts"][name])
+                except (KeyError, ValueError, RuntimeError) as error:
+                    raise CheckpointError(f"{self.checkpoints.folder}: {name} does not fit: {str(error).splitlines()[0]}") from None
+            self.scaler.load_state_dict(state["scaler"])
+            runtime.set_rng_state(state["rng"])
+            self.display.say(f"resumed after step {state['step']}")
+        done = int(state["step"]) if state else 0
+        if self.is_main:
+            self.log_file = MetricLog(self.folder, done + 1, self.config.tensorboard, self.config.wandb)
+        return done
+
+    def _open_folder(self) -> None:
+        earlier = self.folder / "config.yaml"
+        if self.options.overwrite and not self.options.resume and self.folder.exists():
+            if any(self.folder.iterdir()) and not earlier.exists():
+                raise ProjectError(f"{self.folder} is not a run folder; not deleting it")
+            shutil.rmtree(self.folder)
+        if self.checkpoints.list() and not self.options.resume:
+            step = self.checkpoints.newest_step()
+            raise ProjectError(f"{self.folder} holds a run at step {step}: add --resume to go on, --overwrite to delete it, or run_dir=...")
+        if self.options.resume and earlier.exists():
+            refuse_changes(resolve(type(self.config), earlier), self.config, self.display.say)
+        try:
+            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.clean()
+        except OSError as error:
+            raise ProjectError(f"cannot write to {self.folder}: {error.strerror}") from error
+        write_text(earlier, to_yaml(self.config))
+        write_json(self.folder / "env.json", runtime.environment(self.machine))
+
+
+def refuse_changes(old: BaseConfig, new: BaseConfig, say: Any) -> None:
+    """Compare the config a run was started with to the one it is resumed with.
+
+    `ProjectError` showing the difference if the model section changed; a line for each other change that alters the training.
+    """
+    before, after = flatten(old), flatten(new)
+    model = [difflib.ndiff([f"{key}: {before.get(key)}"], [f"{key}: {value}"]) for key, value in after.items()
+             if key.startswith("model.") and before.get(key) != value]
+    if model:
+        lines = "\n".join(line for pair in model for line in pair if line[0] in "-+")
+        raise ProjectError(f"the checkpoints in {new.run_dir} are of another model; nothing was changed\n{lines}")
+    for key, value in after.items():
+        if before.get(key) != value and key not in FREE_KEYS and key.split(".")[0] not in FREE_SECTIONS:
+            say(f"note: {key} was {before.get(key)}, is now {value}")
+
+
+def stoppable(signals: StopSignals, items: Iterable[T]) -> Iterator[T]:
+    """Iterate until a stop signal arrives; then raise `Stopped`."""
+    for item in items:
+        if signals.received:
+            raise Stopped
+        yield item

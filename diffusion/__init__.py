@@ -1,0 +1,1 @@
+"""Denoising diffusion from scratch: DDPM, EDM and flow matching on small images."""

@@ -1,0 +1,177 @@
+"""Every setting of the diffusion project, with its default and its unit. YAML files override these, `key=value` overrides both.
+
+This module imports nothing heavy, so that a mistake in a config is reported before PyTorch has loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.config import BaseConfig, require
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and at what size."""
+
+    dataset: Literal["cifar10", "mnist", "celeba", "digits", "folder"] = "cifar10"
+    folder: str = ""  # dataset=folder: any directory tree of images, relative to data_root or absolute
+    image_size: int = 32  # pixels; celeba and folder images are centre-cropped and resized to it
+    flip: bool = True  # random horizontal flips (Ho et al. 2020 use them on CIFAR-10; wrong for digits)
+    workers: int = 2  # processes that decode images from disk; cifar10, mnist and digits are held in memory
+    max_images: int = 0  # train on only the first N images; 0 = all
+
+    def __post_init__(self) -> None:
+        require(self.image_size >= 4, "data.image_size", "must be at least 4 pixels")
+        require(self.workers >= 0, "data.workers", "must not be negative")
+        require(self.max_images >= 0, "data.max_images", "must not be negative")
+        require(self.dataset != "folder" or self.folder, "data.folder", "must name a directory when data.dataset=folder")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The U-Net. The defaults are the CIFAR-10 network of Ho et al. 2020 (35.7M parameters)."""
+
+    image_channels: int = 3
+    channels: int = 128  # width at the highest resolution
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)  # width of each level, times `channels`; each level halves the resolution
+    blocks: int = 2  # residual blocks a level (the way up has one more)
+    attention: tuple[int, ...] = (16,)  # resolutions, in pixels of the network's own grid, with self-attention
+    head_channels: int = 0  # channels an attention head; 0 = one head
+    dropout: float = 0.1
+    groups: int = 32  # GroupNorm groups
+    patch: int = 1  # space-to-depth factor of the input: 2 turns (1, 28, 28) into (4, 14, 14), a 4 times cheaper network
+    num_classes: int = 0  # 0 = unconditional; otherwise one more "no label" class is added for guidance
+    time_embedding: Literal["sinusoidal", "fourier"] = "sinusoidal"
+    scale_shift: bool = False  # time and class modulate the second GroupNorm (Dhariwal & Nichol 2021) instead of being added
+
+    def __post_init__(self) -> None:
+        require(self.channels > 0 and self.groups > 0 and self.channels % self.groups == 0, "model.channels",
+                f"must be a positive multiple of model.groups={self.groups}")
+        require(len(self.multipliers) > 0 and min(self.multipliers) > 0, "model.multipliers", "must be positive integers")
+        require(self.blocks > 0, "model.blocks", "must be at least 1")
+        require(0 <= self.dropout < 1, "model.dropout", "must be in [0, 1)")
+        require(self.patch in (1, 2, 4), "model.patch", "must be 1, 2 or 4")
+        require(self.num_classes >= 0, "model.num_classes", "must not be negative")
+        widths = [self.channels * m for m in self.multipliers]
+        require(self.head_channels >= 0 and (self.head_channels == 0 or all(w % self.head_channels == 0 for w in widths)),
+                "model.head_channels", f"must divide every level's width {widths}")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the network is trained to predict, and at which noise levels."""
+
+    kind: Literal["ddpm", "edm", "flow"] = "ddpm"
+    # ddpm: discrete time, x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
+    schedule: Literal["linear", "cosine"] = "linear"
+    timesteps: int = 1000
+    zero_terminal_snr: bool = False  # rescale so that x_T is pure noise (Lin et al. 2023); only with prediction=v
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    weighting: Literal["simple", "min_snr"] = "simple"
+    min_snr_gamma: float = 5.0
+    # edm: log sigma ~ Normal(p_mean, p_std) (Karras et al. 2022, table 1)
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    sigma_data: float = 0.0  # standard deviation of the training pixels in [-1, 1]; 0 = measure it
+    # flow: t uniform on [0, 1], or the logistic of a standard normal (Esser et al. 2024)
+    flow_time: Literal["uniform", "logit_normal"] = "uniform"
+    label_dropout: float = 0.1  # share of labels replaced by "no label" in training, for classifier-free guidance
+
+    def __post_init__(self) -> None:
+        require(self.timesteps >= 2, "objective.timesteps", "must be at least 2")
+        require(not self.zero_terminal_snr or self.prediction == "v", "objective.zero_terminal_snr",
+                "needs objective.prediction=v: at zero signal, eps says nothing about x_0")
+        require(self.min_snr_gamma > 0, "objective.min_snr_gamma", "must be positive")
+        require(self.p_std > 0, "objective.p_std", "must be positive")
+        require(self.sigma_data >= 0, "objective.sigma_data", "must not be negative")
+        require(0 <= self.label_dropout < 1, "objective.label_dropout", "must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation."""
+
+    steps: int = 800_000
+    batch_size: int = 128  # over all processes together
+    microbatch: int = 0  # images a forward pass on one device; 0 = the whole share of the batch at once
+    lr: float = 2e-4
+    warmup: int = 5000  # steps; at most a tenth of train.steps is used, so that a short run still reaches its full rate
+    decay: Literal["constant", "linear", "cosine"] = "constant"  # shape after the warm-up; linear and cosine end at zero
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = 1.0  # global norm; 0 = off
+    ema: float = 0.9999  # decay a step of the averaged weights; warmed up as min(ema, (1 + step) / (10 + step))
+    log_every: int = 50
+    save_every: int = 5000
+    sample_every: int = 5000  # 0 = never
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "save_every"):
+            require(getattr(self, name) >= 1, f"train.{name}", "must be at least 1")
+        for name in ("microbatch", "warmup", "weight_decay", "grad_clip", "sample_every"):
+            require(getattr(self, name) >= 0, f"train.{name}", "must not be negative")
+        require(self.lr > 0, "train.lr", "must be positive")
+        require(0 <= self.ema < 1, "train.ema", "must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How images are drawn: in training, by `diffusion.sample` and by `diffusion.eval`."""
+
+    sampler: Literal["auto", "ddpm", "ddim", "dpmpp", "euler", "heun"] = "auto"  # auto: ddim, heun or euler for ddpm, edm or flow
+    steps: int = 50  # heun makes 2 * steps - 1 network evaluations, the others one a step
+    eta: float = 0.0  # ddim: 0 = deterministic, 1 = ancestral
+    guidance: float = 1.0  # w in u + w (c - u): 1 = plain conditional, 0 = unconditional
+    weights: Literal["ema", "raw"] = "ema"  # raw: the weights of the last step, to see what averaging is worth
+    clip: bool = True  # clip each x_0 prediction to [-1, 1] (ddpm and ddim only)
+    sigma_min: float = 0.002  # edm
+    sigma_max: float = 80.0  # edm
+    rho: float = 7.0  # edm: spacing of the noise levels (Karras et al. 2022, eq. 5)
+    count: int = 64  # images in a grid
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "sample.steps", "must be at least 1")
+        require(0 <= self.eta <= 1, "sample.eta", "must be in [0, 1]")
+        require(0 < self.sigma_min < self.sigma_max, "sample.sigma_min", "must be positive and below sample.sigma_max")
+        require(self.count >= 1, "sample.count", "must be at least 1")
+        require(self.batch_size >= 1, "sample.batch_size", "must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What `diffusion.eval` measures."""
+
+    num_samples: int = 50_000  # generated images; 50,000 is the convention for FID on CIFAR-10
+    num_reference: int = 0  # training images to compare with; 0 = all
+    features: Literal["auto", "inception", "resnet20", "classifier"] = "auto"  # auto: FID if its weights can be had, else a classifier
+    classifier_weights: str = ""  # features=resnet20: path of the checkpoint, default data_root/pretrained_resnet_cifar10/
+    manifold_samples: int = 5000  # images a side for precision, recall, density, coverage
+    neighbours: int = 8  # generated images whose nearest training images are drawn
+    nfe_table: tuple[int, ...] = (1, 2, 5, 10, 20, 50)  # network evaluations in the sampler table
+    nfe_samples: int = 0  # images a cell of that table; 0 = no table
+    guidance_table: tuple[float, ...] = ()  # guidance scales to compare, with nfe_samples images each
+
+    def __post_init__(self) -> None:
+        require(self.num_samples >= 2, "eval.num_samples", "must be at least 2: a covariance needs two images")
+        require(self.nfe_samples == 0 or self.nfe_samples >= 2, "eval.nfe_samples", "must be 0 or at least 2")
+        require(self.manifold_samples >= 0, "eval.manifold_samples", "must not be negative")
+
+
+@dataclass(frozen=True)
+class Config(BaseConfig):
+    """One experiment."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        require(self.sample.sampler != "ddpm" or self.objective.kind == "ddpm", "sample.sampler", "ddpm needs objective.kind=ddpm")
+        require(self.data.image_size % (self.model.patch * 2 ** (len(self.model.multipliers) - 1)) == 0, "data.image_size",
+                "must be divisible by model.patch * 2 ** (levels - 1)")

@@ -1,0 +1,232 @@
+"""Measure a trained model:  python -m diffusion.eval --run runs/ddpm_mnist [eval.num_samples=10000 sample.guidance=1.5 ...]
+
+Writes `eval.json`, tables and pictures into the run folder; the last line of stdout is the content of `eval.json`. Generated images
+are kept in `eval_samples/` until the end, batch by batch, so that an evaluation that was stopped goes on where it was.
+
+Legend: N real images, M generated ones, C channels, H = W pixels, D features, K classes.
+"""
+
+# The config is read before PyTorch is imported, so that a typo is reported in a blink.
+from common.config import Options, load
+from diffusion.config import Config
+
+if __name__ == "__main__":
+    CONFIG, OPTIONS = load(Config, "diffusion", "eval")
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from common.errors import exits_cleanly
+from common.files import atomic_open, write_json
+from common.metrics import FeatureStatistics, frechet_between
+from common.run import Run
+from diffusion.data import load_images
+from diffusion.features import (FeatureExtractor, build_extractor, conditional_accuracy, extract, inception_score, nearest_neighbours,
+                                precision_recall_density_coverage, reference_statistics)
+from diffusion.images import Images, MemoryImages, to_uint8
+from diffusion.model import UNet
+from diffusion.sample import Objective, generate_batch, grid_labels, load_model, save_grid
+from diffusion.samplers import SAMPLERS, resolve_sampler
+
+NEIGHBOUR_SAMPLES = 1000  # generated and held-out images whose distance to the training images is measured
+
+
+@dataclass
+class Judge:
+    """What generated images are compared with: an extractor, and the training images in its eyes."""
+
+    extractor: FeatureExtractor
+    real: MemoryImages
+    statistics: FeatureStatistics
+    floor: float | None  # the distance of held-out images from the training images: what a perfect model would score
+
+
+@exits_cleanly
+def main(config: Config, options: Options) -> None:
+    """Evaluate one checkpoint."""
+    started = time.perf_counter()
+    with Run(config, options) as run:
+        model, objective, step = load_model(config, options, run)
+        train, test = load_images(config.data, config.data_root), load_images(config.data, config.data_root, "test")
+        assert train is not None
+        judge = build_judge(config, train, test, run)
+        name = judge.extractor.name
+        key = {"step": step, "seed": config.seed, "sample": dataclasses.asdict(config.sample), "count": config.eval.num_samples}
+        labels = grid_labels(config, config.eval.num_samples)
+        generated = generate_resumable(model, objective, config, config.eval.num_samples, labels, key, run)
+        metrics = measure(generated, labels, judge, config, run)
+        if judge.floor is not None:
+            metrics["fd_floor"] = judge.floor
+        if judge.extractor.test_accuracy is not None:
+            metrics["classifier_test_accuracy"] = judge.extractor.test_accuracy
+        metrics |= memorisation(generated, judge.real, test, config, run.folder / "figures/neighbours.png")
+        save_grid(generated[:100], run.folder / "figures/samples.png")
+        metrics |= sampler_table(model, objective, config, judge, run) | guidance_table(model, objective, config, judge, run)
+        result = {
+            "project": "diffusion", "config": run.folder.name, "checkpoint_step": step, "metrics": metrics,
+            "n": {name: len(generated), "reference": judge.statistics.count, "table": config.eval.nfe_samples},
+            "seeds": [config.seed], "seconds": round(time.perf_counter() - started, 1),
+            "sampler": resolve_sampler(config.objective.kind, config.sample.sampler), "sampler_steps": config.sample.steps,
+            "guidance": config.sample.guidance, "weights": config.sample.weights,
+        }
+        write_json(run.folder / "eval.json", result)
+        shutil.rmtree(run.folder / "eval_samples", ignore_errors=True)
+        show(metrics, run.folder.name, step)
+        print(json.dumps(result), flush=True)
+
+
+def build_judge(config: Config, train: Images, test: Images | None, run: Run) -> Judge:
+    """The extractor of `eval.features` and the training images' statistics, from the cache under data_root where possible."""
+    cache = Path(config.data_root) / "diffusion_cache"
+    real = train.head(config.eval.num_reference)
+    held_out = test.head(0) if test is not None else None
+    labelled = None
+    if real.labels is not None and held_out is not None and held_out.labels is not None:
+        everything = train.head(0)
+        labelled = lambda: ((everything.images, everything.labels), (held_out.images, held_out.labels))  # noqa: E731
+    extractor = build_extractor(config.eval.features, config.data.dataset, Path(config.data_root), cache, labelled,
+                                weights=config.eval.classifier_weights, device=run.device, log=run.display.say, track=run.track)
+    identity = {"dataset": config.data.dataset, "folder": config.data.folder, "image_size": config.data.image_size}
+    statistics = reference_statistics(extractor, real.images, cache, {**identity, "split": "train"}, track=run.track)
+    floor = None
+    if held_out is not None:
+        other = reference_statistics(extractor, held_out.images, cache, {**identity, "split": "test"}, track=run.track)
+        floor = frechet_between(statistics, other, len(held_out))
+    return Judge(extractor, real, statistics, floor)
+
+
+def generate_resumable(model: UNet, objective: Objective, config: Config, count: int, labels: Tensor | None, key: dict, run: Run) -> Tensor:
+    """As `sample.generate`, keeping each finished batch on disk until the evaluation is over. uint8 (count, C, H, W)."""
+    folder = run.folder / "eval_samples" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    size, parts = config.sample.batch_size, []
+    for b in run.display.track(range(0, count, size), -(-count // size), "generating"):
+        path = folder / f"{b:08d}.npy"
+        chunk = None if labels is None else labels[b : b + size]
+        if not path.exists():
+            drawn = to_uint8(generate_batch(model, objective, config, b // size, min(size, count - b), chunk, config.seed, run)).cpu()
+            with atomic_open(path) as file:
+                np.save(file, drawn.numpy(), allow_pickle=False)
+        parts.append(torch.from_numpy(np.load(path, allow_pickle=False)))
+    return torch.cat(parts)
+
+
+def measure(generated: Tensor, labels: Tensor | None, judge: Judge, config: Config, run: Run) -> dict[str, float]:
+    """Every metric of generated images uint8 (M, C, H, W) with the labels (M,) they were asked for."""
+    features, log_probs = extract(judge.extractor, generated, track=run.track)
+    metrics = {judge.extractor.name: frechet_between(judge.statistics, FeatureStatistics().update(features), len(generated))}
+    if log_probs is not None:
+        kind = "inception_score" if judge.extractor.name == "fid" else "classifier_score"
+        metrics[kind], metrics[f"{kind}_std"] = inception_score(log_probs.exp(), splits=min(10, len(generated)))
+        if labels is not None and log_probs.shape[1] == config.model.num_classes:
+            metrics["conditional_accuracy"] = conditional_accuracy(log_probs, labels)
+    if config.eval.manifold_samples > 5:  # fewer have no fifth neighbour
+        side = config.eval.manifold_samples
+        chosen = torch.randperm(len(judge.real), generator=torch.Generator().manual_seed(config.seed))[:side]
+        real_features, _ = extract(judge.extractor, judge.real.images[chosen.to(judge.real.images.device)], track=run.track)
+        metrics |= precision_recall_density_coverage(real_features, features[:side])
+    return metrics
+
+
+def memorisation(generated: Tensor, real: MemoryImages, test: Images | None, config: Config, path: Path) -> dict[str, float]:
+    """Are samples copies of training images? Mean pixel distance to the nearest one, beside that of held-out images, and a picture.
+
+    Each row of the picture starts with a generated image; its nearest training images follow. Distances are root mean square in [0, 255].
+    """
+    if not config.eval.neighbours:
+        return {}
+    scale = generated[0].numel() ** 0.5
+    reference, pixels = real.images.cpu(), generated[:NEIGHBOUR_SAMPLES]
+    distance, index = nearest_neighbours(pixels, reference, 9)
+    rows = range(min(config.eval.neighbours, len(pixels)))
+    save_grid(torch.cat([torch.cat([pixels[i : i + 1], reference[index[i]]]) for i in rows]), path, columns=10)
+    metrics = {"nearest_train_rms": float(distance[:, 0].mean()) / scale}
+    if test is not None:
+        held_out = test.head(NEIGHBOUR_SAMPLES).images.cpu()
+        metrics["nearest_train_rms_test_images"] = float(nearest_neighbours(held_out, reference, 1)[0].mean()) / scale
+    return metrics
+
+
+def quick_distance(model: UNet, objective: Objective, config: Config, judge: Judge, run: Run) -> dict[str, float]:
+    """Frechet distance, and agreement with the label, of `eval.nfe_samples` images drawn as `config.sample` says."""
+    count = config.eval.nfe_samples
+    labels = grid_labels(config, count)
+    weights = next(model.parameters()).double().sum().item()
+    key = {"table": dataclasses.asdict(config.sample), "seed": config.seed, "count": count, "weights": weights}
+    generated = generate_resumable(model, objective, config, count, labels, key, run)
+    plain = dataclasses.replace(config, eval=dataclasses.replace(config.eval, manifold_samples=0))
+    metrics = measure(generated, labels, judge, plain, run)
+    return {name: metrics[name] for name in (judge.extractor.name, "conditional_accuracy") if name in metrics}
+
+
+def with_sampling(config: Config, **changes: object) -> Config:
+    """The same config with other sampling settings."""
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changes))
+
+
+def sampler_table(model: UNet, objective: Objective, config: Config, judge: Judge, run: Run) -> dict[str, float]:
+    """Frechet distance by sampler and number of network evaluations: the price of an image against its quality."""
+    if not config.eval.nfe_samples:
+        return {}
+    rows: dict[str, dict[str, float]] = {}
+    for sampler in SAMPLERS[config.objective.kind]:
+        for nfe in config.eval.nfe_table:
+            steps = (nfe + 1) // 2 if sampler == "heun" else nfe  # heun: 2 * steps - 1 evaluations, so never more than nfe
+            if steps > config.objective.timesteps and config.objective.kind == "ddpm":
+                continue
+            changed = with_sampling(config, sampler=sampler, steps=steps, eta=0.0)
+            rows.setdefault(sampler, {})[str(nfe)] = quick_distance(model, objective, changed, judge, run)[judge.extractor.name]
+    write_json(run.folder / "figures/samplers.json",
+               {"metric": judge.extractor.name, "n": config.eval.nfe_samples, "floor": judge.floor, "rows": rows})
+    plot_samplers(rows, judge, run.folder / "figures/samplers.png")
+    return {f"{judge.extractor.name}_{sampler}_nfe{nfe}": value for sampler, cells in rows.items() for nfe, value in cells.items()}
+
+
+def guidance_table(model: UNet, objective: Objective, config: Config, judge: Judge, run: Run) -> dict[str, float]:
+    """Frechet distance and agreement with the label by guidance scale: fidelity against diversity."""
+    if not config.eval.nfe_samples or not config.model.num_classes:
+        return {}
+    rows = {f"{w:g}": quick_distance(model, objective, with_sampling(config, guidance=w), judge, run) for w in config.eval.guidance_table}
+    write_json(run.folder / "figures/guidance.json", {"n": config.eval.nfe_samples, "floor": judge.floor, "rows": rows})
+    return {f"{name}_w{w}": value for w, row in rows.items() for name, value in row.items()}
+
+
+def plot_samplers(rows: dict[str, dict[str, float]], judge: Judge, path: Path) -> None:
+    """Draw the sampler table on logarithmic axes, with the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for sampler, cells in rows.items():
+        axes.plot([int(n) for n in cells], list(cells.values()), marker="o", markersize=4, label=sampler)
+    if judge.floor:
+        axes.axhline(judge.floor, color="grey", linestyle=":", label="floor (test images)")
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations an image", ylabel=f"{judge.extractor.name} (lower is better)")
+    axes.legend()
+    with atomic_open(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+
+
+def show(metrics: dict[str, float], name: str, step: int) -> None:
+    """Print the metrics as a table."""
+    table = Table("metric", "value", title=f"{name} after {step} steps")
+    for metric, value in metrics.items():
+        table.add_row(metric, f"{value:.4f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main(CONFIG, OPTIONS)
