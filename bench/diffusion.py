@@ -5,14 +5,16 @@ round times ours, the peer, and ours again, in one process: forward, mean square
 compares the peer with the mean of ours before and after it, so that a drift of the machine cancels; the second ours over the first
 is the A/A control, whose spread says which differences are noise. ratio > 1: ours has the higher throughput.
 
-Our training script keeps the network in channels_last, so ours is timed so. The peer is timed both in channels_last and in the
-default format, and the ratio is against whichever is faster. Peak memory comes from one fresh process a side.
+Ours is timed in the memory format our training script gives it: channels_last on a GPU, the default on a CPU, where PyTorch's bfloat16
+GroupNorm is several times slower in channels_last. The peer is timed in both, and the ratio is against whichever of them is faster.
+Peak memory comes from one fresh process a side: the growth of the resident set on a CPU, the allocator's peak on a GPU.
 The last line of stdout is one JSON object: ratio, aa_ratio, ours and peer (images/s), memory_ratio (ours / peer), and the circumstances.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -24,8 +26,8 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 from diffusion.config import ModelConfig
 from diffusion.model import Attention, ResidualBlock, Stage, UNet
@@ -37,7 +39,8 @@ SIZES = {  # dropout off: the two would draw different masks
 }
 IMAGE_SIZE = {"tiny": 8, "small": 32, "cifar": 32}
 BATCH = {"tiny": 2, "small": 16, "cifar": 4}
-FORMATS = {"ours": torch.channels_last, "peer": torch.contiguous_format, "peer_channels_last": torch.channels_last}
+TOLERANCE = 1e-4  # float32, relative to the largest entry; a wrong padding or split of weights is off by far more than rounding
+PEERS = {"peer": torch.contiguous_format, "peer_channels_last": torch.channels_last}
 
 
 def build_peer(config: ModelConfig, image_size: int) -> nn.Module:
@@ -154,8 +157,8 @@ def largest_difference(ours: UNet, peer: nn.Module, batch: dict[str, torch.Tenso
     for name, grad in in_peer_names(ours, lambda p: p.grad).items():
         # The gradient of a key's bias is zero in theory (softmax ignores a constant), rounding in practice: hence the second term.
         worst = max(worst, float((grad - peer_grads[name]).abs().max() / (peer_grads[name].abs().max() + 1e-4 * scale)))
-    difference = float((outputs[0] - outputs[1]).abs().max() / outputs[1].abs().max())
-    return {"output": difference, "gradient": worst}
+    a, b = (out.detach() for out in outputs)
+    return {"output": float((a - b).abs().max() / b.abs().max()), "gradient": worst}
 
 
 class Side:
@@ -187,3 +190,124 @@ class Side:
 def synchronise(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def our_format(device: str) -> torch.memory_format:
+    return torch.channels_last if device == "cuda" else torch.contiguous_format
+
+
+def interleave(sides: dict[str, Side], batch: dict[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step, by side and round; `again` is ours a second time, at the end of the round."""
+    for side in sides.values():
+        for _ in range(2):  # warm-up: compilation, the optimizer's state, the choice of kernels
+            side.step(batch)
+    times: dict[str, list[float]] = {name: [] for name in (*sides, "again")}
+    for index in range(rounds):
+        for name, seconds in times.items():
+            seconds.append(sides["ours" if name == "again" else name].seconds(batch))
+        print(f"round {index + 1}/{rounds}  " + "  ".join(f"{name} {t[-1]:.3f} s" for name, t in times.items()), flush=True)
+    return times
+
+
+def summarise(times: dict[str, list[float]], batch_size: int) -> dict[str, object]:
+    """Median of the per-round ratios, with quartiles, against the peer's faster memory format; and the A/A control."""
+    ours = [(a + b) / 2 for a, b in zip(times["ours"], times["again"], strict=True)]
+    fastest = min(PEERS, key=lambda name: statistics.median(times[name]))
+    ratios = [peer / own for peer, own in zip(times[fastest], ours, strict=True)]
+    control = [again / first for again, first in zip(times["again"], times["ours"], strict=True)]
+    return {
+        "ratio": round(statistics.median(ratios), 4), "ratio_iqr": quartiles(ratios),
+        "aa_ratio": round(statistics.median(control), 4), "aa_iqr": quartiles(control),
+        "ours": round(batch_size / statistics.median(ours), 3), "peer": round(batch_size / statistics.median(times[fastest]), 3),
+        "unit": "images/s", "peer_format": fastest,
+        "all": {name: round(batch_size / statistics.median(values), 3) for name, values in times.items()},
+    }
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return [round(q, 4) for q in statistics.quantiles(values, n=4, method="inclusive")[::2]] if len(values) > 1 else []
+
+
+def memory_of(args: argparse.Namespace) -> float:
+    """Peak memory in MiB of a few training steps of `args.memory_of`, alone in this process."""
+    config, image_size = SIZES[args.size], IMAGE_SIZE[args.size]
+    batch = {k: v.to(args.device) for k, v in make_batch(config, image_size, args.batch).items()}
+    ours, peer = build_pair(config, image_size)
+    net = ours if args.memory_of == "ours" else peer
+    del ours, peer
+    memory_format = our_format(args.device) if args.memory_of == "ours" else PEERS[args.memory_of]
+    before = current_rss()
+    side = Side(net, memory_format, args)
+    for _ in range(3):
+        side.step(batch)
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def current_rss() -> float:
+    """Resident memory of this process, MiB (Linux)."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def measure_memory(name: str, argv: list[str]) -> float:
+    command = [sys.executable, "-m", "bench.diffusion", *argv, "--memory-of", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the memory measurement of {name} failed:\n{done.stderr}")
+    return float(done.stdout.splitlines()[-1])
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Training step of our U-Net against diffusers' UNet2DModel.")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--batch", type=int, default=0, help="images a step; 0 = the size's own")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-of", choices=("ours", *PEERS), help=argparse.SUPPRESS)  # used by the program on itself
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    args.batch = args.batch or BATCH[args.size]
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    if args.memory_of:
+        print(memory_of(args))
+        return
+    import diffusers
+
+    config, image_size = SIZES[args.size], IMAGE_SIZE[args.size]
+    batch = make_batch(config, image_size, args.batch)
+    ours, peer = build_pair(config, image_size)
+    differences = largest_difference(ours, peer, batch)
+    print(f"largest relative difference in float32: {differences}")
+    if max(differences.values()) > TOLERANCE:
+        raise SystemExit(f"ours and the peer differ by more than {TOLERANCE}: nothing was timed")
+
+    load = os.getloadavg()[0]
+    sides = {"ours": Side(ours, our_format(args.device), args)}
+    sides |= {name: Side(copy.deepcopy(peer), memory_format, args) for name, memory_format in PEERS.items()}
+    result = summarise(interleave(sides, {k: v.to(args.device) for k, v in batch.items()}, args.rounds), args.batch)
+    memory = {name: measure_memory(name, argv) for name in ("ours", result["peer_format"])}
+    result["memory_ratio"] = round(memory["ours"] / memory[result["peer_format"]], 4)
+    result["memory_mib"] = {name: round(mib) for name, mib in memory.items()}
+    result |= {
+        "size": args.size, "precision": args.precision, "compile": args.compile, "batch": args.batch, "rounds": args.rounds,
+        "difference": differences, "threads": args.threads, "load": [round(load, 2), round(os.getloadavg()[0], 2)],
+        "clock": "cpu time" if args.device == "cpu" and args.threads == 1 else "wall time",
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -53,8 +53,8 @@ class Checkpoints:
         path = self.path(step)
         if path.exists() and _is_whole(path):  # the same step of a resumed run: the same state
             return path
-        _manifest(path).unlink(missing_ok=True)  # never an old manifest beside new bytes
         with atomic_open(path) as file:
+            _manifest(path).unlink(missing_ok=True)  # never an old manifest beside new bytes
             writer = _HashingWriter(file)
             try:
                 torch.save(state, writer)
@@ -63,7 +63,7 @@ class Checkpoints:
         manifest = {"file": path.name, "step": step, "bytes": writer.count, "sha256": writer.digest.hexdigest(), "best": best,
                     "torch": torch.__version__, "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         write_text(_manifest(path), json.dumps(manifest | {"manifest_sha256": _digest(manifest)}, indent=2) + "\n")
-        self._prune()
+        self._prune(step)
         return path
 
     def load_newest(self) -> dict[str, Any] | None:
@@ -98,13 +98,14 @@ class Checkpoints:
         steps = [int(p.stem) for p in self.list() if _manifest(p).exists()]
         return steps[-1] if steps else None
 
-    def _prune(self) -> None:
-        whole = [p for p in self.list() if _manifest(p).exists()]
+    def _prune(self, newest: int) -> None:
+        older = [p for p in self.list() if int(p.stem) <= newest]  # a later one is broken: the run fell back to before it
+        whole = [p for p in older if _manifest(p).exists()]
         best = [p for p in whole if _read_manifest(p).get("best")]
         keep = {*whole[-self.keep_last :], *best[-1:]}
         keep |= {p for p in whole if self.keep_every and int(p.stem) % self.keep_every == 0}
-        for path in self.list():
-            if path not in keep and path < whole[-1]:
+        for path in older:
+            if path not in keep:
                 _manifest(path).unlink(missing_ok=True)  # manifest first: what is left is plainly not whole
                 path.unlink(missing_ok=True)
         sync_folder(self.folder)
@@ -119,7 +120,11 @@ def verify(path: Path) -> None:
     manifest = _read_manifest(path)
     if manifest.pop("manifest_sha256", None) != _digest(manifest):
         raise CheckpointError(f"manifest {_manifest(path)} is damaged")
-    if path.stat().st_size != manifest["bytes"] or sha256(path) != manifest["sha256"]:
+    try:
+        whole = path.stat().st_size == manifest["bytes"] and sha256(path) == manifest["sha256"]
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+    if not whole:
         raise CheckpointError(f"checkpoint {path} is damaged: its content does not match its SHA-256")
 
 

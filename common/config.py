@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
@@ -96,11 +97,15 @@ def resolve(schema: type[C], path: Path | None, overrides: list[str] = [], run_d
     merged = OmegaConf.structured(schema)  # frozen, as the dataclass is
     OmegaConf.set_readonly(merged, False)
     if path is not None:
-        merged = OmegaConf.merge(merged, read_yaml(path))
+        merged = _merge(merged, read_yaml(path))
     for item in overrides:
-        if "=" not in item:
-            raise ConfigError(item, "an override is written key=value")
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+        key, equals, _ = item.partition("=")
+        require(key and equals, item, "an override is written key=value")
+        try:
+            node = OmegaConf.from_dotlist([item])
+        except yaml.MarkedYAMLError as error:
+            raise ConfigError(key, str(error.problem)) from None
+        merged = _merge(merged, node)
     if not merged.run_dir or (path is not None and path.name == "config.yaml"):  # a run folder may have been moved since
         merged.run_dir = run_dir if not any(item.startswith("run_dir=") for item in overrides) else merged.run_dir
     if not merged.data_root:
@@ -125,6 +130,30 @@ def read_yaml(path: Path) -> DictConfig:
     require(node is not None and len(node) > 0, name, "is empty")
     require(isinstance(node, DictConfig), name, "must hold `key: value` lines")
     return node
+
+
+def _merge(merged: DictConfig, node: DictConfig) -> DictConfig:
+    """`node` over `merged`. Of a value in a list, or in place of a section, OmegaConf does not say which key it is; this does."""
+    try:
+        return OmegaConf.merge(merged, node)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        if getattr(error, "full_key", None):
+            raise
+    for key, value in _leaves(OmegaConf.to_container(node)):
+        alone: object = value
+        for name in reversed(key.split(".")):
+            alone = {name: alone}
+        try:
+            OmegaConf.merge(merged, alone)
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "an item")
+            raise ConfigError(key, f"{value} does not fit: {reason}") from None
+    raise AssertionError("every key fits alone, but not all of them together")
+
+
+def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in node.items():  # type: ignore[attr-defined]
+        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", value)]
 
 
 def to_yaml(config: BaseConfig) -> str:
@@ -178,6 +207,7 @@ def _parse(project: str, mode: Mode, argv: list[str]) -> argparse.Namespace:
         parser.add_argument("--run", help="a run folder, such as runs/<config name>")
         parser.add_argument("--checkpoint", default="", help="a file in its checkpoints/ (default: the newest valid one)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the YAML, dotted: train.lr=1e-4")
+    parser.error = _fail  # type: ignore[method-assign]  # one line, without the usage
     return parser.parse_intermixed_args(argv)
 
 

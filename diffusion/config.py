@@ -123,6 +123,7 @@ class SampleConfig:
     sampler: Literal["auto", "ddpm", "ddim", "dpmpp", "euler", "heun"] = "auto"  # auto: ddim, heun or euler for ddpm, edm or flow
     steps: int = 50  # heun makes 2 * steps - 1 network evaluations, the others one a step
     eta: float = 0.0  # ddim: 0 = deterministic, 1 = ancestral
+    variance: Literal["small", "large"] = "small"  # ddpm: beta tilde or beta as the variance of a step (Ho et al. 2020, section 3.2)
     guidance: float = 1.0  # w in u + w (c - u): 1 = plain conditional, 0 = unconditional
     weights: Literal["ema", "raw"] = "ema"  # raw: the weights of the last step, to see what averaging is worth
     clip: bool = True  # clip each x_0 prediction to [-1, 1] (ddpm and ddim only)

@@ -92,7 +92,7 @@ def generate_batch(model: UNet, objective: Objective, config: Config, index: int
     denoise = guided(objective, lambda x, time, y: _call(model, run, x, time, y), labels, model.null_label, settings.guidance)
     shape = (count, config.model.image_channels, config.data.image_size, config.data.image_size)
     return sample(denoise, objective.grid(settings.steps, settings), sampler, shape, rng, device=run.device, eta=settings.eta,
-                  clip=settings.clip, track=run.track, x_init=x_init, on_step=on_step)
+                  variance=settings.variance, clip=settings.clip, track=run.track, x_init=x_init, on_step=on_step)
 
 
 def _call(model: UNet, run: Run, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:

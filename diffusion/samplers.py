@@ -138,17 +138,19 @@ def ddim_step(x: Tensor, x0: Tensor, grid: Grid, i: int, eta: float = 0.0, noise
     return x_next + fresh * noise if fresh > 0 else x_next  # none at the last step, where sigma' = 0
 
 
-def ddpm_step(x: Tensor, x0: Tensor, grid: Grid, i: int, noise: Tensor | None = None) -> Tensor:
-    """A draw from q(x' | x, x_0) (Ho et al. 2020, eq. 6 and 7, variance beta tilde), also between points many timesteps apart.
+def ddpm_step(x: Tensor, x0: Tensor, grid: Grid, i: int, noise: Tensor | None = None, variance: str = "small") -> Tensor:
+    """A draw from q(x' | x, x_0) (Ho et al. 2020, eq. 6 and 7), also between points many timesteps apart.
 
-    `noise` ~ N(0, I); not needed at the last step, where the variance is zero.
+    `noise` ~ N(0, I); not needed at the last step, which adds none. `variance`: "small" is beta tilde of eq. 7, right when all images
+    are one; "large" is beta itself, right when they are N(0, I) (section 3.2), and gave the paper's FID of 3.17.
     """
     alpha, sigma, alpha_next, sigma_next = grid.step(i)
     ratio = alpha / alpha_next  # x = ratio x' + N(0, beta): the forward step between the two points, sqrt(1 - beta_t) in the paper
     beta = sigma**2 - (ratio * sigma_next) ** 2
     mean = (alpha_next * beta / sigma**2) * x0 + (ratio * sigma_next**2 / sigma**2) * x
-    deviation = math.sqrt(beta) * sigma_next / sigma
-    return mean + deviation * noise if deviation > 0 else mean
+    if sigma_next == 0:
+        return mean
+    return mean + math.sqrt(beta) * (1.0 if variance == "large" else sigma_next / sigma) * noise
 
 
 def dpmpp_2m_step(x: Tensor, x0: Tensor, x0_previous: Tensor | None, grid: Grid, i: int) -> Tensor:
@@ -191,6 +193,7 @@ def sample(
     *,
     device: torch.device | str,
     eta: float = 0.0,
+    variance: str = "small",
     clip: bool = True,
     track: Callable = iter,
     on_step: Callable[[int, Tensor, Tensor], None] | None = None,
@@ -199,7 +202,7 @@ def sample(
     """Draw `shape` = (B, C, H, W) images with the sampler ddpm, ddim, dpmpp, euler or heun (see `resolve_sampler`).
 
     Starts at sigma_0 times standard normal noise: `x_init` (B, C, H, W) if given, else drawn from `rng`, as is the noise of later steps.
-    The result is a function of rng's state and device. `eta` matters to ddim only. `clip` limits each x_0 guess to [-1, 1], for ddpm
+    The result is a function of rng's state and device. `eta` matters to ddim only, `variance` to ddpm only. `clip` limits each x_0 guess to [-1, 1], for ddpm
     and ddim only: it breaks the smoothness that the higher-order methods build on. `track` wraps the iterable of step indices (a
     progress bar, a stop signal). `on_step(i, x, x0)` sees the state after step i and the guess that led to it.
     Returns float32 (B, C, H, W), not clamped; float64 if `x_init` is float64. Raises ValueError for an unknown sampler.
@@ -220,7 +223,7 @@ def sample(
         if clip and sampler in ("ddpm", "ddim"):
             x0 = x0.clamp(-1, 1)
         if sampler == "ddpm":
-            x = ddpm_step(x, x0, grid, i, None if last else normal())
+            x = ddpm_step(x, x0, grid, i, None if last else normal(), variance)
         elif sampler == "ddim":
             x = ddim_step(x, x0, grid, i, eta, None if last or eta == 0 else normal())
         elif sampler == "dpmpp":

@@ -1,0 +1,186 @@
+"""A mistake in a config: exit status 2, one line that names it, no traceback, and fast. A right config: read exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import pytest
+
+from common.config import flatten, load, resolve, to_yaml
+from diffusion.config import Config
+from tests.helpers import DIGITS, ROOT, python
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+# override of the digits config, and words that the one line must contain: the key, and the nearest valid one for a typo
+BAD_OVERRIDES = [
+    ("train.lrr=1", "train.lrr", "train.lr"),
+    ("trian.lr=1", "trian: unknown", "did you mean train"),
+    ("lr=1", "lr", "train.lr"),
+    ("sede=1", "sede", "seed"),
+    ("modle.channels=8", "modle: unknown", "did you mean model"),
+    ("train.lr.value=1", "train.lr"),
+    ("train.steps=many", "train.steps", "many"),
+    ("train.steps=1.5", "train.steps"),
+    ("train.lr=fast", "train.lr"),
+    ("data.flip=maybe", "data.flip"),
+    ("train=5", "train"),
+    ("train.betas=0.9", "train.betas"),
+    ("model.multipliers=[1,two]", "model.multipliers"),
+    ("model.multipliers=[1", "model.multipliers"),
+    ("model.channels=null", "model.channels"),
+    ("data.dataset=cifar11", "data.dataset", "cifar10"),
+    ("objective.kind=gan", "objective.kind", "ddpm"),
+    ("precision=fp8", "precision", "bf16"),
+    ("sample.sampler=dimm", "sample.sampler", "ddim"),
+    ("train.lr", "train.lr", "key=value"),
+    ("=5", "key=value"),
+    ("train..lr=1", "train"),
+    ("train.steps=0", "train.steps", "at least 1"),
+    ("train.batch_size=-16", "train.batch_size"),
+    ("train.lr=-1e-3", "train.lr", "positive"),
+    ("train.ema=1", "train.ema"),
+    ("train.warmup=-1", "train.warmup"),
+    ("model.dropout=1.5", "model.dropout"),
+    ("data.workers=-1", "data.workers"),
+    ("eval.num_samples=1", "eval.num_samples"),
+    ("sample.eta=2", "sample.eta"),
+    ("data.dataset=folder", "data.folder"),
+    ("model.channels=65", "model.channels", "model.groups"),
+    ("model.head_channels=48", "model.head_channels"),
+    ("data.image_size=9", "data.image_size"),
+    ("objective.zero_terminal_snr=true", "objective.zero_terminal_snr", "prediction=v"),
+    ("objective.kind=flow sample.sampler=ddpm", "sample.sampler"),
+    ("sample.sigma_min=100", "sample.sigma_min"),
+    ("seed=${nowhere}", "nowhere"),
+]
+
+# content of a YAML file, and words that the line must contain
+BAD_FILES = [
+    (b"", "empty"),
+    (b"# only a comment\n", "empty"),
+    (b"- a\n- list\n", "key: value"),
+    (b"just words\n", "just words: unknown key"),
+    (b"train:\n  lr: 1\n  lr: 2\n", "lr", "line 3"),
+    (b"train:\n  lr: [1\n", "line"),
+    (b"train:\n\tlr: 1\n", "line 2"),
+    (b"train:\n  setps: 10\n", "train.setps", "train.steps"),
+    (b"train: 3\n", "train: 3"),
+    (b"model:\n  channels: 8\n  multipliers: [1, two]\n", "model.multipliers"),
+    (b"seed: !!python/object/apply:os.system ['false']\n", "line 1"),
+    (b"\x89PNG\r\n\x1a\n\x00\xff\xfe", "not a text file"),
+    (bytes(range(32)), "bad.yaml"),
+]
+
+
+def one_line(capsys: pytest.CaptureFixture[str], mode: str, *argv: str) -> str:
+    """What a program says about its command line on stderr, after checking that it is one line and the exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        load(Config, "diffusion", mode, list(argv))
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1 and captured.err.endswith("\n"), captured.err
+    assert captured.err.startswith("error: ")
+    return captured.err
+
+
+@pytest.mark.parametrize(("override", "words"), [(bad[0], bad[1:]) for bad in BAD_OVERRIDES], ids=[bad[0] for bad in BAD_OVERRIDES])
+def test_bad_override(override, words, capsys):
+    line = one_line(capsys, "train", "--config", str(DIGITS), *override.split())
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(("content", "words"), [(bad[0], bad[1:]) for bad in BAD_FILES])
+def test_bad_file(content, words, tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    line = one_line(capsys, "train", "--config", str(path))
+    assert all(word in line for word in words), line
+
+
+def test_bad_paths_and_flags(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert "did you mean" in one_line(capsys, "train", "--config", str(DIGITS.with_name("ddpm_digit.yaml")))
+    assert "no such file" in one_line(capsys, "train", "--config", str(tmp_path / "nowhere/x.yaml"))
+    assert "folder" in one_line(capsys, "train", "--config", str(tmp_path))
+    assert "--confg" in one_line(capsys, "train", "--confg", str(DIGITS))
+    assert "--resume" in one_line(capsys, "eval", "--run", str(tmp_path), "--resume")
+    for mode in ("eval", "sample"):
+        assert "--run" in one_line(capsys, mode)
+        assert "config.yaml" in one_line(capsys, mode, "--run", str(tmp_path / "no_such_run"))
+    (tmp_path / "config.yaml").write_text(DIGITS.read_text())
+    for mode in ("eval", "sample"):
+        assert "sample.steps" in one_line(capsys, mode, "--run", str(tmp_path), "sample.step=3")
+        assert "sample.guidance" in one_line(capsys, mode, "--run", str(tmp_path), "sample.guidance=high")
+
+
+def test_without_config_lists_them(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    line = one_line(capsys, "train")
+    assert all(f"configs/{path.name}" in line for path in CONFIGS)
+
+
+@pytest.mark.parametrize("words", [
+    ["diffusion.train", "--config", str(DIGITS), "train.lrr=1"],
+    ["diffusion.train", "--config", "/no/such/file.yaml"],
+    ["diffusion.train"],
+    ["diffusion.eval", "--run", "/no/such/run"],
+    ["diffusion.sample", "--run", "/no/such/run", "sample.step=1"],
+], ids=lambda words: " ".join(words[:1] + words[2:])[:50])
+def test_bad_config_as_a_process(words):
+    started = time.perf_counter()
+    result = python("-m", *words)
+    assert time.perf_counter() - started < 3
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads(path):
+    config, options = load(Config, "diffusion", "train", ["--config", str(path)])
+    assert config.run_dir == f"runs/{path.stem}"
+    assert not (options.resume or options.overwrite or options.dry_run)
+    head = path.read_text().split("\n\n")[0].splitlines()
+    comment = "\n".join(line for line in head if line.startswith("#"))
+    assert head[0].startswith("# ") and "Paper:" in comment
+    assert f"python -m diffusion.train --config configs/{path.name}" in comment
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_written_config_reads_back_equal(path, tmp_path):
+    config = resolve(Config, path, ["train.lr=1e-4", "model.multipliers=[1,2]", "train.betas=[0.8,0.9]", "data.image_size=32"])
+    assert config.train.lr == 1e-4 and config.model.multipliers == (1, 2)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    again = resolve(Config, tmp_path / "config.yaml", [], "elsewhere")
+    assert again == dataclasses.replace(config, run_dir="elsewhere")
+
+
+def test_precedence(tmp_path, monkeypatch):
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 3\ntrain:\n  steps: 7\n  lr: 1e-4\n")
+    monkeypatch.delenv("DATA_ROOT", raising=False)
+    config = resolve(Config, path, ["train.steps=5"])
+    assert (config.seed, config.train.steps, config.train.lr, config.train.batch_size) == (3, 5, 1e-4, Config().train.batch_size)
+    assert config.data_root == "data"
+    monkeypatch.setenv("DATA_ROOT", "/somewhere")
+    assert resolve(Config, path).data_root == "/somewhere"
+    assert resolve(Config, path, ["data_root=here"]).data_root == "here"
+
+
+def test_config_is_frozen_and_flat_keys_are_complete():
+    config = Config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.lr = 1.0
+    flat = flatten(config)
+    assert flat["train.lr"] == config.train.lr and flat["seed"] == 0
+    assert not any(dataclasses.is_dataclass(value) for value in flat.values())
+
+
+def test_run_folder_may_move(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(resolve(Config, DIGITS, ["run_dir=runs/old_name"])))
+    config, _ = load(Config, "diffusion", "eval", ["--run", str(tmp_path)])
+    assert Path(config.run_dir) == tmp_path
