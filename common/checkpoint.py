@@ -62,7 +62,11 @@ class Checkpoints:
                 raise writer.error or error from None
         manifest = {"file": path.name, "step": step, "bytes": writer.count, "sha256": writer.digest.hexdigest(), "best": best,
                     "torch": torch.__version__, "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        write_text(_manifest(path), json.dumps(manifest | {"manifest_sha256": _digest(manifest)}, indent=2) + "\n")
+        try:
+            write_text(_manifest(path), json.dumps(manifest | {"manifest_sha256": _digest(manifest)}, indent=2) + "\n")
+        except ProjectError:
+            path.unlink(missing_ok=True)  # of no use without a manifest, and in the way where the disk is full
+            raise
         self._prune(step)
         return path
 

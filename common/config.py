@@ -66,6 +66,7 @@ class Options:
 
 
 C = TypeVar("C", bound=BaseConfig)
+UNUSABLE = (ConfigError, OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError, TypeError)  # `resolve` raises these
 
 
 def load(schema: type[C], project: str, mode: Mode = "train", argv: list[str] | None = None) -> tuple[C, Options]:
@@ -86,7 +87,7 @@ def load(schema: type[C], project: str, mode: Mode = "train", argv: list[str] | 
         path, run_dir = Path(args.run) / "config.yaml", args.run
     try:
         config = resolve(schema, path, args.overrides, run_dir)
-    except (ConfigError, OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError, TypeError) as error:
+    except UNUSABLE as error:
         _fail(explain(error, schema, path))
     options = {name: getattr(args, name) for name in ("resume", "dry_run", "overwrite", "checkpoint") if hasattr(args, name)}
     return config, Options(mode, **options)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from common import runtime
 from common.checkpoint import CheckpointError, Checkpoints
-from common.config import BaseConfig, Options, flatten, resolve, to_yaml
+from common.config import UNUSABLE, BaseConfig, ConfigError, Options, explain, flatten, resolve, to_yaml
 from common.errors import ProjectError
 from common.files import write_json, write_text
 from common.logging import Display, MetricLog
@@ -73,7 +73,7 @@ class Run:
                 problem = str(error)
         if run.machine.any(bool(problem)):
             raise ProjectError(problem or "the main process could not open the run folder")
-        run.display.say(f"{run.folder}: {run.device}, {str(run.machine.amp_dtype or torch.float32).removeprefix('torch.')}"
+        run.display.say(f"{run.folder}: {run.device}, {str(run.machine.amp_dtype or torch.get_default_dtype()).removeprefix('torch.')}"
                         + (f", {run.world} processes" if run.world > 1 else ""))
         return run
 
@@ -104,8 +104,10 @@ class Run:
         return torch.Generator(self.device).manual_seed(runtime.fold(self.config.seed, *numbers))
 
     def shard(self, batch: Tensor) -> Tensor:
-        """This process's rows of a batch that every process has drawn alike."""
-        size = len(batch) // self.world
+        """This process's rows of a batch that every process has drawn alike. `ConfigError` if it cannot be divided evenly."""
+        size, rest = divmod(len(batch), self.world)
+        if rest:
+            raise ConfigError("train.batch_size", f"{len(batch)} must be divisible by the number of processes, {self.world}")
         return batch[self.rank * size : (self.rank + 1) * size]
 
     # -- the loop ----------------------------------------------------------------------------------------------------------------
@@ -223,17 +225,24 @@ class Run:
                                          "scaler": self.scaler.state_dict(), "parts": state}, best)
 
     def resume(self, **parts: Any) -> int:
-        """With --resume, load the newest whole checkpoint into `parts`; returns the number of steps done, 0 for a fresh start."""
+        """With --resume, load the newest whole checkpoint into `parts`; returns the number of steps done, 0 for a fresh start.
+
+        An optimizer gets its moments back; its learning rate, betas and so on stay those of the config, which may have changed.
+        """
         state = self.checkpoints.load_newest() if self.options.resume else None
         if self.options.resume and state is None and self.checkpoints.list():
             raise CheckpointError(f"no whole checkpoint in {self.checkpoints.folder}")
         if state is not None:
             for name, part in parts.items():
                 try:
-                    part.load_state_dict(state["parts"][name])
+                    saved = state["parts"][name]
+                    if isinstance(part, torch.optim.Optimizer):
+                        saved = {**saved, "param_groups": part.state_dict()["param_groups"]}
+                    part.load_state_dict(saved)
                 except (KeyError, ValueError, RuntimeError) as error:
                     raise CheckpointError(f"{self.checkpoints.folder}: {name} does not fit: {str(error).splitlines()[0]}") from None
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # empty unless the run was in fp16
+                self.scaler.load_state_dict(state["scaler"])
             runtime.set_rng_state(state["rng"])
             self.display.say(f"resumed after step {state['step']}")
         done = int(state["step"]) if state else 0
@@ -244,14 +253,21 @@ class Run:
     def _open_folder(self) -> None:
         earlier = self.folder / "config.yaml"
         if self.options.overwrite and not self.options.resume and self.folder.exists():
-            if any(self.folder.iterdir()) and not earlier.exists():
+            if any(self.folder.iterdir()) and not (earlier.exists() and self.checkpoints.folder.is_dir()):
                 raise ProjectError(f"{self.folder} is not a run folder; not deleting it")
-            shutil.rmtree(self.folder)
+            try:
+                shutil.rmtree(self.folder)
+            except OSError as error:
+                raise ProjectError(f"cannot delete {self.folder}: {error.strerror}") from error
         if self.checkpoints.list() and not self.options.resume:
             step = self.checkpoints.newest_step()
             raise ProjectError(f"{self.folder} holds a run at step {step}: add --resume to go on, --overwrite to delete it, or run_dir=...")
         if self.options.resume and earlier.exists():
-            refuse_changes(resolve(type(self.config), earlier), self.config, self.display.say)
+            try:
+                old = resolve(type(self.config), earlier)
+            except UNUSABLE as error:
+                raise ProjectError(f"cannot compare with the config of the run: {explain(error, type(self.config), earlier)}") from error
+            refuse_changes(old, self.config, self.display.say)
         try:
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
             self.checkpoints.clean()

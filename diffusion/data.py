@@ -32,9 +32,11 @@ def load_images(config: DataConfig, data_root: str, split: Split = "train") -> I
     root = Path(data_root)
     if config.dataset == "folder":
         folder = root / config.folder
-        return FolderImages.open("folder", folder, list_images(folder), config.image_size, config.workers) if split == "train" else None
+        files = list_images(folder)[: config.max_images or None]
+        return FolderImages.open("folder", folder, files, config.image_size, config.workers) if split == "train" else None
     if config.dataset == "celeba":
         folder, files = celeba_files(root, split)
+        files = files[: config.max_images or None] if split == "train" else files
         return FolderImages.open("celeba", folder, files, config.image_size, config.workers, crop=148)
     reader = {"cifar10": _cifar10, "mnist": _mnist, "digits": _digits}[config.dataset]
     data = resize(reader(root, split), config.image_size)

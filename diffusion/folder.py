@@ -80,8 +80,9 @@ class FolderImages:
 
     def _decode(self, order: Iterator[list[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
         decoder = _Decoder(self.files, self.shape[1], self.crop)
+        apart = torch.Generator()  # DataLoader draws a seed for its workers; from the global generator that would shift dropout
         loader = DataLoader(decoder, batch_sampler=order, num_workers=self.workers, collate_fn=_collate,  # type: ignore[arg-type]
-                            pin_memory=device.type == "cuda", persistent_workers=False,
+                            pin_memory=device.type == "cuda", generator=apart,
                             worker_init_fn=_ignore_signals if self.workers else None)
         for images, index, faults in loader:
             good = [i for i, fault in enumerate(faults) if not fault]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from common import runtime
 from common.checkpoint import CheckpointError, Checkpoints
+from common.config import ConfigError, require
 from common.errors import exits_cleanly
 from common.files import atomic_open
 from common.run import Run
@@ -53,17 +54,30 @@ def main(config: Config, options: Options) -> None:
 
 def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Objective, int]:
     """The network of a run's newest whole checkpoint (or of `--checkpoint`), its objective, and the number of updates it has seen."""
-    folder = run.folder / "checkpoints"
-    state = Checkpoints.load(folder / Path(options.checkpoint).name) if options.checkpoint else Checkpoints(folder).load_newest()
+    check_sampling(config)
+    folder, chosen = run.folder / "checkpoints", Path(options.checkpoint)
+    if chosen.name == options.checkpoint:  # a bare name is one of this run's; a path is taken as it stands
+        chosen = folder / chosen
+    state = Checkpoints.load(chosen) if options.checkpoint else Checkpoints(folder).load_newest()
     if state is None:
         raise CheckpointError(f"no whole checkpoint in {folder}; train first, or give another --run")
     model = UNet(config.model, config.data.image_size)
     try:
         model.load_state_dict(state["parts"]["ema" if config.sample.weights == "ema" else "model"])
-    except RuntimeError:
+    except (RuntimeError, KeyError, TypeError):
         raise CheckpointError(f"the checkpoint in {folder} is of another model than the config's model section") from None
     model = model.to(run.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return model, build_objective(config.objective, state["parts"]["sigma_data"]), int(state["step"])
+
+
+def check_sampling(config: Config) -> None:
+    """`ConfigError` where `config.sample` does not suit the objective: better now than when the first images are due."""
+    try:
+        resolve_sampler(config.objective.kind, config.sample.sampler)
+    except ValueError as error:
+        raise ConfigError("sample.sampler", str(error)) from None
+    require(config.objective.kind != "ddpm" or config.sample.steps <= config.objective.timesteps, "sample.steps",
+            f"must be at most objective.timesteps={config.objective.timesteps}")
 
 
 def generate(model: UNet, objective: Objective, config: Config, count: int, labels: Tensor | None, seed: int, run: Run) -> Tensor:

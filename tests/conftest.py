@@ -11,14 +11,33 @@ import signal
 import pytest
 import torch
 
+from tests.helpers import stop_in_step, tiny, train
+
 torch.set_num_threads(1)
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
 
 @pytest.fixture(autouse=True)
 def _process_state():
     """A `Run` installs signal handlers and sets the default dtype; the next test must not see them."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    for number, handler in handlers.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """The folder of a tiny run from its first step to its last."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert train(tiny(run_dir)) == 0
+    return run_dir
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A run stopped after step 3, and its folder."""
+    with monkeypatch.context() as context:
+        stop_in_step(context, 3)
+        assert train(tiny(tmp_path / "run")) == 143
+    return tmp_path / "run"

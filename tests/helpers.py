@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,15 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from common.checkpoint import Checkpoints
 from common.config import Options, resolve
+from common.logging import read_metrics
 from diffusion.config import Config
+from diffusion.ema import EMA
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "configs/ddpm_digits.yaml"
+# 64 images in batches of 16: an epoch is four steps, the run three epochs
 TINY = ["model.channels=8", "model.groups=4", "model.multipliers=[1]", "model.attention=[]", "model.dropout=0.3", "data.max_images=64",
         "data.flip=true", "train.batch_size=16", "train.steps=12", "train.log_every=1", "train.save_every=100", "train.sample_every=0",
-        "sample.count=4", "sample.steps=3", "precision=fp32", "device=cpu"]  # 64 images in batches of 16: an epoch is four steps
+        "sample.count=4", "sample.steps=3", "precision=fp32", "device=cpu"]
+
+STEPS = 12
+TIMING = ("images_per_second",)
 
 
 def tiny(run_dir: Path, *overrides: str) -> Config:
@@ -44,19 +53,69 @@ def status(main: Any, *args: Any) -> int:
     return 0
 
 
-def python(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def python(*words: str) -> subprocess.CompletedProcess[str]:
     """Run the interpreter from the repository's root."""
-    return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False, **options)
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=250, check=False)
 
 
 def start_python(*words: str) -> subprocess.Popen[str]:
     """As `python`, without waiting for the end."""
-    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment(), stdout=pipe, stderr=pipe, text=True)
 
 
 def environment() -> dict[str, str]:
     """One thread, and no progress bar."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def checkpoint(run_dir: Path, step: int = STEPS) -> dict:
+    return Checkpoints.load(run_dir / f"checkpoints/{step:08d}.pt")
+
+
+def log(run_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    return [{name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def same(a: object, b: object) -> bool:
+    """Equality to the last bit of nested dicts, lists and tensors."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    first, second = checkpoint(a), checkpoint(b)
+    for part in ("model", "optimizer", "ema", "sigma_data"):
+        assert same(first["parts"][part], second["parts"][part]), part
+    assert same(first["rng"], second["rng"])
+    assert first["step"] == second["step"] == STEPS
+    assert log(a) == log(b)
+    assert [line["step"] for line in log(a)] == list(range(1, STEPS + 1))
+
+
+def stop_in_step(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Send this process a real SIGTERM in the middle of each of these steps."""
+    update, waiting = EMA.update, list(steps)
+
+    def update_and_stop(self, model, step):
+        update(self, model, step)
+        if step in waiting:
+            waiting.remove(step)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(EMA, "update", update_and_stop)
+
+
+def errors(text: str) -> list[str]:
+    """The error lines of a program; there must be no traceback among them."""
+    assert "Traceback" not in text, text
+    return [line for line in text.splitlines() if line.startswith("error: ")]
 
 
 @contextlib.contextmanager
@@ -65,9 +124,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     if os.geteuid() != 0 or not shutil.which("mount"):
         pytest.skip("mounting a small file system needs root")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
+    mount("-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder))
     try:
         yield folder
     finally:
@@ -82,12 +139,16 @@ def read_only(folder: Path) -> Iterator[None]:
         yield
         folder.chmod(0o755)
         return
-    for words in (["--bind", str(folder), str(folder)], ["-o", "remount,ro,bind", str(folder)]):
-        mounted = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
-        if mounted.returncode:
-            subprocess.run(["umount", "--lazy", str(folder)], check=False, capture_output=True)
-            pytest.skip(f"cannot mount a folder read-only here: {mounted.stderr.strip()}")
+    mount("--bind", str(folder), str(folder))
     try:
+        mount("-o", "remount,ro,bind", str(folder))
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def mount(*words: str) -> None:
+    """Call mount(8); skips the test where it is not allowed, as in a container."""
+    mounted = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount here: {mounted.stderr.strip()}")

@@ -39,7 +39,8 @@ def steps(checkpoints: Checkpoints) -> list[int]:
 def forge_manifest(path: Path) -> None:
     """Give any file a manifest that is valid for it."""
     content = path.read_bytes()
-    manifest = {"file": path.name, "step": int(path.stem), "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "best": False}
+    digest = hashlib.sha256(content).hexdigest()
+    manifest = {"file": path.name, "step": int(path.stem), "bytes": len(content), "sha256": digest, "best": False}
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     path.with_suffix(".json").write_text(json.dumps(manifest | {"manifest_sha256": digest}))
     verify(path)
@@ -305,7 +306,7 @@ def test_full_disk(tmp_path):
         checkpoints.save(1, state_of(1))
         for numbers in (1_000_000, 255_000, 100_000):  # too large; too large for its manifest; fits
             if numbers > 200_000:
-                with pytest.raises(ProjectError, match=r"cannot write .*00000002.(pt|json): No space left on device"):
+                with pytest.raises(ProjectError, match=r"cannot write .*00000002\.(pt|json): No space left on device"):
                     checkpoints.save(2, state_of(2, numbers))
                 assert not any(folder.glob(f"{TEMPORARY}*")), "the space must be free again"
                 assert checkpoints.newest_step() == 1
@@ -321,7 +322,7 @@ def test_read_only_folder(tmp_path):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     checkpoints.save(1, state_of(1))
     with read_only(tmp_path):
-        with pytest.raises(ProjectError, match="cannot write .*00000002.pt"):
+        with pytest.raises(ProjectError, match=r"cannot write .*00000002\.pt"):
             checkpoints.save(2, state_of(2))
         assert is_state_of(1, checkpoints.load_newest())
     assert steps(checkpoints) == [1]

@@ -1,0 +1,287 @@
+"""Datasets read byte by byte as their formats say, an order that is a function of (seed, step), and files that are not images."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.errors import ProjectError
+from diffusion.config import DataConfig
+from diffusion.data import load_images
+from diffusion.folder import FolderImages, list_images
+from diffusion.images import MemoryImages, batch_indices, to_float, to_uint8
+
+CPU = torch.device("cpu")
+RNG = np.random.default_rng(0)
+
+
+# -- pixels ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_all_256_values_survive_the_round_trip():
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    floats = to_float(values)
+    assert floats.dtype == torch.float32
+    assert float(floats.min()) == -1 and float(floats.max()) == 1
+    torch.testing.assert_close(floats.flatten().double(), torch.linspace(-1, 1, 256, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert torch.equal(to_uint8(floats), values)
+
+
+def test_to_uint8_clamps_and_rounds():
+    assert to_uint8(torch.tensor([-7.0, 7.0, 0.0, 1 / 127.5 * 0.49 - 1, 1 / 127.5 * 0.51 - 1])).tolist() == [0, 255, 128, 0, 1]
+
+
+def test_pixel_std_is_that_of_the_scaled_pixels():
+    images = MemoryImages("x", torch.from_numpy(RNG.integers(0, 256, (20, 3, 4, 4), dtype=np.uint8)), None)
+    assert images.pixel_std() == pytest.approx(float(to_float(images.images).double().std(correction=0)), rel=1e-5)
+
+
+def test_fingerprint_tells_data_apart():
+    pixels, labels = torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.arange(4)
+    other = pixels.clone()
+    other[0, 0, 0, 0] = 1
+    variants = [MemoryImages("a", pixels, labels), MemoryImages("b", pixels, labels), MemoryImages("a", other, labels),
+                MemoryImages("a", pixels, labels.flip(0)), MemoryImages("a", pixels.view(2, 2, 2, 2), labels)]
+    assert len({images.fingerprint() for images in variants}) == len(variants)
+    assert variants[0].fingerprint() == MemoryImages("a", pixels.clone(), labels.clone()).fingerprint()
+
+
+# -- order -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "batch"), [(40, 8), (40, 16), (7, 3), (5, 12), (1, 3)])
+def test_every_image_once_an_epoch(size, batch):
+    epochs = 6
+    stream = torch.cat([batch_indices(step, batch, size, seed=3) for step in range(1, epochs * size // batch + 2)])
+    orders = [stream[epoch * size : (epoch + 1) * size].tolist() for epoch in range(epochs)]
+    assert all(sorted(order) == list(range(size)) for order in orders)
+    if size >= 7:
+        assert len({tuple(order) for order in orders}) == epochs, "epochs must be shuffled differently"
+
+
+def test_order_depends_on_seed_and_step_alone():
+    forwards = [batch_indices(step, 6, 20, seed=1) for step in range(1, 30)]
+    torch.manual_seed(99)
+    backwards = [batch_indices(step, 6, 20, seed=1) for step in range(29, 0, -1)][::-1]
+    assert all(map(torch.equal, forwards, backwards))
+    assert not torch.equal(batch_indices(1, 20, 20, seed=1), batch_indices(1, 20, 20, seed=2))
+
+
+def test_batches_start_anywhere():
+    images = MemoryImages("x", torch.arange(20, dtype=torch.uint8).view(20, 1, 1, 1), torch.arange(20))
+    whole = list(itertools.islice(images.batches(1, 6, 0, CPU), 9))
+    late = list(itertools.islice(images.batches(5, 6, 0, CPU), 5))
+    for (a, a_labels), (b, b_labels) in zip(whole[4:], late, strict=True):
+        assert torch.equal(a, b) and torch.equal(a_labels, b_labels)
+        assert torch.equal(a.flatten().long(), a_labels), "an image lost its label"
+
+
+# -- formats -----------------------------------------------------------------------------------------------------------------------
+
+
+def write_cifar(root: Path, per_file: int = 3) -> dict[str, np.ndarray]:
+    """CIFAR-10's binary version: records of one label byte and 3072 pixels, all red ones first, row by row."""
+    folder = root / "cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    records = {}
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        records[name] = RNG.integers(0, 256, (per_file, 3073), dtype=np.uint8)
+        records[name][:, 0] %= 10
+        (folder / name).write_bytes(records[name].tobytes())
+    return records
+
+
+def test_cifar10_binary(tmp_path):
+    records = write_cifar(tmp_path)
+    train, test = (load_images(DataConfig(dataset="cifar10"), str(tmp_path), split) for split in ("train", "test"))
+    assert train.shape == (3, 32, 32) and len(train) == 15 and len(test) == 3
+    assert len(train.class_names) == 10 and train.class_names[3] == "cat"
+    for number, (channel, row, column) in itertools.product((0, 4, 14), ((0, 0, 0), (1, 2, 3), (2, 31, 31))):
+        record = records[f"data_batch_{number // 3 + 1}.bin"][number % 3]
+        assert int(train.labels[number]) == record[0]
+        assert int(train.images[number, channel, row, column]) == record[1 + channel * 1024 + row * 32 + column]
+    assert torch.equal(test.images.flatten(1), torch.from_numpy(records["test_batch.bin"][:, 1:]))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "long", "label"])
+def test_damaged_cifar10(damage, tmp_path):
+    write_cifar(tmp_path)
+    path = tmp_path / "cifar-10-batches-bin/data_batch_2.bin"
+    content = path.read_bytes()
+    path.write_bytes({"cut": content[:-1], "empty": b"", "long": content + b"x", "label": b"\xc8" + content[1:]}[damage])
+    with pytest.raises(ProjectError, match="damaged"):
+        load_images(DataConfig(dataset="cifar10"), str(tmp_path))
+
+
+def write_mnist(root: Path, count: int = 5) -> dict[str, np.ndarray]:
+    """MNIST's idx format: a big-endian magic number, the sizes, then the bytes."""
+    folder = root / "MNIST/raw"
+    folder.mkdir(parents=True)
+    arrays = {}
+    for name in ("train", "t10k"):
+        images, labels = RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8), RNG.integers(0, 10, count, dtype=np.uint8)
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, count, 28, 28) + images.tobytes())
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + labels.tobytes())
+        arrays |= {f"{name} images": images, f"{name} labels": labels}
+    return arrays
+
+
+def test_mnist_idx(tmp_path):
+    arrays = write_mnist(tmp_path)
+    for split, name in (("train", "train"), ("test", "t10k")):
+        data = load_images(DataConfig(dataset="mnist", image_size=28), str(tmp_path), split)
+        assert data.images.dtype == torch.uint8 and data.labels.dtype == torch.int64
+        assert torch.equal(data.images[:, 0], torch.from_numpy(arrays[f"{name} images"]))
+        assert torch.equal(data.labels, torch.from_numpy(arrays[f"{name} labels"]).long())
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "magic"])
+def test_damaged_mnist(damage, tmp_path):
+    write_mnist(tmp_path)
+    path = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
+    path.write_bytes({"cut": path.read_bytes()[:-10], "empty": b"", "magic": b"\xff" * 40}[damage])
+    with pytest.raises(ProjectError, match="MNIST"):
+        load_images(DataConfig(dataset="mnist", image_size=28), str(tmp_path))
+
+
+def test_digits_need_no_files():
+    train, test = (load_images(DataConfig(dataset="digits", image_size=8), "/nowhere", split) for split in ("train", "test"))
+    assert (len(train), len(test), train.shape) == (1500, 297, (1, 8, 8))
+    assert int(train.images.max()) == 255 and set(train.labels.tolist()) == set(range(10))
+    seen = {image.numpy().tobytes() for image in train.images}
+    assert sum(image.numpy().tobytes() in seen for image in test.images) <= 1, "the splits overlap"
+
+
+def test_max_images_and_resize():
+    data = load_images(DataConfig(dataset="digits", image_size=16, max_images=10), "")
+    assert data.images.shape == (10, 1, 16, 16) and data.images.dtype == torch.uint8
+    small = load_images(DataConfig(dataset="digits", image_size=8), "").head(10)
+    enlarged = [Image.fromarray(image[0].numpy()).resize((16, 16), Image.Resampling.BILINEAR) for image in small.images]
+    reference = np.stack([np.asarray(image) for image in enlarged])
+    assert np.abs(data.images[:, 0].numpy().astype(int) - reference.astype(int)).max() <= 1
+    assert len(load_images(DataConfig(dataset="digits", image_size=8, max_images=10), "", "test")) == 297
+
+
+@pytest.mark.parametrize(("dataset", "file"), [
+    ("cifar10", "data_batch_1.bin"), ("mnist", "train-images-idx3-ubyte"), ("celeba", "img_align_celeba"),
+])
+def test_no_network_and_no_data(dataset, file, tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("Network is unreachable")
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    monkeypatch.setattr("socket.socket.connect", offline)
+    with pytest.raises(ProjectError) as error:
+        load_images(DataConfig(dataset=dataset), str(tmp_path))
+    message = str(error.value)
+    assert "\n" not in message
+    assert file in message and str(tmp_path) in message and "configs/ddpm_digits.yaml" in message
+
+
+# -- folders of images -------------------------------------------------------------------------------------------------------------
+
+
+def write_images(folder: Path, count: int, classes: str = "ab") -> None:
+    for i, pixels in enumerate(RNG.integers(0, 256, (count, 6, 8, 3), dtype=np.uint8)):
+        path = folder / classes[i % len(classes)] / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+
+def open_folder(root: Path, workers: int = 0, **options) -> FolderImages:
+    return load_images(DataConfig(dataset="folder", folder=str(root), image_size=4, workers=workers, **options), "")
+
+
+BAD = {
+    "a/zz_corrupt.png": b"\x89PNG\r\n\x1a\n" + b"not really" * 9,
+    "a/zz_empty.png": b"",
+    "b/zz_text.txt": b"a readme",
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """396 good images, and four files that cannot be used: exactly one percent."""
+    folder = tmp_path_factory.mktemp("mixed")
+    write_images(folder, 396)
+    for name, content in BAD.items():
+        (folder / name).write_bytes(content)
+    Image.new("RGB", (1, 1)).save(folder / "b/zz_dot.png")
+    (folder / ".hidden").write_bytes(b"not counted")
+    return folder
+
+
+def test_bad_files_are_named_once_and_skipped(mixed, capfd):
+    images = open_folder(mixed)
+    assert len(images) == 400
+    batches = list(itertools.islice(images.batches(1, 50, 0, CPU), 24))  # three epochs
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 4
+    for name in [*BAD, "b/zz_dot.png"]:
+        assert sum(str(mixed / name) in line for line in lines) == 1
+    assert all((pixels.flatten(1) > 0).any(1).all() for pixels, _ in batches), "a black stand-in got into a batch"
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_workers_make_no_difference(mixed, capfd):
+    none, two = (list(itertools.islice(open_folder(mixed, workers).batches(5, 64, 0, CPU), 8)) for workers in (0, 2))
+    for (a, a_labels), (b, b_labels) in zip(none, two, strict=True):
+        assert torch.equal(a, b) and torch.equal(a_labels, b_labels)
+
+
+@pytest.mark.parametrize("name", ["a/zz_one_more.png", "b/zz_notes.txt"])
+def test_more_than_one_percent_bad_aborts(name, tmp_path, capfd):
+    write_images(tmp_path, 98)
+    for extra in ("a/zz_first.png", name):
+        (tmp_path / extra).write_bytes(b"")
+    with pytest.raises(ProjectError, match="2 of 100 files"):
+        list(itertools.islice(open_folder(tmp_path).batches(1, 50, 0, CPU), 2))
+    assert capfd.readouterr().err.count("skipping") == 2
+
+
+def test_labels_follow_the_sub_folders(tmp_path):
+    for name, value in (("cat", 10), ("dog", 200), ("eel", 90)):
+        (tmp_path / name / "deeper").mkdir(parents=True)
+        Image.new("RGB", (6, 6), (value,) * 3).save(tmp_path / name / "deeper/1.png")
+    images = open_folder(tmp_path)
+    assert images.class_names == ("cat", "dog", "eel")
+    data = images.head(0)
+    assert data.labels.tolist() == [0, 1, 2] and data.images[:, 0, 0, 0].tolist() == [10, 200, 90]
+
+
+@pytest.mark.parametrize("layout", [["1.png", "2.png"], ["only/1.png", "only/2.png"], ["a/1.png", "2.png"]])
+def test_no_labels_without_classes(layout, tmp_path):
+    for name in layout:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (6, 6)).save(tmp_path / name)
+    images = open_folder(tmp_path)
+    assert images.class_names == () and images.head(0).labels is None
+    assert next(images.batches(1, 2, 0, CPU))[1] is None
+
+
+def test_centre_crop_and_modes(tmp_path):
+    wide = np.zeros((8, 16), dtype=np.uint8)
+    wide[:, 4:12] = 255  # the middle square is white, the sides are black
+    Image.fromarray(wide, "L").save(tmp_path / "grey.png")
+    Image.fromarray(wide, "L").convert("P").save(tmp_path / "palette.png")
+    Image.fromarray(wide.T.copy(), "L").convert("RGBA").save(tmp_path / "tall.png")
+    assert bool((open_folder(tmp_path).head(0).images == 255).all())
+
+
+def test_max_images_of_a_folder(tmp_path):
+    write_images(tmp_path, 10)
+    assert len(open_folder(tmp_path, max_images=4)) == 4
+
+
+def test_folder_that_is_not_there(tmp_path):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(ProjectError, match=r"data\.folder"):
+            list_images(folder)
