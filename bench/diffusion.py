@@ -5,8 +5,8 @@ round times ours, the peer, and ours again, in one process: forward, mean square
 compares the peer with the mean of ours before and after it, so that a drift of the machine cancels; the second ours over the first
 is the A/A control, whose spread says which differences are noise. ratio > 1: ours has the higher throughput.
 
-Ours is timed in the memory format our training script gives it: channels_last on a GPU, the default on a CPU, where PyTorch's bfloat16
-GroupNorm is several times slower in channels_last. The peer is timed in both, and the ratio is against whichever of them is faster.
+Ours is timed in channels_last, as our training script keeps it, or in another format with --memory-format. The peer is timed in both
+formats, and the ratio is against whichever of them is faster.
 Peak memory comes from one fresh process a side: the growth of the resident set on a CPU, the allocator's peak on a GPU.
 The last line of stdout is one JSON object: ratio, aa_ratio, ours and peer (images/s), memory_ratio (ours / peer), and the circumstances.
 """
@@ -40,6 +40,7 @@ SIZES = {  # dropout off: the two would draw different masks
 IMAGE_SIZE = {"tiny": 8, "small": 32, "cifar": 32}
 BATCH = {"tiny": 2, "small": 16, "cifar": 4}
 TOLERANCE = 1e-4  # float32, relative to the largest entry; a wrong padding or split of weights is off by far more than rounding
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 PEERS = {"peer": torch.contiguous_format, "peer_channels_last": torch.channels_last}
 
 
@@ -192,10 +193,6 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def our_format(device: str) -> torch.memory_format:
-    return torch.channels_last if device == "cuda" else torch.contiguous_format
-
-
 def interleave(sides: dict[str, Side], batch: dict[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
     """Seconds of each step, by side and round; `again` is ours a second time, at the end of the round."""
     for side in sides.values():
@@ -235,7 +232,7 @@ def memory_of(args: argparse.Namespace) -> float:
     ours, peer = build_pair(config, image_size)
     net = ours if args.memory_of == "ours" else peer
     del ours, peer
-    memory_format = our_format(args.device) if args.memory_of == "ours" else PEERS[args.memory_of]
+    memory_format = FORMATS[args.memory_format] if args.memory_of == "ours" else PEERS[args.memory_of]
     before = current_rss()
     side = Side(net, memory_format, args)
     for _ in range(3):
@@ -266,6 +263,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile both")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=0, help="images a step; 0 = the size's own")
+    parser.add_argument("--memory-format", choices=FORMATS, default="channels_last", help="of ours")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--memory-of", choices=("ours", *PEERS), help=argparse.SUPPRESS)  # used by the program on itself
@@ -293,15 +291,16 @@ def main(argv: list[str]) -> None:
         raise SystemExit(f"ours and the peer differ by more than {TOLERANCE}: nothing was timed")
 
     load = os.getloadavg()[0]
-    sides = {"ours": Side(ours, our_format(args.device), args)}
+    sides = {"ours": Side(ours, FORMATS[args.memory_format], args)}
     sides |= {name: Side(copy.deepcopy(peer), memory_format, args) for name, memory_format in PEERS.items()}
     result = summarise(interleave(sides, {k: v.to(args.device) for k, v in batch.items()}, args.rounds), args.batch)
     memory = {name: measure_memory(name, argv) for name in ("ours", result["peer_format"])}
     result["memory_ratio"] = round(memory["ours"] / memory[result["peer_format"]], 4)
     result["memory_mib"] = {name: round(mib) for name, mib in memory.items()}
     result |= {
-        "size": args.size, "precision": args.precision, "compile": args.compile, "batch": args.batch, "rounds": args.rounds,
-        "difference": differences, "threads": args.threads, "load": [round(load, 2), round(os.getloadavg()[0], 2)],
+        "size": args.size, "precision": args.precision, "compile": args.compile, "memory_format": args.memory_format,
+        "batch": args.batch, "rounds": args.rounds, "threads": args.threads,
+        "difference": differences, "load": [round(load, 2), round(os.getloadavg()[0], 2)],
         "clock": "cpu time" if args.device == "cpu" and args.threads == 1 else "wall time",
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},

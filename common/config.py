@@ -78,7 +78,8 @@ def load(schema: type[C], project: str, mode: Mode = "train", argv: list[str] | 
     args = _parse(project, mode, sys.argv[1:] if argv is None else argv)
     if mode == "train":
         if not args.config:
-            _fail(f"--config is required; {project} has: " + (", ".join(list_configs(project)) or "none here; run from the repository's root"))
+            known = ", ".join(list_configs(project)) or "none here; run from the repository's root"
+            _fail(f"--config is required; {project} has: {known}")
         path, run_dir = Path(args.config), f"runs/{Path(args.config).stem}"
     else:
         if not args.run:

@@ -65,9 +65,10 @@ def _mnist(root: Path, split: Split) -> MemoryImages:
 
     try:
         data = MNIST(str(root), train=split == "train", download=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ProjectError(f"MNIST: put train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte into "
-                           f"{root}/MNIST/raw, or use configs/ddpm_digits.yaml, which needs no download ({_reason(error)})") from None
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:  # torchvision asserts what the files' headers say
+        raise ProjectError(f"MNIST: put train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+                           f"t10k-labels-idx1-ubyte into {root}/MNIST/raw, "
+                           f"or use configs/ddpm_digits.yaml, which needs no download ({_reason(error)})") from None
     return MemoryImages("mnist", data.data[:, None], data.targets.long(), tuple("0123456789"))
 
 
@@ -93,4 +94,4 @@ def _download(name: str, url: str, md5: str, root: Path, files: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    return f"download failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    return f"not readable, and no download: {str(error).splitlines()[0] if str(error) else 'a damaged file'}"

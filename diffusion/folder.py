@@ -144,8 +144,8 @@ def celeba_files(root: Path, split: Literal["train", "test"]) -> tuple[Path, lis
         data = CelebA(str(root), split=split, download=not (root / "celeba/img_align_celeba").is_dir())
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ProjectError(f"CelebA: put img_align_celeba/*.jpg and the list_*.txt and identity_CelebA.txt files into {root}/celeba, or use "
-                           f"configs/ddpm_digits.yaml, which needs no download ({reason})") from None
+        raise ProjectError(f"CelebA: put img_align_celeba/*.jpg and the list_*.txt and identity_CelebA.txt files into {root}/celeba, or "
+                           f"use configs/ddpm_digits.yaml, which needs no download ({reason})") from None
     folder = root / "celeba/img_align_celeba"
     return folder, [folder / name for name in data.filename]
 

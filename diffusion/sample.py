@@ -5,7 +5,7 @@ a GIF. Legend: B batch, C channels, H = W pixels, T frames.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
-from common.config import Options, load
+from common.config import Options, load, require
 from diffusion.config import Config
 
 if __name__ == "__main__":
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from common import runtime
 from common.checkpoint import CheckpointError, Checkpoints
-from common.config import ConfigError, require
 from common.errors import exits_cleanly
 from common.files import atomic_open
 from common.run import Run
@@ -72,10 +71,6 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Object
 
 def check_sampling(config: Config) -> None:
     """`ConfigError` where `config.sample` does not suit the objective: better now than when the first images are due."""
-    try:
-        resolve_sampler(config.objective.kind, config.sample.sampler)
-    except ValueError as error:
-        raise ConfigError("sample.sampler", str(error)) from None
     require(config.objective.kind != "ddpm" or config.sample.steps <= config.objective.timesteps, "sample.steps",
             f"must be at most objective.timesteps={config.objective.timesteps}")
 

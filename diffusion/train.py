@@ -141,8 +141,9 @@ def describe(config: Config, images: Images) -> None:
     model = UNet(config.model, config.data.image_size)
     print(to_yaml(config), end="")
     print(f"# {count_parameters(model):,} parameters, {training_flops(config) / 1e9:.2f} GFLOP to train on one image")
+    epochs = config.train.steps * config.train.batch_size / len(images)
     print(f"# {len(images):,} images of shape {images.shape}, {len(images.class_names)} classes; a batch is "
-          f"({config.train.batch_size}, {', '.join(map(str, images.shape))}), {config.train.steps * config.train.batch_size / len(images):.1f} epochs")
+          f"({config.train.batch_size}, {', '.join(map(str, images.shape))}), {epochs:.1f} epochs")
 
 
 if __name__ == "__main__":

@@ -235,13 +235,6 @@ def test_new_is_written_before_old_is_deleted(tmp_path, monkeypatch):
     assert deleted == ["00000001.pt"] and steps(checkpoints) == [2]
 
 
-def test_keep_last_cannot_be_less_than_one(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep_last=0)
-    for step in (1, 2):
-        checkpoints.save(step, state_of(step))
-    assert steps(checkpoints) == [2]
-
-
 # -- kill -9 -----------------------------------------------------------------------------------------------------------------------
 
 

@@ -51,7 +51,7 @@ BAD_OVERRIDES = [
     ("model.channels=65", "model.channels", "model.groups"),
     ("model.head_channels=48", "model.head_channels"),
     ("data.image_size=9", "data.image_size"),
-    ("objective.zero_terminal_snr=true", "objective.zero_terminal_snr", "prediction=v"),
+    ("objective.prediction=eps objective.zero_terminal_snr=true", "objective.zero_terminal_snr", "prediction=v"),
     ("objective.kind=flow sample.sampler=ddpm", "sample.sampler"),
     ("sample.sigma_min=100", "sample.sigma_min"),
     ("seed=${nowhere}", "nowhere"),

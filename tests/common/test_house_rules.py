@@ -68,8 +68,9 @@ def test_nothing_unsafe(path):
 
 
 def test_the_search_for_unsafe_calls_finds_them():
-    for code in ("pickle.load(f)", "pickle.loads(b)", "torch.load(f, weights_only=False)", "torch.load(f)", "np.load(f, allow_pickle=True)", "yaml.load(f)", "yaml.load(f, Loader=yaml.Loader)",
-                 "f(trust_remote_code=True)", "subprocess.run(c, shell=True)", "exec(c)"):
+    for code in ("pickle.load(f)", "pickle.loads(b)", "torch.load(f, weights_only=False)", "torch.load(f)", "yaml.load(f)",
+                 "np.load(f, allow_pickle=True)", "yaml.load(f, Loader=yaml.Loader)", "f(trust_remote_code=True)",
+                 "subprocess.run(c, shell=True)", "exec(c)"):
         assert unsafe(ast.parse(code)), code
     for code in ("torch.load(f, weights_only=True)", "np.load(f, allow_pickle=False)", "yaml.safe_load(f)", "json.load(f)", "model.eval()"):
         assert not unsafe(ast.parse(code)), code
@@ -88,11 +89,11 @@ def test_length(path):
 
 @pytest.mark.parametrize("path", PRODUCT, ids=name_of)
 def test_every_public_thing_is_explained(path):
-    """Modules, and public classes and functions at the top of one."""
+    """Modules, and public classes and functions at the top of one; a function of a few lines may speak for itself."""
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), "the module has no docstring"
     for node in tree.body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_") and node.end_lineno - node.lineno > 3:
             assert ast.get_docstring(node), f"{node.name} has no docstring"
 
 

@@ -18,7 +18,7 @@ from common.run import Run
 from diffusion.config import Config
 from tests.helpers import DIGITS, TINY, errors, python, status
 
-QUICK = ["eval.num_samples=24", "eval.num_reference=200", "eval.manifold_samples=20", "eval.neighbours=2",
+QUICK = ["eval.num_samples=24", "eval.manifold_samples=20", "eval.neighbours=2",
          "sample.batch_size=8", "sample.steps=3"]  # three batches
 
 
@@ -68,7 +68,7 @@ def test_evaluation(run_dir, capsys):
     assert {"fd_digits", "fd_floor", "conditional_accuracy", "classifier_test_accuracy", "precision", "recall"} <= metrics.keys()
     assert all(isinstance(value, int | float) for value in metrics.values()) and "fid" not in metrics
     assert 0 < metrics["fd_floor"] < metrics["fd_digits"], "two steps of training cannot be as good as real images"
-    assert result["n"]["fd_digits"] == 24 and result["n"]["reference"] == 200
+    assert result["n"]["fd_digits"] == 24 and result["n"]["reference"] == 64
     assert all(name in captured.out for name in ("fd_digits", "fd_floor"))
     assert not (run_dir / "eval_samples").exists()
     with Image.open(run_dir / "figures/samples.png") as image:
@@ -82,7 +82,8 @@ def test_sampling_as_a_process(run_dir):
     assert names.keys() == {"grid", "interpolation", "filmstrip", "denoising"}
     for path in names.values():
         with Image.open(path) as image:
-            assert (image.format, getattr(image, "n_frames", 1)) == (("GIF", 4) if path.suffix == ".gif" else ("PNG", 1))
+            assert image.format == ("GIF" if path.suffix == ".gif" else "PNG")
+            assert path.suffix != ".gif" or image.n_frames in (3, 4)  # Pillow writes two equal frames as one
 
 
 def stop_at_call(monkeypatch: pytest.MonkeyPatch, module, number: int) -> list[int]:
@@ -163,8 +164,8 @@ def test_explicit_checkpoint(program, run_dir, tmp_path, capfd):
 def test_nothing_to_load_or_wrong_settings(program, run_dir, capfd):
     assert program(run_dir, "model.channels=16") == 1
     assert "another model" in errors(capfd.readouterr().err)[0]
-    assert program(run_dir, "sample.sampler=heun") == 2
-    assert "sample.sampler" in errors(capfd.readouterr().err)[0]
+    assert program(run_dir, "sample.steps=5000") == 2
+    assert "sample.steps" in errors(capfd.readouterr().err)[0]
     Checkpoints(run_dir / "checkpoints").path(2).unlink()
     assert program(run_dir) == 1
     assert "no whole checkpoint" in errors(capfd.readouterr().err)[0]
