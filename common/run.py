@@ -158,7 +158,7 @@ class Run:
         bad = ~torch.isfinite(loss.detach())
         if not self.scaler.is_enabled():  # under fp16 an overflow is the scaler's business: it skips the step and halves its factor
             bad |= ~torch.isfinite(norm)
-        self._agreed_to_stop = self.machine.any(self.signals.received is not None)  # processes need not agree on `bad`: gradients are shared
+        self._agreed_to_stop = self.machine.any(self.signals.received is not None)  # no need to agree on `bad`: gradients are shared
         self._bad = torch.where((self._bad == 0) & bad, float(self.step), self._bad)
         if self.device.type == "cuda" and optimizer.defaults.get("fused"):
             optimizer.grad_scale, optimizer.found_inf = None, (self._bad > 0).float()

@@ -5,6 +5,7 @@ This module imports nothing heavy, so that a mistake in a config is reported bef
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -47,6 +48,8 @@ class ModelConfig:
     scale_shift: bool = False  # time and class modulate the second GroupNorm (Dhariwal & Nichol 2021) instead of being added
 
     def __post_init__(self) -> None:
+        require(self.image_channels >= 1, "model.image_channels", "must be at least 1")
+        require(all(size >= 1 for size in self.attention), "model.attention", "must be resolutions in pixels")
         require(self.channels > 0 and self.groups > 0 and self.channels % self.groups == 0, "model.channels",
                 f"must be a positive multiple of model.groups={self.groups}")
         require(len(self.multipliers) > 0 and min(self.multipliers) > 0, "model.multipliers", "must be positive integers")
@@ -112,7 +115,8 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"train.{name}", "must be at least 1")
         for name in ("microbatch", "warmup", "weight_decay", "grad_clip", "sample_every"):
             require(getattr(self, name) >= 0, f"train.{name}", "must not be negative")
-        require(self.lr > 0, "train.lr", "must be positive")
+        require(0 < self.lr < math.inf, "train.lr", "must be positive and finite")
+        require(all(0 <= beta < 1 for beta in self.betas), "train.betas", "must be in [0, 1)")
         require(0 <= self.ema < 1, "train.ema", "must be in [0, 1)")
 
 
@@ -137,6 +141,7 @@ class SampleConfig:
         require(self.steps >= 1, "sample.steps", "must be at least 1")
         require(0 <= self.eta <= 1, "sample.eta", "must be in [0, 1]")
         require(0 < self.sigma_min < self.sigma_max, "sample.sigma_min", "must be positive and below sample.sigma_max")
+        require(self.rho > 0, "sample.rho", "must be positive")
         require(self.count >= 1, "sample.count", "must be at least 1")
         require(self.batch_size >= 1, "sample.batch_size", "must be at least 1")
 
@@ -158,7 +163,9 @@ class EvalConfig:
     def __post_init__(self) -> None:
         require(self.num_samples >= 2, "eval.num_samples", "must be at least 2: a covariance needs two images")
         require(self.nfe_samples == 0 or self.nfe_samples >= 2, "eval.nfe_samples", "must be 0 or at least 2")
-        require(self.manifold_samples >= 0, "eval.manifold_samples", "must not be negative")
+        for name in ("manifold_samples", "num_reference", "neighbours"):
+            require(getattr(self, name) >= 0, f"eval.{name}", "must not be negative")
+        require(all(n >= 1 for n in self.nfe_table), "eval.nfe_table", "must be numbers of network evaluations, at least 1")
 
 
 @dataclass(frozen=True)
@@ -174,5 +181,7 @@ class Config(BaseConfig):
 
     def __post_init__(self) -> None:
         require(self.sample.sampler != "ddpm" or self.objective.kind == "ddpm", "sample.sampler", "ddpm needs objective.kind=ddpm")
+        require(self.objective.kind != "ddpm" or self.sample.steps <= self.objective.timesteps, "sample.steps",
+                f"must be at most objective.timesteps={self.objective.timesteps}")
         require(self.data.image_size % (self.model.patch * 2 ** (len(self.model.multipliers) - 1)) == 0, "data.image_size",
                 "must be divisible by model.patch * 2 ** (levels - 1)")

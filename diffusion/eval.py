@@ -49,7 +49,17 @@ class Judge:
     extractor: FeatureExtractor
     real: MemoryImages
     statistics: FeatureStatistics
-    floor: float | None  # the distance of held-out images from the training images: what a perfect model would score
+    held_out: MemoryImages | None
+
+    def floor(self, count: int, run: Run) -> float | None:
+        """The distance of `count` held-out images (all, if there are fewer) from the training images: what a perfect model would score.
+
+        It falls with `count`, because a covariance estimated from few images is off; so does the distance of generated images.
+        """
+        if self.held_out is None:
+            return None
+        features, _ = extract(self.extractor, self.held_out.images[:count], track=run.track)
+        return frechet_between(self.statistics, FeatureStatistics().update(features), len(features))
 
 
 @exits_cleanly
@@ -66,8 +76,8 @@ def main(config: Config, options: Options) -> None:
         labels = grid_labels(config, config.eval.num_samples)
         generated = generate_resumable(model, objective, config, config.eval.num_samples, labels, key, run)
         metrics = measure(generated, labels, judge, config, run)
-        if judge.floor is not None:
-            metrics["fd_floor"] = judge.floor
+        if (floor := judge.floor(len(generated), run)) is not None:
+            metrics["fd_floor"] = floor
         if judge.extractor.test_accuracy is not None:
             metrics["classifier_test_accuracy"] = judge.extractor.test_accuracy
         metrics |= memorisation(generated, judge.real, test, config, run.folder / "figures/neighbours.png")
@@ -99,11 +109,7 @@ def build_judge(config: Config, train: Images, test: Images | None, run: Run) ->
                                 weights=config.eval.classifier_weights, device=run.device, log=run.display.say, track=run.track)
     identity = {"dataset": config.data.dataset, "folder": config.data.folder, "image_size": config.data.image_size}
     statistics = reference_statistics(extractor, real.images, cache, {**identity, "split": "train"}, track=run.track)
-    floor = None
-    if held_out is not None:
-        other = reference_statistics(extractor, held_out.images, cache, {**identity, "split": "test"}, track=run.track)
-        floor = frechet_between(statistics, other, len(held_out))
-    return Judge(extractor, real, statistics, floor)
+    return Judge(extractor, real, statistics, held_out)
 
 
 def generate_resumable(model: UNet, objective: Objective, config: Config, count: int, labels: Tensor | None, key: dict, run: Run) -> Tensor:
@@ -178,7 +184,7 @@ def sampler_table(model: UNet, objective: Objective, config: Config, judge: Judg
     """Frechet distance by sampler and number of network evaluations: the price of an image against its quality."""
     if not config.eval.nfe_samples:
         return {}
-    rows: dict[str, dict[str, float]] = {}
+    floor, rows = judge.floor(config.eval.nfe_samples, run), {}
     for sampler in SAMPLERS[config.objective.kind]:
         for nfe in config.eval.nfe_table:
             steps = (nfe + 1) // 2 if sampler == "heun" else nfe  # heun: 2 * steps - 1 evaluations, so never more than nfe
@@ -187,8 +193,8 @@ def sampler_table(model: UNet, objective: Objective, config: Config, judge: Judg
             changed = with_sampling(config, sampler=sampler, steps=steps, eta=0.0)
             rows.setdefault(sampler, {})[str(nfe)] = quick_distance(model, objective, changed, judge, run)[judge.extractor.name]
     write_json(run.folder / "figures/samplers.json",
-               {"metric": judge.extractor.name, "n": config.eval.nfe_samples, "floor": judge.floor, "rows": rows})
-    plot_samplers(rows, judge, run.folder / "figures/samplers.png")
+               {"metric": judge.extractor.name, "n": config.eval.nfe_samples, "floor": floor, "rows": rows})
+    plot_samplers(rows, judge.extractor.name, floor, run.folder / "figures/samplers.png")
     return {f"{judge.extractor.name}_{sampler}_nfe{nfe}": value for sampler, cells in rows.items() for nfe, value in cells.items()}
 
 
@@ -197,11 +203,12 @@ def guidance_table(model: UNet, objective: Objective, config: Config, judge: Jud
     if not config.eval.nfe_samples or not config.model.num_classes:
         return {}
     rows = {f"{w:g}": quick_distance(model, objective, with_sampling(config, guidance=w), judge, run) for w in config.eval.guidance_table}
-    write_json(run.folder / "figures/guidance.json", {"n": config.eval.nfe_samples, "floor": judge.floor, "rows": rows})
+    write_json(run.folder / "figures/guidance.json",
+               {"n": config.eval.nfe_samples, "floor": judge.floor(config.eval.nfe_samples, run), "rows": rows})
     return {f"{name}_w{w}": value for w, row in rows.items() for name, value in row.items()}
 
 
-def plot_samplers(rows: dict[str, dict[str, float]], judge: Judge, path: Path) -> None:
+def plot_samplers(rows: dict[str, dict[str, float]], metric: str, floor: float | None, path: Path) -> None:
     """Draw the sampler table on logarithmic axes, with the floor."""
     import matplotlib
 
@@ -211,9 +218,9 @@ def plot_samplers(rows: dict[str, dict[str, float]], judge: Judge, path: Path) -
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for sampler, cells in rows.items():
         axes.plot([int(n) for n in cells], list(cells.values()), marker="o", markersize=4, label=sampler)
-    if judge.floor:
-        axes.axhline(judge.floor, color="grey", linestyle=":", label="floor (test images)")
-    axes.set(xscale="log", yscale="log", xlabel="network evaluations an image", ylabel=f"{judge.extractor.name} (lower is better)")
+    if floor:
+        axes.axhline(floor, color="grey", linestyle=":", label="held-out images")
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations an image", ylabel=f"{metric} (lower is better)")
     axes.legend()
     with atomic_open(path) as file:
         figure.savefig(file, format="png", dpi=110)

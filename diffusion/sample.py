@@ -5,7 +5,7 @@ a GIF. Legend: B batch, C channels, H = W pixels, T frames.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
-from common.config import Options, load, require
+from common.config import Options, load
 from diffusion.config import Config
 
 if __name__ == "__main__":
@@ -53,7 +53,6 @@ def main(config: Config, options: Options) -> None:
 
 def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Objective, int]:
     """The network of a run's newest whole checkpoint (or of `--checkpoint`), its objective, and the number of updates it has seen."""
-    check_sampling(config)
     folder, chosen = run.folder / "checkpoints", Path(options.checkpoint)
     if chosen.name == options.checkpoint:  # a bare name is one of this run's; a path is taken as it stands
         chosen = folder / chosen
@@ -67,12 +66,6 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Object
         raise CheckpointError(f"the checkpoint in {folder} is of another model than the config's model section") from None
     model = model.to(run.device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return model, build_objective(config.objective, state["parts"]["sigma_data"]), int(state["step"])
-
-
-def check_sampling(config: Config) -> None:
-    """`ConfigError` where `config.sample` does not suit the objective: better now than when the first images are due."""
-    require(config.objective.kind != "ddpm" or config.sample.steps <= config.objective.timesteps, "sample.steps",
-            f"must be at most objective.timesteps={config.objective.timesteps}")
 
 
 def generate(model: UNet, objective: Objective, config: Config, count: int, labels: Tensor | None, seed: int, run: Run) -> Tensor:

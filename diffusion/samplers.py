@@ -202,9 +202,9 @@ def sample(
     """Draw `shape` = (B, C, H, W) images with the sampler ddpm, ddim, dpmpp, euler or heun (see `resolve_sampler`).
 
     Starts at sigma_0 times standard normal noise: `x_init` (B, C, H, W) if given, else drawn from `rng`, as is the noise of later steps.
-    The result is a function of rng's state and device. `eta` matters to ddim only, `variance` to ddpm only. `clip` limits each x_0 guess to [-1, 1], for ddpm
-    and ddim only: it breaks the smoothness that the higher-order methods build on. `track` wraps the iterable of step indices (a
-    progress bar, a stop signal). `on_step(i, x, x0)` sees the state after step i and the guess that led to it.
+    The result is a function of rng's state and device. `eta` matters to ddim only, `variance` to ddpm only. `clip` limits each x_0 guess
+    to [-1, 1], for ddpm and ddim only: it breaks the smoothness that the higher-order methods build on. `track` wraps the iterable of
+    step indices (a progress bar, a stop signal). `on_step(i, x, x0)` sees the state after step i and the guess that led to it.
     Returns float32 (B, C, H, W), not clamped; float64 if `x_init` is float64. Raises ValueError for an unknown sampler.
     """
     if sampler not in SAMPLERS["ddpm"]:

@@ -24,7 +24,7 @@ from diffusion.ema import EMA
 from diffusion.images import Images, to_float
 from diffusion.model import UNet
 from diffusion.objectives import build_objective
-from diffusion.sample import check_sampling, generate, grid_labels, save_grid
+from diffusion.sample import generate, grid_labels, save_grid
 
 
 @exits_cleanly
@@ -116,8 +116,7 @@ def drop_labels(labels: torch.Tensor | None, config: Config, rng: torch.Generato
 
 
 def check_fit(config: Config, images: Images) -> None:
-    """`ConfigError` where the model does not fit the images, or the sampler the objective."""
-    check_sampling(config)
+    """`ConfigError` where the model does not fit the images."""
     channels, classes = images.shape[0], len(images.class_names)
     require(channels == config.model.image_channels, "model.image_channels", f"must be {channels} for data.dataset={config.data.dataset}")
     require(config.model.num_classes in (0, classes), "model.num_classes", f"must be 0 or {classes} for these images")
