@@ -57,16 +57,6 @@ class TimeEmbedding(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)  # (B, width)
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalisation (Wu & He 2018) in float32 whatever autocast says: a mean over thousands of bf16 numbers is worth little.
-
-    On a GPU autocast does this by itself; on a CPU it does not, and PyTorch's bf16 kernel is also three times slower there.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
-
-
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions around a skip connection, told the time between them: (B, C_in, H, W) -> (B, C_out, H, W).
 
@@ -78,9 +68,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.scale_shift = config.scale_shift
         self.modulation_width = out_channels * (2 if config.scale_shift else 1)
-        self.norm1 = GroupNorm(config.groups, in_channels, NORM_EPS)
+        self.norm1 = nn.GroupNorm(config.groups, in_channels, NORM_EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm(config.groups, out_channels, NORM_EPS)
+        self.norm2 = nn.GroupNorm(config.groups, out_channels, NORM_EPS)
         self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
@@ -103,7 +93,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, config: ModelConfig):
         super().__init__()
         self.heads = channels // config.head_channels if config.head_channels else 1
-        self.norm = GroupNorm(config.groups, channels, NORM_EPS)
+        self.norm = nn.GroupNorm(config.groups, channels, NORM_EPS)
         self.qkv = nn.Linear(channels, 3 * channels)  # query, key and value in one matrix product
         self.out = nn.Linear(channels, channels)
 
@@ -185,7 +175,7 @@ class UNet(nn.Module):
         self.class_embedding = nn.Embedding(config.num_classes + 1, E) if config.num_classes else None
         self.conv_in = nn.Conv2d(image_channels, config.channels, 3, padding=1)
         self._build_stages(image_size // config.patch)
-        self.norm_out = GroupNorm(config.groups, config.channels * config.multipliers[0], NORM_EPS)
+        self.norm_out = nn.GroupNorm(config.groups, config.channels * config.multipliers[0], NORM_EPS)
         self.conv_out = nn.Conv2d(config.channels * config.multipliers[0], image_channels, 3, padding=1)
 
         # Each block needs its own linear map of the embedding; one matrix product makes them all, and forward splits the result.

@@ -64,7 +64,7 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Object
         model.load_state_dict(state["parts"]["ema" if config.sample.weights == "ema" else "model"])
     except (RuntimeError, KeyError, TypeError):
         raise CheckpointError(f"the checkpoint in {folder} is of another model than the config's model section") from None
-    model = model.to(run.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model = model.to(run.device, memory_format=run.memory_format).eval().requires_grad_(False)
     return model, build_objective(config.objective, state["parts"]["sigma_data"]), int(state["step"])
 
 
@@ -99,7 +99,7 @@ def generate_batch(model: UNet, objective: Objective, config: Config, index: int
 
 def _call(model: UNet, run: Run, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
     with run.autocast():
-        return model(x.contiguous(memory_format=torch.channels_last), time, labels)
+        return model(x.contiguous(memory_format=run.memory_format), time, labels)
 
 
 def grid_labels(config: Config, count: int) -> Tensor | None:

@@ -38,7 +38,7 @@ def train(config: Config, options: Options) -> None:
     with run:
         sigma_data = images.head(1000 if config.data.dataset in ("celeba", "folder") else 0).pixel_std()
         objective = build_objective(config.objective, sigma_data)
-        model = UNet(config.model, config.data.image_size).to(run.device, memory_format=torch.channels_last)
+        model = UNet(config.model, config.data.image_size).to(run.device, memory_format=run.memory_format)
         optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.lr, betas=config.train.betas,
                                       weight_decay=config.train.weight_decay, fused=run.device.type != "mps")
         ema = EMA(model, config.train.ema)
@@ -65,7 +65,7 @@ def train(config: Config, options: Options) -> None:
             size = config.train.microbatch or len(x0)
             for i in range(0, len(x0), size):
                 part = slice(i, i + size)
-                x0_part = x0[part].contiguous(memory_format=torch.channels_last)
+                x0_part = x0[part].contiguous(memory_format=run.memory_format)
                 with run.autocast():
                     losses = objective.loss(net, x0_part, None if labels is None else labels[part], noise[part], u[part])
                 part_loss = losses.sum() / len(x0)
