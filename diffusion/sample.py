@@ -117,7 +117,8 @@ def interpolate(model: UNet, objective: Objective, config: Config, run: Run, row
     angle = torch.linspace(0, math.pi / 2, columns).view(1, columns, 1, 1, 1)
     noise = torch.cos(angle) * ends[0][:, None] + torch.sin(angle) * ends[1][:, None]  # (rows, columns, C, H, W)
     labels = None if not config.model.num_classes else (torch.arange(rows) % config.model.num_classes).repeat_interleave(columns)
-    smooth = dataclasses.replace(config, sample=dataclasses.replace(config.sample, eta=0.0, sampler="auto"))  # no noise after the first
+    sampler = "auto" if config.sample.sampler == "ddpm" else config.sample.sampler  # no noise may enter but the first
+    smooth = dataclasses.replace(config, sample=dataclasses.replace(config.sample, eta=0.0, sampler=sampler))
     drawn = generate_batch(model, objective, smooth, 0, rows * columns, labels, config.seed, run, noise.flatten(0, 1).to(run.device))
     return to_uint8(drawn).cpu()
 
