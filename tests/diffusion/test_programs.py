@@ -164,7 +164,9 @@ def test_explicit_checkpoint(program, run_dir, tmp_path, capfd):
 def test_nothing_to_load_or_wrong_settings(program, run_dir, capfd):
     assert program(run_dir, "model.channels=16") == 1
     assert "another model" in errors(capfd.readouterr().err)[0]
-    assert program(run_dir, "sample.steps=5000") == 2
+    with pytest.raises(SystemExit) as stopped:
+        program(run_dir, "sample.steps=5000")
+    assert stopped.value.code == 2
     assert "sample.steps" in errors(capfd.readouterr().err)[0]
     Checkpoints(run_dir / "checkpoints").path(2).unlink()
     assert program(run_dir) == 1

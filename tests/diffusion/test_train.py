@@ -104,7 +104,7 @@ def test_dry_run(tmp_path, capsys):
 
 @pytest.mark.parametrize(("override", "key"), [
     ("model.image_channels=3", "model.image_channels"), ("model.num_classes=7", "model.num_classes"), ("device=cuda:99", "device"),
-    ("device=warp", "device"), ("precision=fp16", "precision"), ("sample.steps=5000", "sample.steps"),
+    ("device=warp", "device"), ("precision=fp16", "precision"),
 ])
 def test_what_only_the_machine_or_the_data_can_tell(override, key, tmp_path, capfd):
     assert train(tiny(tmp_path / "run", override)) == 2
