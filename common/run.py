@@ -206,8 +206,8 @@ class Run:
             value /= self.world
         return float(value)
 
-    def track(self, items: Iterable[T], total: int = 0, label: str = "sampling") -> Iterator[T]:
-        """Iterate with a progress bar; raises `Stopped` between two items once a stop signal has arrived."""
+    def track(self, items: Iterable[T]) -> Iterator[T]:
+        """Iterate; raises `Stopped` between two items once a stop signal has arrived."""
         return stoppable(self.signals, items)
 
     @contextlib.contextmanager
