@@ -1,0 +1,137 @@
+"""Measure trained networks:  python -m gnn.eval --run runs/gcn_cora [eval.figures=false ...]
+
+Every trained seed (or fold) is tested; what is reported is their mean and standard deviation. Writes `eval.json`, the per-seed table
+`seeds.csv` and pictures into the run folder; the last line of stdout is the content of `eval.json`. Nothing here chooses anything.
+"""
+
+# The config is read before PyTorch is imported, so that a typo is reported in a blink.
+from common.config import Options, load
+from gnn.config import Config
+
+if __name__ == "__main__":
+    CONFIG, OPTIONS = load(Config, "gnn", "eval")
+
+import csv
+import io
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError, safe_open
+
+from common.errors import ProjectError, exits_cleanly
+from common.files import write_json, write_text
+from common.logging import read_metrics
+from common.run import Run
+from gnn.task import Task, build_task
+from gnn.train import start_trial, use_threads
+
+
+@exits_cleanly
+def main(config: Config, options: Options) -> None:
+    """Evaluate every seed of one run."""
+    started = time.perf_counter()
+    with Run(config, options) as run:
+        paths = sorted((run.folder / "models").glob("*.safetensors"))
+        if not paths:
+            raise ProjectError(f"no trained weights in {run.folder / 'models'}; train first (or --resume), or give another --run")
+        use_threads(config)
+        task = build_task(config, run.device)
+        rows = [test_trial(task, path) for path in run.track(paths)]
+        if len(paths) < task.num_trials:
+            run.display.say(f"note: {len(paths)} of {task.num_trials} seeds are trained")
+        metrics = summarise(rows)
+        model, _ = load_trial(task, paths[0])
+        with torch.no_grad():
+            if config.eval.tables:
+                metrics |= task.tables(model)
+            if config.eval.figures:
+                task.figures(model, run.folder / "figures")
+                draw_curves(run.folder, task)
+        write_text(run.folder / "seeds.csv", as_csv(rows))
+        result = {
+            "project": "gnn", "config": run.folder.name, "checkpoint_step": max(int(row["step"]) for row in rows), "metrics": metrics,
+            "n": {"trials": len(rows)}, "seeds": [int(row["seed"]) for row in rows],
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        write_json(run.folder / "eval.json", result)
+        show(metrics, run.folder.name, len(rows))
+        print(json.dumps(result), flush=True)
+
+
+def load_trial(task: Task, path: Path) -> tuple[torch.nn.Module, dict[str, str]]:
+    """The network of one trial in evaluation mode, and what is noted beside its weights. `ProjectError` where they do not fit."""
+    model = start_trial(task, int(path.stem))
+    try:
+        with safe_open(path, "pt") as file:
+            facts = file.metadata()
+            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ProjectError(f"{path}: not the weights of this config's model ({str(error).splitlines()[0]})") from None
+    return model.eval(), facts
+
+
+def test_trial(task: Task, path: Path) -> dict[str, float]:
+    """Seed, best step and test figures of one trial."""
+    model, facts = load_trial(task, path)
+    with torch.no_grad():
+        return {"seed": int(facts["seed"]), "step": int(facts["step"]), **task.test(model)}
+
+
+def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each figure over the trials, and with two or more its standard deviation (n - 1) as `<name>_std`."""
+    metrics = {}
+    for name in rows[0]:
+        if name in ("seed", "step"):
+            continue
+        values = [row[name] for row in rows]
+        metrics[name] = statistics.fmean(values)
+        if len(values) > 1:
+            metrics[f"{name}_std"] = statistics.stdev(values)
+    return metrics
+
+
+def as_csv(rows: list[dict[str, float]]) -> str:
+    """A line for each trial."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def draw_curves(folder: Path, task: Task) -> None:
+    """What was logged, as mean and range over the seeds."""
+    from gnn.pictures import draw_bands
+
+    steps = task.config.train.steps
+    series: dict[str, dict[int, list[float]]] = {}
+    for line in read_metrics(folder / "metrics.jsonl"):
+        epoch = (line["step"] - 1) % steps + 1
+        for name, value in line.items():
+            if name in ("loss", "val_loss", "val_accuracy", "val_auc", "val_modularity"):
+                series.setdefault(name, {}).setdefault(epoch, []).append(value)
+    if series:
+        draw_bands(folder / "figures/curves.png", series)
+
+
+def show(metrics: dict[str, float], name: str, count: int) -> None:
+    """Print the metrics as a table."""
+    table = Table("metric", title=f"{name}, {count} trial{'s' * (count > 1)}", title_justify="left")
+    table.add_column("mean", justify="right")
+    table.add_column("± std", justify="right")
+    for metric, value in metrics.items():
+        if metric.endswith("_std") and metric.removesuffix("_std") in metrics:
+            continue
+        spread = metrics.get(f"{metric}_std", math.nan)
+        table.add_row(metric, f"{value:.4f}", "" if math.isnan(spread) else f"{spread:.4f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main(CONFIG, OPTIONS)

@@ -1,0 +1,92 @@
+"""What the training loop asks of a task.
+
+There is one loop (train.py) and there are four tasks, each in a module of its own: nodes (node.py; sampled.py where a step sees only a
+part of the graph), links (link.py), whole graphs (graphs.py), communities (community.py). A task holds the data and knows losses and
+metrics; it never holds the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from gnn.config import Config
+
+
+class Task:
+    """One kind of question about graphs, for one dataset.
+
+    A run repeats the training `num_trials` times. Everything random in trial t is a function of (config.seed + t, step) alone, so a
+    trial gives the same result whether it runs first, last or resumed.
+
+    Attributes:
+        num_trials: how often the training is repeated: seeds, or folds of a cross-validation.
+        shard: this process's rows of a batch that all processes have drawn alike.
+        seeds_of: the seeds (or folds) of the trials, for the per-seed table.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.num_trials = config.train.seeds
+        self.shard: Callable[[Tensor], Tensor] = lambda batch: batch
+
+    def seed_of(self, trial: int) -> int:
+        """The seed of a trial."""
+        return self.config.seed + trial
+
+    def build(self, trial: int) -> nn.Module:
+        """A fresh model on the device, and the trial's own split where it has one. The global generator has been seeded."""
+        raise NotImplementedError
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """Adam with L2 penalty, as the papers of this field use it. A model may group its weights with `weight_groups()`."""
+        train = self.config.train
+        first, rest = model.weight_groups() if hasattr(model, "weight_groups") else (list(model.parameters()), [])
+        groups = [{"params": first, "weight_decay": train.weight_decay}, {"params": rest, "weight_decay": train.weight_decay_rest}]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.Adam(groups, lr=train.lr, fused=self.device.type in ("cpu", "cuda"))
+
+    def loss(self, net: nn.Module, step: int) -> Tensor:
+        """The loss of step 1, 2, ... of the current trial, a scalar."""
+        raise NotImplementedError
+
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """What is logged of the held-out part. "criterion" (lower is better) chooses the weights that are kept. Never sees the test part."""
+        raise NotImplementedError
+
+    def test(self, model: nn.Module) -> dict[str, float]:
+        """The figures that are reported. Only the evaluation program calls this."""
+        raise NotImplementedError
+
+    def tables(self, model: nn.Module) -> dict[str, float]:
+        """Other methods on the same data and split, under names with a suffix; once a run."""
+        return {}
+
+    def figures(self, model: nn.Module, folder: Path) -> None:
+        """Pictures of the first trial."""
+
+    def describe(self) -> list[str]:
+        """Sizes of the data, for --dry-run and the start of a run."""
+        return []
+
+
+def build_task(config: Config, device: torch.device) -> Task:
+    """The task that the config names, its data loaded and checked."""
+    if config.task == "node":
+        from gnn.node import NodeTask
+
+        return NodeTask(config, device)
+    if config.task == "link":
+        from gnn.link import LinkTask
+
+        return LinkTask(config, device)
+    if config.task == "graph":
+        from gnn.graphs import GraphTask
+
+        return GraphTask(config, device)
+    from gnn.community import CommunityTask
+
+    return CommunityTask(config, device)
