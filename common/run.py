@@ -124,7 +124,7 @@ class Run:
         self._last_log = (done, time.perf_counter())
         for step in self.display.track(range(done + 1, total + 1), total, self.folder.name, done, every=0):
             self.step = step
-            torch.manual_seed(runtime.fold(self.config.seed, step, self.rank))
+            runtime.seed_generators(self.device, self.config.seed, step, self.rank)
             yield step
             if self.stopping and self.saved_step == step:
                 break
@@ -174,7 +174,7 @@ class Run:
     def _check_finite(self, loss: Tensor | None = None, norm: Tensor | None = None) -> None:
         bad = int(self._bad)
         if bad:
-            values = f" (loss {float(loss):.4g}, gradient norm {float(norm):.4g})" if loss is not None and norm is not None else ""
+            values = f" (loss {float(loss.detach()):.4g}, gradient norm {float(norm):.4g})" if loss is not None and norm is not None else ""
             last = self.checkpoints.newest_step()
             good = f"last good checkpoint: {self.checkpoints.path(last)} (step {last})" if last else "no checkpoint yet"
             raise NonFinite(f"loss or gradient is not finite at step {bad}{values}; nothing was updated; {good}")

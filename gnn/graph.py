@@ -90,15 +90,18 @@ def build_graph(edges: Tensor, num_nodes: int | None = None, features: Tensor | 
     if edges.is_floating_point() or edges.dtype == torch.bool:
         raise ProjectError(f"{name}: node ids must be integers, not {edges.dtype}")
     edges = edges.long()
+    counted = ""
     if num_nodes is None:
-        known = [len(part) for part in (features, labels) if part is not None]
-        num_nodes = known[0] if known else int(edges.max()) + 1 if edges.numel() else 0
+        known = {word: len(part) for word, part in (("features", features), ("labels", labels)) if part is not None}
+        counted = next((f": as many as {word}" for word in known), "")
+        num_nodes = next(iter(known.values())) if known else int(edges.max()) + 1 if edges.numel() else 0
     if num_nodes < 1:
         raise ProjectError(f"{name}: the graph is empty: no nodes, no edges")
     if edges.numel() and int(edges.min()) < 0:
         raise ProjectError(f"{name}: node id {int(edges.min())} is negative; ids count from 0")
     if edges.numel() and int(edges.max()) >= num_nodes:
-        raise ProjectError(f"{name}: an edge names node {int(edges.max())}, but there are {num_nodes} nodes (0 to {num_nodes - 1})")
+        raise ProjectError(f"{name}: an edge names node {int(edges.max())}, "
+                           f"but there are {num_nodes} nodes (0 to {num_nodes - 1}){counted}")
     check_nodes(num_nodes, features, labels, splits, name)
     indptr, indices = to_csr(edges, num_nodes)
     if num_classes is None:
@@ -106,7 +109,8 @@ def build_graph(edges: Tensor, num_nodes: int | None = None, features: Tensor | 
     return Graph(indptr, indices, features, labels, num_classes, name=name, **splits)
 
 
-def check_nodes(num_nodes: int, features: Tensor | SparseFeatures | None, labels: Tensor | None, splits: dict[str, Tensor], name: str) -> None:
+def check_nodes(num_nodes: int, features: Tensor | SparseFeatures | None, labels: Tensor | None, splits: dict[str, Tensor],
+                name: str) -> None:
     """`ProjectError` where what is said of the nodes does not fit their number, or is not finite."""
     for what, part in (("features", features), ("labels", labels)):
         if part is not None and len(part) != num_nodes:

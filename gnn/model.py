@@ -6,6 +6,7 @@ Legend: N nodes, M sources of a block, F features in, D width, K outputs.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,12 @@ ACTIVATIONS = {"relu": F.relu, "elu": F.elu, "selu": F.selu, "tanh": torch.tanh}
 def drop_features(x: Features, p: float, training: bool) -> Features:
     """Dropout of dense or sparse features."""
     return x.dropout(p, training) if isinstance(x, SparseFeatures) else dropout(x, p, training)
+
+
+def split_weights(model: nn.Module, part: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The weights of `part`, and all others of `model`."""
+    first = list(part.parameters())
+    return first, [p for p in model.parameters() if not any(p is q for q in first)]
 
 
 class Dense(nn.Module):
@@ -49,7 +56,7 @@ class GNN(nn.Module):
         super().__init__()
         self.config = config
         widths = [in_features, *[config.hidden] * (config.layers - 1), out_features]
-        self.layers = nn.ModuleList(self.make_layer(a, b, last=i == config.layers - 1) for i, (a, b) in enumerate(zip(widths, widths[1:])))
+        self.layers = nn.ModuleList(self.make_layer(a, b, i == config.layers - 1) for i, (a, b) in enumerate(pairwise(widths)))
         kinds = {"none": nn.Identity, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
         self.norms = nn.ModuleList(kinds[config.norm](width) for width in widths[1:-1])
         self.activation = ACTIVATIONS[config.activation]
@@ -67,8 +74,7 @@ class GNN(nn.Module):
 
     def weight_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Weights of the first layer, and all others: the GCN's penalty is on the first layer only (Kipf & Welling 2017, section 5.2)."""
-        first = list(self.layers[0].parameters())
-        return first, [p for p in self.parameters() if not any(p is q for q in first)]
+        return split_weights(self, self.layers[0])
 
     def forward(self, x: Features, structure: Structure | list[Structure]) -> Tensor:
         for i in range(len(self.layers)):
@@ -101,7 +107,7 @@ class MLP(nn.Module):
         super().__init__()
         self.config = config
         widths = [in_features, *[config.hidden] * (config.layers - 1), out_features]
-        self.layers = nn.ModuleList(Dense(a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(Dense(a, b) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(nn.BatchNorm1d(b) if config.norm == "batch" else nn.Identity() for b in widths[1:-1])
 
     def start(self, x: Features) -> Tensor:
@@ -131,7 +137,7 @@ class APPNP(nn.Module):
 
     def weight_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Weights of the first layer, and all others."""
-        return list(self.mlp.layers[0].parameters()), [p for layer in list(self.mlp.layers)[1:] for p in layer.parameters()]
+        return split_weights(self, self.mlp.layers[0])
 
     def forward(self, x: Features, structure: Structure) -> Tensor:
         h = self.mlp.rest(self.mlp.start(x))  # (N, K)

@@ -54,7 +54,7 @@ class Task:
         raise NotImplementedError
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """What is logged of the held-out part. "criterion" (lower is better) chooses the weights that are kept. Never sees the test part."""
+        """What is logged of the held-out part; "criterion" (lower is better) chooses the weights to keep. Never sees the test part."""
         raise NotImplementedError
 
     def test(self, model: nn.Module) -> dict[str, float]:
@@ -75,6 +75,10 @@ class Task:
 
 def build_task(config: Config, device: torch.device) -> Task:
     """The task that the config names, its data loaded and checked."""
+    if config.task == "node" and config.sampling.kind != "none":
+        from gnn.sampled import SampledNodeTask
+
+        return SampledNodeTask(config, device)
     if config.task == "node":
         from gnn.node import NodeTask
 

@@ -55,7 +55,7 @@ def train(config: Config, options: Options) -> None:
             if not best.exhausted(epoch, config.train.patience):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(epoch, config.train)
-                torch.manual_seed(runtime.fold(task.seed_of(trial), epoch))  # the same in every process, and whatever ran before
+                runtime.seed_generators(run.device, task.seed_of(trial), epoch)  # the same in every process, and whatever ran before
                 model.train()
                 optimizer.zero_grad(set_to_none=True)
                 loss = task.loss(net, epoch)
@@ -66,7 +66,7 @@ def train(config: Config, options: Options) -> None:
                     with torch.no_grad():
                         values = task.validate(model)
                     best.update(values.pop("criterion"), epoch, model)
-                run.log(step, config.train.log_every, {"steps": 1}, loss=loss, grad_norm=grad_norm, **values)
+                run.log(step, config.train.log_every, {"steps": 1}, loss=loss.detach(), grad_norm=grad_norm, **values)
             if epoch == steps and run.is_main:
                 facts = {"project": "gnn", "seed": str(task.seed_of(trial)), "step": str(best.step), "config": to_yaml(config)}
                 export_weights(run.folder / f"models/{trial:04d}.safetensors", best.weights, facts)
@@ -83,7 +83,7 @@ class Best:
     def update(self, criterion: float, step: int, model: torch.nn.Module) -> None:
         """Copy the weights if they are the best so far."""
         if criterion < self.criterion or not self.step:
-            self.criterion, self.step = criterion, step
+            self.criterion, self.step = math.inf if math.isnan(criterion) else criterion, step
             self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
     def exhausted(self, step: int, patience: int) -> bool:
@@ -101,7 +101,7 @@ class Best:
 
 def start_trial(task: Task, trial: int) -> torch.nn.Module:
     """Fresh weights and the trial's split: functions of the trial's seed alone."""
-    torch.manual_seed(runtime.fold(task.seed_of(trial), INIT_STREAM))
+    runtime.seed_generators(task.device, task.seed_of(trial), INIT_STREAM)
     return task.build(trial)
 
 
