@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnn.sparse import Matrix, SparseFeatures, Structure, aggregate, dropout, segment_softmax
+from gnn.sparse import Matrix, SparseFeatures, Structure, aggregate, at_columns, at_rows, dropout, segment_softmax
 
 Features = Tensor | SparseFeatures
 
@@ -91,8 +91,11 @@ class GIN(GraphLayer):
         self.second = nn.Linear(out_features, out_features)
 
     def forward(self, x: Features, structure: Structure) -> Tensor:
-        own = destinations(x, structure) @ self.weight
-        hidden = (1 + self.eps) * own + self.propagate(structure.sum(), x, self.weight) + self.bias
+        if isinstance(x, SparseFeatures) or self.in_features >= self.out_features:
+            h = x @ self.weight
+            hidden = (1 + self.eps) * destinations(h, structure) + structure.sum() @ h + self.bias
+        else:
+            hidden = ((1 + self.eps) * destinations(x, structure) + structure.sum() @ x) @ self.weight + self.bias
         return self.second(F.relu(self.norm(hidden)))
 
 
@@ -127,7 +130,7 @@ class GAT(GraphLayer):
         from_src = torch.einsum("hmc,hc->hm", h, self.att_src).flatten()  # (H M,)
         from_dst = torch.einsum("hnc,hc->hn", h[:, : structure.num_dst], self.att_dst).flatten()  # (H N,)
         pattern = structure.heads(H)
-        scores = from_src.index_select(0, pattern.indices) + from_dst.index_select(0, pattern.rows)  # (H E,)
+        scores = at_columns(pattern, from_src) + at_rows(pattern, from_dst)  # (H E,)
         return structure, segment_softmax(pattern, F.leaky_relu(scores, 0.2)), h
 
     def combine(self, structure: Structure, weights: Tensor, h: Tensor) -> Tensor:
@@ -158,8 +161,8 @@ class GATv2(GAT):
         src = (x @ self.weight + self.bias_src).view(-1, H, C).transpose(0, 1).contiguous()  # (H, M, C)
         dst = (destinations(x, structure) @ self.weight_dst + self.bias_dst).view(-1, H, C).transpose(0, 1)  # (H, N, C)
         pattern = structure.heads(H)
-        pairs = src.reshape(-1, C).index_select(0, pattern.indices) + dst.reshape(-1, C).index_select(0, pattern.rows)  # (H E, C)
-        scores = torch.einsum("hec,hc->he", F.leaky_relu(pairs, 0.2).view(H, -1, C), self.att).flatten()
+        pairs = at_columns(pattern, src.reshape(-1, C)) + at_rows(pattern, dst.reshape(-1, C))  # (H E, C)
+        scores = torch.bmm(F.leaky_relu(pairs, 0.2).view(H, -1, C), self.att[:, :, None]).flatten()  # (H, E, C) (H, C, 1)
         return structure, segment_softmax(pattern, scores), src
 
 

@@ -49,6 +49,14 @@ class Pattern:
         torch.cumsum(counts, 0, out=indptr[1:])
         return Pattern(indptr, self.rows[order], (self.shape[1], self.shape[0])), order
 
+    @cached_property
+    def incidence(self) -> tuple[Pattern, Pattern]:
+        """Row by entry (N, E) and column by entry (M, E): products with them sum what the entries carry, at either end."""
+        E = len(self.indices)
+        numbers = torch.arange(E, device=self.indices.device)
+        transpose, order = self.transposed
+        return Pattern(self.indptr, numbers, (self.shape[0], E)), Pattern(transpose.indptr, order, (self.shape[1], E))
+
     def times(self, values: Tensor, x: Tensor) -> Tensor:
         """The matrix with these values (E,) times a dense x (M, F): (N, F). Not differentiable by itself."""
         matrix = torch.sparse_csr_tensor(self.indptr, self.indices, values, self.shape, check_invariants=False)
@@ -107,6 +115,24 @@ class _WeightedProduct(torch.autograd.Function):
         return d_values, d_x, None
 
 
+class _Gather(torch.autograd.Function):
+    """x_i for each entry, i its row or its column; the backward pass sums over a node's entries without scattering."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pattern: Pattern, end: int) -> Tensor:
+        ctx.pattern, ctx.end = pattern, end
+        return x.index_select(0, pattern.indices if end else pattern.rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        incidence = ctx.pattern.incidence[ctx.end]
+        if grad.ndim == 1 and not ctx.end:  # a row's entries lie side by side
+            return torch.segment_reduce(grad, "sum", offsets=incidence.indptr, unsafe=True), None, None
+        ones = torch.ones(len(grad), dtype=grad.dtype, device=grad.device)
+        return incidence.times(ones, grad.reshape(len(grad), -1).contiguous()).view(-1, *grad.shape[1:]), None, None
+
+
 class _SegmentSoftmax(torch.autograd.Function):
     """Softmax over the entries of each row; d s = p (d p - sum_row p d p), as for any softmax."""
 
@@ -133,6 +159,16 @@ class _SegmentSoftmax(torch.autograd.Function):
 def aggregate(pattern: Pattern, values: Tensor, x: Tensor) -> Tensor:
     """out_i = sum_j values_ij x_j for learned values (E,) and x (M, F): (N, F), differentiable in both."""
     return _WeightedProduct.apply(values, x, pattern)
+
+
+def at_rows(pattern: Pattern, x: Tensor) -> Tensor:
+    """x (N, ...) of each entry's row: (E, ...), differentiable."""
+    return _Gather.apply(x, pattern, 0)
+
+
+def at_columns(pattern: Pattern, x: Tensor) -> Tensor:
+    """x (M, ...) of each entry's column: (E, ...), differentiable."""
+    return _Gather.apply(x, pattern, 1)
 
 
 def segment_softmax(pattern: Pattern, scores: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import softmax as pyg_softmax
 
-from gnn.sparse import Matrix, Pattern, SparseFeatures, Structure, aggregate, dropout, segment_softmax
+from gnn.sparse import Matrix, Pattern, SparseFeatures, Structure, aggregate, at_columns, at_rows, dropout, segment_softmax
 
 
 def random_pattern(n: int, m: int, density: float, seed: int = 0) -> Pattern:
@@ -48,6 +48,11 @@ def test_products_and_their_gradients():
     assert torch.autograd.gradcheck(lambda x: Matrix(pattern, values.detach()) @ x, (x,))
     assert torch.autograd.gradcheck(lambda v, x: aggregate(pattern, v, x), (values, x))
     assert torch.autograd.gradcheck(lambda v: segment_softmax(pattern, v), (values,))
+    for gather, index, n in ((at_rows, pattern.rows, 9), (at_columns, pattern.indices, 7)):
+        for shape in ((n,), (n, 2), (n, 2, 3)):
+            nodes = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+            assert torch.equal(gather(pattern, nodes), nodes[index.long()])
+            assert torch.autograd.gradcheck(lambda x, gather=gather: gather(pattern, x), (nodes,))
     torch.testing.assert_close(aggregate(pattern, values, x), Matrix(pattern, values.detach()).dense() @ x)
 
 

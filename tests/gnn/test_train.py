@@ -131,7 +131,8 @@ def test_commands_as_a_person_types_them(tmp_path):
 
 @pytest.mark.parametrize(("override", "message"), [
     ("model.layer=gcm", "model.layer"), ("model.hiden=3", "model.hidden"), ("train.lr=fast", "train.lr"),
-    ("model.dropout=1.5", "model.dropout"), ("precision=bf16", "precision"), ("task=nodes", "task"), ("data.dataset=tu", "data.name"), ("train.seeds=0", "train.seeds"),
+    ("model.dropout=1.5", "model.dropout"), ("precision=bf16", "precision"), ("task=nodes", "task"), ("data.dataset=tu", "data.name"),
+    ("train.seeds=0", "train.seeds"),
     ("data.dataset=files", "data.edges"), ("task=graph", "task"),
 ])
 def test_bad_settings_are_one_line(override, message):
