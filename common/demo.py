@@ -42,7 +42,7 @@ class Demo:
     overrides: tuple[str, ...] = ()
 
 
-DEMOS = (Demo("diffusion", "configs/ddpm_digits.yaml", 90),)
+DEMOS = (Demo("diffusion", "configs/ddpm_digits.yaml", 90), Demo("gnn", "configs/gcn_karate.yaml", 20))
 
 
 @dataclass

@@ -33,7 +33,9 @@ METRICS = {
     "classifier_test_accuracy": ("Test accuracy of the judging classifier", ""), "precision": ("Precision", "higher"),
     "recall": ("Recall", "higher"), "density": ("Density", "higher"), "coverage": ("Coverage", "higher"),
     "nearest_train_rms": ("Distance to the nearest training image", ""), "test_accuracy": ("Test accuracy", "higher"),
-    "val_accuracy": ("Validation accuracy", "higher"), "auc": ("AUC", "higher"), "ap": ("Average precision", "higher"),
+    "val_accuracy": ("Validation accuracy", "higher"), "test_macro_f1": ("Test macro-F1", "higher"),
+    "ari": ("Adjusted Rand index", "higher"), "conductance": ("Conductance", "lower"),
+    "auc": ("AUC", "higher"), "ap": ("Average precision", "higher"),
     "mrr": ("Mean reciprocal rank", "higher"), "modularity": ("Modularity", "higher"), "nmi": ("Normalised mutual information", "higher"),
     "return_mean": ("Mean return", "higher"), "return_mean_stochastic": ("Mean return, sampled actions", "higher"),
     "episodes_to_solve": ("Episodes to solve", "lower"), "elbo": ("ELBO (nats)", "higher"),
@@ -194,9 +196,10 @@ def identify(folder: Path, evaluation: dict[str, Any], env: dict[str, Any]) -> t
 
 
 def total_steps(settings: str) -> int:
-    """`train.steps` of a config, 0 where it says nothing."""
+    """`train.steps` of a config, times `train.seeds` where a run repeats itself; 0 where it says nothing."""
     try:
-        return int(yaml.safe_load(settings)["train"]["steps"])
+        train = yaml.safe_load(settings)["train"]
+        return int(train["steps"]) * int(train.get("seeds", 1))
     except (yaml.YAMLError, KeyError, TypeError, ValueError):
         return 0
 

@@ -142,20 +142,98 @@ class LinkConfig:
 class CommunityConfig:
     """task=community: how many groups, and what holds them apart."""
 
+    num_communities: int = 0  # k, the most that can be found; 0 = as many as the labels have classes
+    collapse: float = 1.0  # weight of the penalty on unequal community sizes
+    dropout: float = 0.5  # of the assignment logits, before the softmax
+    skip: bool = True  # add the features' own projection to the encoder's output
+    resolution: float = 1.0  # gamma of the modularity that Louvain and Leiden maximise; what is reported is always at 1
+    restarts: int = 10  # runs of Louvain and Leiden for the table; the highest modularity counts
+
+    def __post_init__(self) -> None:
+        require(self.num_communities >= 0, "community.num_communities", "must not be negative")
+        require(self.collapse >= 0, "community.collapse", "must not be negative")
+        require(0 <= self.dropout < 1, "community.dropout", "must be in [0, 1)")
+        require(0 < self.resolution < math.inf, "community.resolution", "must be positive and finite")
+        require(self.restarts >= 1, "community.restarts", "must be at least 1")
+
 
 @dataclass(frozen=True)
 class GraphConfig:
-    """task=graph: a label for a whole graph."""
+    """task=graph: a label for a whole graph, by cross-validation. `train.seeds` repeats it with other folds."""
+
+    folds: int = 10  # each is held out once
+    # honest: a part of the training folds chooses the weights, and the held-out fold is looked at by gnn.eval alone (Errica et al. 2020)
+    # gin: the held-out folds' accuracy is followed, and the step with the best mean over the folds reported (Xu et al. 2019): optimistic
+    protocol: Literal["honest", "gin"] = "honest"
+    validation: float = 0.1  # honest: share of the training folds that chooses the weights, as one in a whole number
+    choose_by: Literal["loss", "accuracy"] = "loss"  # honest: the lowest loss, or the highest accuracy (then the lower loss)
+    readout: Literal["sum", "mean", "max"] = "sum"  # over the nodes of a graph; the sum alone tells two copies of a graph from one
+    jumping: bool = True  # read out the input and every layer (Xu et al. 2019, eq. 4.2); else the last layer only
+    readout_norm: bool = False  # batch norm of the readouts: sums over hundreds of nodes are large, and at first drown the loss
+    learn_eps: bool = False  # model.layer=gin: learn epsilon; else it is 0 (GIN-0)
+    max_degree: int = 200  # graphs without node labels: one-hot degrees up to this are the features
+
+    def __post_init__(self) -> None:
+        require(self.folds >= 2, "graph.folds", "must be at least 2")
+        require(0 < self.validation <= 0.5, "graph.validation", "must be in (0, 0.5]")
+        require(self.max_degree >= 1, "graph.max_degree", "must be at least 1")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """task=node with minibatches: which part of the graph a step sees."""
 
+    kind: Literal["none", "neighbors", "clusters"] = "none"  # none: the whole graph in every step
+    fanouts: tuple[int, ...] = (10, 10)  # neighbors: most neighbours kept of a seed node, of those, ...; one a layer; -1 = all
+    clusters: int = 100  # clusters: parts that the graph is cut into once
+    clusters_per_batch: int = 10  # clusters: random parts that make a batch, with all edges among them
+    validate: Literal["sampled", "full"] = "sampled"  # full: with all neighbours, layer by layer over all nodes
+    validate_nodes: int = 5000  # validate=sampled: at most so many validation nodes, always the same ones with the same neighbours
+    chunk_edges: int = 1_000_000  # layer-wise inference: edges at a time, which bounds its memory
+    prefetch: int = 2  # batches that a second thread prepares ahead; 0 = none
+
+    def __post_init__(self) -> None:
+        require(self.fanouts and all(f == -1 or f >= 1 for f in self.fanouts), "sampling.fanouts", "must be positive, or -1 for all")
+        for name in ("clusters", "clusters_per_batch", "validate_nodes", "chunk_edges"):
+            require(getattr(self, name) >= 1, f"sampling.{name}", "must be at least 1")
+        require(self.clusters_per_batch <= self.clusters, "sampling.clusters_per_batch", f"exceeds sampling.clusters={self.clusters}")
+        require(self.prefetch >= 0, "sampling.prefetch", "must not be negative")
+
 
 @dataclass(frozen=True)
 class SyntheticConfig:
     """dataset=social: a made-up social network with planted communities; nothing is downloaded."""
+
+    generator: Literal["dcsbm", "rmat"] = "dcsbm"  # degree-corrected stochastic blocks, or recursive quadrants (R-MAT)
+    nodes: int = 20_000
+    edges: int = 200_000  # undirected edges drawn; self-loops and repeats are dropped, one to five in a hundred
+    communities: int = 10  # the classes; rmat: equal ranges of the nodes' addresses
+    mixing: float = 0.5  # dcsbm: share of the edges that ignore the communities; 0 = all within one, 1 = the edges tell nothing
+    exponent: float = 2.5  # dcsbm: the density of the expected degree k falls as k^-exponent
+    max_degree: float = 0.0  # dcsbm: largest expected degree; 0 = sqrt(2 edges)
+    size_skew: float = 0.0  # dcsbm: community c = 0, 1, ... has a share in proportion to (c + 1)^-size_skew of the nodes
+    features: int = 32  # numbers a node: its community's centre and noise of variance 1
+    signal: float = 1.0  # distance of the centres from the origin; 0 = the features tell nothing
+    label_noise: float = 0.0  # share of the labels that are another class, drawn at random
+    unknown: float = 0.0  # share of the nodes without a label
+    train_share: float = 0.1  # of the labelled nodes; the next two as well
+    val_share: float = 0.1
+    test_share: float = 0.5
+    seed: int = 0  # of the graph, apart from the seed of the training
+    folder: str = ""  # keep the graph in this folder and open it as memory maps, for graphs larger than memory; empty = in memory
+
+    def __post_init__(self) -> None:
+        require(2 <= self.nodes < 2**31, "synthetic.nodes", "must be at least 2 and below 2^31")
+        require(self.edges >= 1, "synthetic.edges", "must be at least 1")
+        require(2 <= self.communities <= self.nodes, "synthetic.communities", "must be at least 2 and at most synthetic.nodes")
+        require(self.features >= 1, "synthetic.features", "must be at least 1")
+        require(self.exponent > 1, "synthetic.exponent", "must be above 1")
+        for name in ("max_degree", "size_skew", "signal"):
+            require(getattr(self, name) >= 0, f"synthetic.{name}", "must not be negative")
+        for name in ("mixing", "label_noise", "unknown", "train_share", "val_share", "test_share"):
+            require(0 <= getattr(self, name) <= 1, f"synthetic.{name}", "must be in [0, 1]")
+        shares = self.train_share + self.val_share + self.test_share
+        require(shares < 1 + 1e-9, "synthetic.test_share", f"and the other two shares sum to {shares:g}, more than 1")
 
 
 @dataclass(frozen=True)

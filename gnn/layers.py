@@ -182,7 +182,8 @@ class GCNIILayer(GraphLayer):
 
     def forward(self, h: Tensor, h0: Tensor, structure: Structure) -> Tensor:
         mixed = torch.lerp(structure.gcn() @ h, h0, self.alpha)  # (N, F)
-        return torch.addmm(mixed, mixed, self.weight, beta=1 - self.beta, alpha=self.beta)
+        eye = torch.eye(self.in_features, dtype=h.dtype, device=h.device)
+        return mixed @ torch.lerp(eye, self.weight, self.beta)  # one product, not a product and a sum: F x F numbers are mixed, not N x F
 
 
 def personalized_pagerank(h: Tensor, matrix: Matrix, hops: int, alpha: float) -> Tensor:

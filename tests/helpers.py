@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from common.checkpoint import Checkpoints
-from common.config import Options, resolve
+from common.config import BaseConfig, Options, resolve
 from common.logging import read_metrics
 from diffusion.config import Config
 from diffusion.ema import EMA
@@ -30,6 +31,11 @@ TINY = ["model.channels=8", "model.groups=4", "model.multipliers=[1]", "model.at
 
 STEPS = 12
 TIMING = ("images_per_second",)
+
+
+def schema_of(project: str) -> type[BaseConfig]:
+    """The config class of a project."""
+    return importlib.import_module(f"{project}.config").Config
 
 
 def tiny(run_dir: Path, *overrides: str) -> Config:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from pathlib import Path
 
 import pytest
 
-from common.config import flatten, load, resolve, to_yaml
+from common.config import flatten, list_configs, load, resolve, to_yaml
 from diffusion.config import Config
-from tests.helpers import DIGITS, ROOT, python
+from tests.helpers import DIGITS, ROOT, python, schema_of
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -125,7 +126,8 @@ def test_bad_paths_and_flags(tmp_path, capsys, monkeypatch):
 def test_without_config_lists_them(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     line = one_line(capsys, "train")
-    assert all(f"configs/{path.name}" in line for path in CONFIGS)
+    assert all(path in line for path in list_configs("diffusion"))
+    assert "gnn" not in line
 
 
 @pytest.mark.parametrize("words", [
@@ -146,16 +148,19 @@ def test_bad_config_as_a_process(words):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads(path):
-    config, options = load(Config, "diffusion", "train", ["--config", str(path)])
+    project = re.search(r"python -m (\w+)\.train", path.read_text()).group(1)
+    config, options = load(schema_of(project), project, "train", ["--config", str(path)])
     assert config.run_dir == f"runs/{path.stem}"
     assert not (options.resume or options.overwrite or options.dry_run)
     head = path.read_text().split("\n\n")[0].splitlines()
     comment = "\n".join(line for line in head if line.startswith("#"))
     assert head[0].startswith("# ") and "Paper:" in comment
-    assert f"python -m diffusion.train --config configs/{path.name}" in comment
+    assert f"python -m {project}.train --config configs/{path.name}" in comment
+    for word in ("Command:", "Hardware:"):
+        assert word in comment
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [ROOT / path for path in list_configs("diffusion")], ids=lambda path: path.stem)
 def test_written_config_reads_back_equal(path, tmp_path):
     config = resolve(Config, path, ["train.lr=1e-4", "model.multipliers=[1,2]", "train.betas=[0.8,0.9]", "data.image_size=32"])
     assert config.train.lr == 1e-4 and config.model.multipliers == (1, 2)

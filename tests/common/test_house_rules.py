@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from common.config import load, resolve
-from diffusion.config import Config
-from tests.helpers import ROOT
+from tests.helpers import ROOT, schema_of
 
 PROJECTS = {"clip", "diffusion", "gnn", "ppo", "vae", "rag", "lora"}
 PRODUCT = sorted(path for folder in (*PROJECTS, "common") for path in (ROOT / folder).rglob("*.py"))
@@ -98,12 +97,13 @@ def test_every_public_thing_is_explained(path):
 
 
 def commands() -> list[tuple[str, str]]:
-    """(README, command) for each line of a README that runs a diffusion program."""
+    """(README, command) for each line of a README that runs a project's program."""
     found = []
-    for readme in [*ROOT.glob("*.md"), *ROOT.glob("diffusion/*.md"), *ROOT.glob("docs/**/*.md")]:
+    for readme in [*ROOT.glob("*.md"), *(path for project in PROJECTS for path in ROOT.glob(f"{project}/*.md")), *ROOT.glob("docs/**/*.md")]:
         text = readme.read_text().replace("\\\n", " ")
-        found += [(name_of(readme), command) for command in re.findall(r"^[ \t$]*(python -m diffusion\.\w+[^\n#]*)", text, re.M)]
-    return found
+        programs = "|".join(sorted(PROJECTS))
+        found += [(name_of(readme), command) for command in re.findall(rf"^[ \t$]*(python -m (?:{programs})\.\w+[^\n#]*)", text, re.M)]
+    return sorted(found)
 
 
 @pytest.mark.skipif(not commands(), reason="no README with commands yet")
@@ -112,10 +112,11 @@ def test_commands_in_readmes(readme, command, monkeypatch):
     """The config exists, and every key and value is accepted. A run's folder stands for the config it was made from."""
     monkeypatch.chdir(ROOT)
     module, *words = shlex.split(command)[2:]
-    mode = module.removeprefix("diffusion.")
+    project, mode = module.split(".")
     assert mode in ("train", "eval", "sample"), command
+    assert (ROOT / project / f"{mode}.py").is_file(), command
     if mode == "train":
-        load(Config, "diffusion", mode, words)
+        load(schema_of(project), project, mode, words)
     else:
         config = ROOT / f"configs/{Path(words[words.index('--run') + 1]).name}.yaml"
-        resolve(Config, config, [word for word in words if "=" in word])
+        resolve(schema_of(project), config, [word for word in words if "=" in word])
