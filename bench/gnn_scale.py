@@ -301,7 +301,7 @@ def draw(points: list[dict[str, object]]) -> None:
     from matplotlib import pyplot as plt
 
     labels = {"generate": "make the network (DC-SBM)", "full": "full-batch GCN, forward and backward",
-              "sampled": "one GraphSAGE step, 1,024 sampled seed nodes"}
+              "sampled": "one GraphSAGE step, at most 1,024 seed nodes"}
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     for axis, key, title in zip(axes, ("seconds", "peak_gib"), ("CPU-seconds on one core", "peak resident memory, GiB")):
         for phase, label in labels.items():

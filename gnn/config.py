@@ -262,3 +262,4 @@ class Config(BaseConfig):
 
     def __post_init__(self) -> None:
         require((self.task == "graph") == (self.data.dataset == "tu"), "task", "graph and data.dataset=tu belong together")
+        require(self.sampling.kind == "none" or self.task == "node", "sampling.kind", f"only task=node is sampled, not task={self.task}")

@@ -212,7 +212,7 @@ def draw_attention(path: Path, model: nn.Module, graph: Graph, structure: Struct
 
     Left: a two-hop neighbourhood; each edge has the weight, averaged over heads, that its end nearer to the centre gives to the other.
     Width: the weight. Colour: the weight times the number of neighbours (itself included), which is 1 where attention is uniform.
-    Right: entropies of the weights over nodes and heads, and those of uniform weights (Velickovic et al. 2018 leave this open).
+    Right: entropies of the weights over nodes and heads, and those of uniform weights over the same neighbours.
     """
     rows, columns, weights = attention_of(model, graph, structure)
     N = graph.num_nodes

@@ -16,6 +16,8 @@ for each community with unit noise. All randomness is a function of (seed, node 
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -276,7 +278,12 @@ def load_social(config: Config) -> Graph:
         return _as_graph(make_social(settings), settings)
     folder, about = Path(settings.folder), repr(dataclasses.replace(settings, folder=""))
     if not (folder / "manifest.json").is_file():
-        save_arrays(folder, make_social(settings), about, settings.communities)
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        save_arrays(partial, make_social(settings), about, settings.communities)
+        try:
+            partial.rename(folder)
+        except OSError:  # another process of this run was first, and made the same graph
+            shutil.rmtree(partial)
     arrays, manifest = open_arrays(folder)
     if manifest["name"] != about:
         raise ProjectError(f"{folder} holds another graph than the config describes: remove the folder or change synthetic.folder")

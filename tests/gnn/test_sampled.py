@@ -206,6 +206,11 @@ def test_graph_in_a_folder(tmp_path):
         losses.append([task.loss(model, step).item() for step in (1, 2, 3)])
     assert losses[0] == losses[1] == losses[2]
     assert json.loads((tmp_path / "g/manifest.json").read_text())["num_nodes"] == 1500
+    assert [path.name for path in tmp_path.iterdir()] == ["g"]
+    (tmp_path / "g/manifest.json").rename(tmp_path / "kept")
+    with pytest.raises(ProjectError, match="unfinished"):
+        build_task(config(*words), CPU)
+    (tmp_path / "kept").rename(tmp_path / "g/manifest.json")
     with pytest.raises(ProjectError, match="another graph"):
         build_task(config(*words, "synthetic.seed=1"), CPU)
 

@@ -132,11 +132,11 @@ def test_commands_as_a_person_types_them(tmp_path):
 @pytest.mark.parametrize(("override", "message"), [
     ("model.layer=gcm", "model.layer"), ("model.hiden=3", "model.hidden"), ("train.lr=fast", "train.lr"),
     ("model.dropout=1.5", "model.dropout"), ("precision=bf16", "precision"), ("task=nodes", "task"), ("data.dataset=tu", "data.name"),
-    ("train.seeds=0", "train.seeds"),
+    ("train.seeds=0", "train.seeds"), ("task=link sampling.kind=clusters", "sampling.kind"),
     ("data.dataset=files", "data.edges"), ("task=graph", "task"),
 ])
 def test_bad_settings_are_one_line(override, message):
-    done = python("-m", "gnn.train", "--config", "configs/gcn_karate.yaml", override)
+    done = python("-m", "gnn.train", "--config", "configs/gcn_karate.yaml", *override.split())
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ")

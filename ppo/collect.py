@@ -1,0 +1,146 @@
+"""Play: N environments, T steps each, with the policy as it is; and keep the books.
+
+Legend: T steps, N environments of this process, O shape of an observation, P numbers that describe a distribution.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.errors import ProjectError
+from ppo.config import Config
+from ppo.distributions import Distribution
+from ppo.envs import GymVector, Vector, check_finite
+from ppo.model import ActorCritic
+from ppo.normalize import ObservationNormalizer, RewardNormalizer, shared_sums
+from ppo.registry import as_input, observation_shape
+from ppo.rollout import Rollout
+
+RECENT = 100  # episodes whose mean return is logged
+
+
+class Collector:
+    """Fills rollouts. Everything that outlives one is in `state_dict`.
+
+    Args:
+        rank, world: this process among those that share `env.count`.
+    Attributes:
+        recent: (return, length) of the last 100 episodes, rewards as the environment gave them, whole games only.
+        num_episodes, num_steps: since the start; dead rows are not steps.
+    """
+
+    def __init__(self, config: Config, vector: Vector, distribution: Distribution, rank: int = 0, world: int = 1) -> None:
+        self.config, self.vector, self.distribution, self.rank, self.world = config, vector, distribution, rank, world
+        self.space = vector.observation_space
+        shape, count, train, env = observation_shape(self.space), len(vector), config.train, config.env
+        pixels = len(shape) == 3
+        self.observations = ObservationNormalizer(shape, env.normalize_observations and not pixels, env.clip_observations)
+        self.rewards = RewardNormalizer(count, train.gamma, env.normalize_rewards, env.clip_rewards)
+        kind = np.uint8 if pixels else np.float32
+        action = np.int64 if distribution.discrete else np.float32
+        self.rollout = Rollout.empty(train.rollout, count, shape, distribution.action_shape, kind, action)
+        self.raw = np.zeros((train.rollout, count, *shape), dtype=np.float32) if self.observations.enabled else None
+        self.raw_rewards = np.zeros((train.rollout, count))
+        self.signs = config.env.sign_rewards and config.env.id.startswith("ALE/")
+        self.recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
+        self.num_episodes = self.num_steps = 0
+        self.current = as_input(self.space, vector.reset())  # (N, *O)
+        self.returns, self.lengths = np.zeros(count), np.zeros(count, dtype=np.int64)  # of the running games
+
+    @torch.inference_mode()
+    def collect(self, model: ActorCritic, generator: torch.Generator, device: torch.device) -> Rollout:
+        """T steps of each environment with actions drawn from the policy.
+
+        The noise of all environments of all processes is drawn at once, and each process takes its part, so that what environment n does
+        does not depend on how they are spread.
+        """
+        rollout, distribution, count = self.rollout, self.distribution, len(self.vector)
+        rollout.clear()
+        steps = len(rollout.rewards)
+        noise = distribution.noise((steps, count * self.world), generator)[:, self.rank * count : (self.rank + 1) * count]
+        for t in range(steps):
+            seen = self.observations(self.current)
+            rollout.observations[t] = seen
+            if self.raw is not None:
+                self.raw[t] = self.current
+            parameters = model.act(torch.from_numpy(np.ascontiguousarray(seen)).to(device))  # (N, P)
+            actions = distribution.sample(parameters, noise[t]).cpu().numpy()
+            rollout.actions[t] = actions
+            self.play(t, distribution.to_env(actions))
+        rollout.observations[steps] = self.observations(self.current)
+        self.learn()
+        return rollout
+
+    def play(self, t: int, actions: np.ndarray) -> None:
+        """One step of all environments, into row t."""
+        rollout = self.rollout
+        try:
+            step = self.vector.step(actions)
+        except (OSError, EOFError) as error:  # a worker process has died
+            raise ProjectError(f"an environment's worker process is gone ({type(error).__name__}: {error}); the last checkpoint stands, "
+                               "--resume continues from it") from error
+        check_finite(step, self.num_steps)
+        done = step.terminated | step.truncated
+        rollout.terminated[t], rollout.done[t], rollout.valid[t] = step.terminated, done, step.valid
+        self.raw_rewards[t] = np.sign(step.rewards) if self.signs else step.rewards
+        for n, observation in step.final.items():
+            rollout.final_at.append((t, n))
+            rollout.final.append(self.observations(as_input(self.space, observation[None]))[0])
+        self.returns += step.rewards
+        self.lengths += step.valid
+        self.num_steps += int(step.valid.sum())
+        for n in (done if step.over is None else step.over).nonzero()[0]:
+            rollout.episodes.append((float(self.returns[n]), int(self.lengths[n])))
+            self.returns[n], self.lengths[n] = 0.0, 0
+        self.current = as_input(self.space, step.observations)
+
+    def learn(self) -> None:
+        """Scale the rollout's rewards as is known so far; then take in what it brought."""
+        rollout = self.rollout
+        rollout.rewards[:] = self.rewards(self.raw_rewards)
+        self.rewards.learn(self.raw_rewards, rollout.done, rollout.valid)
+        if self.raw is not None:
+            self.observations.learn(self.raw[rollout.valid])
+        self.recent.extend(rollout.episodes)
+        self.num_episodes += len(rollout.episodes)
+
+    def played(self) -> dict[str, float]:
+        """Mean return and length of the last 100 episodes of each process (NaN before the first), episodes and steps of all processes."""
+        pairs = np.array(self.recent, dtype=np.float64).reshape(-1, 2)
+        _, sums = shared_sums(0.0, np.array([len(pairs), *pairs.sum(axis=0), self.num_episodes, self.num_steps], dtype=np.float64))
+        count = sums[0] or np.nan
+        return {"return_mean": sums[1] / count, "length_mean": sums[2] / count, "episodes": sums[3], "env_steps": sums[4]}
+
+    def restart(self, update: int) -> None:
+        """New episodes from (seed, update) where the simulators' state cannot be saved; nothing otherwise.
+
+        The training program calls it at every save, stopped or not, so that both go on alike.
+        """
+        if isinstance(self.vector, GymVector) and self.vector.state_dict() is None:
+            self.current = as_input(self.space, self.vector.reset(update))
+            self.returns[:], self.lengths[:] = 0.0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"vector": self.vector.state_dict(), "observations": self.observations.state_dict(), "rewards": self.rewards.state_dict(),
+                "recent": [list(pair) for pair in self.recent], "num_episodes": self.num_episodes, "num_steps": self.num_steps,
+                "current": torch.from_numpy(np.array(self.current)), "returns": torch.from_numpy(self.returns.copy()),
+                "lengths": torch.from_numpy(self.lengths.copy())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint. `ProjectError` if an environment does not repeat itself."""
+        self.observations.load_state_dict(state["observations"])
+        self.rewards.load_state_dict(state["rewards"])
+        self.recent = deque(((float(a), int(b)) for a, b in state["recent"]), maxlen=RECENT)
+        self.num_episodes, self.num_steps = int(state["num_episodes"]), int(state["num_steps"])
+        self.returns, self.lengths = state["returns"].numpy().copy(), state["lengths"].numpy().copy()
+        if state["vector"] is None:
+            return
+        self.current = as_input(self.space, self.vector.load_state_dict(state["vector"]))
+        if not np.array_equal(self.current, state["current"].numpy()):
+            raise ProjectError(f"{self.config.env.id} does not come back to where it was: the same seed and actions led elsewhere; use "
+                               "env.backend=processes, which starts new episodes at each checkpoint")

@@ -1,0 +1,131 @@
+"""Every setting of the ppo project, with its default and its unit. YAML files override these, `key=value` overrides both.
+
+This module imports nothing heavy, so that a mistake in a config is reported before PyTorch has loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from common.config import BaseConfig, require
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Which environment, how many copies, and what is done to its observations and rewards."""
+
+    id: str = "CartPole-v1"  # a gymnasium id, or ALE/<Game>-v5
+    count: int = 8  # copies side by side, over all processes together
+    backend: Literal["auto", "local", "native", "processes", "atari"] = "auto"  # auto: atari for ALE, native where there is one, else local
+    workers: int = 2  # backend=processes: worker processes
+    continuous: bool = False  # passed to environments that know it, such as LunarLander-v3
+    max_episode_steps: int = 0  # 0 = what the environment was registered with
+    normalize_observations: bool = False  # by running mean and standard deviation
+    normalize_rewards: bool = False  # by the running standard deviation of the discounted return
+    clip_observations: float = 10.0  # after normalisation
+    clip_rewards: float = 10.0  # after normalisation
+    # Atari (Mnih et al. 2015; Machado et al. 2018)
+    frame_stack: int = 4
+    frame_skip: int = 4
+    noop_max: int = 30  # random "no operation" steps at the start of an episode
+    sticky_actions: float = 0.0  # probability that the last action is repeated
+    episodic_life: bool = True  # in training, a lost life ends the episode for the learner
+    sign_rewards: bool = True  # in training, rewards are -1, 0 or 1
+
+    def __post_init__(self) -> None:
+        require(self.id, "env.id", "must name an environment")
+        for name in ("count", "workers", "frame_stack", "frame_skip"):
+            require(getattr(self, name) >= 1, f"env.{name}", "must be at least 1")
+        for name in ("max_episode_steps", "noop_max"):
+            require(getattr(self, name) >= 0, f"env.{name}", "must not be negative")
+        for name in ("clip_observations", "clip_rewards"):
+            require(getattr(self, name) > 0, f"env.{name}", "must be positive")
+        require(0 <= self.sticky_actions < 1, "env.sticky_actions", "must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The actor and the critic."""
+
+    kind: Literal["mlp", "cnn"] = "mlp"  # cnn: the network of Mnih et al. 2015, for pixels
+    hidden: tuple[int, ...] = (64, 64)  # mlp: widths
+    activation: Literal["tanh", "relu"] = "tanh"
+    shared: bool = False  # one trunk for actor and critic; cnn always shares
+    orthogonal: bool = True  # orthogonal initial weights, gains sqrt(2), 0.01 for the policy, 1 for the value
+    squash: bool = False  # continuous actions: tanh of a Gaussian instead of a Gaussian whose samples are clipped
+    log_std: float = 0.0  # continuous actions: initial log standard deviation, one a dimension, learned
+
+    def __post_init__(self) -> None:
+        require(all(width >= 1 for width in self.hidden), "model.hidden", "must be positive widths")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The algorithm (Schulman et al. 2017)."""
+
+    steps: int = 100_000  # environment steps, over all copies; rounded down to whole updates
+    rollout: int = 32  # steps of each copy between two updates
+    epochs: int = 20  # passes over the rollout
+    batch_size: int = 256  # of a minibatch, over all processes
+    gamma: float = 0.98
+    gae_lambda: float = 0.8
+    lr: float = 1e-3
+    lr_decay: Literal["constant", "linear"] = "linear"  # linear: down to zero at the last update
+    clip: float = 0.2  # of the probability ratio
+    clip_decay: Literal["constant", "linear"] = "linear"
+    clip_value: float = 0.0  # how far the value may move from the old one before its loss stops pulling; 0 = no limit
+    value_weight: float = 0.5
+    entropy_weight: float = 0.0
+    normalize_advantage: bool = True  # in each minibatch: zero mean, unit variance
+    max_grad_norm: float = 0.5  # 0 = no limit
+    target_kl: float = 0.0  # stop all remaining epochs of an update when the approximate KL exceeds 1.5 times this; 0 = never
+    adam_eps: float = 1e-5
+    bootstrap_truncated: bool = True  # add the value of the final observation where an episode ran out of time
+    log_every: int = 1  # updates
+    save_every: int = 20  # updates
+    threads: int = 1  # CPU threads: these networks are too small for more; 0 = all
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rollout", "epochs", "batch_size", "log_every", "save_every"):
+            require(getattr(self, name) >= 1, f"train.{name}", "must be at least 1")
+        for name in ("gamma", "gae_lambda"):
+            require(0 <= getattr(self, name) <= 1, f"train.{name}", "must be in [0, 1]")
+        for name in ("clip_value", "value_weight", "entropy_weight", "max_grad_norm", "target_kl", "threads"):
+            require(getattr(self, name) >= 0, f"train.{name}", "must not be negative")
+        require(0 < self.lr < math.inf, "train.lr", "must be positive and finite")
+        require(self.clip > 0, "train.clip", "must be positive")
+        require(self.adam_eps > 0, "train.adam_eps", "must be positive")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What `ppo.eval` measures."""
+
+    episodes: int = 100  # of each kind: deterministic and stochastic
+    count: int = 0  # copies side by side; 0 = min(episodes, 16)
+    policy: Literal["best", "last"] = "best"  # which weights lead; both are measured
+    solved: float = 0.0  # return that counts as solved; 0 = the environment's own threshold
+    video: bool = True  # also film one episode as a GIF
+    video_frames: int = 400  # at most so many
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "video_frames"):
+            require(getattr(self, name) >= 1, f"eval.{name}", "must be at least 1")
+        require(self.count >= 0, "eval.count", "must not be negative")
+
+
+@dataclass(frozen=True)
+class Config(BaseConfig):
+    """One experiment."""
+
+    precision: Literal["fp32", "fp64"] = "fp32"  # type: ignore[assignment]  # small networks gain nothing from 16 bits
+    env: EnvConfig = field(default_factory=EnvConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        size = self.env.count * self.train.rollout
+        require(self.train.batch_size <= size, "train.batch_size", f"must be at most env.count * train.rollout = {size}")

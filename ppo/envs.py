@@ -1,0 +1,214 @@
+"""Environments side by side, under gymnasium 1.x: one meaning of a step, whatever resets what, and a state that can be saved.
+
+Gymnasium's vector environments reset a finished copy in one of three ways (`AutoresetMode`). NEXT_STEP: the step after the last one
+ignores its action and returns the first observation of a new episode with reward 0: a dead row, nothing was learned from it. SAME_STEP:
+the last step already returns the new episode's first observation, and the old one's last hides in `infos["final_obs"]`. DISABLED:
+nothing happens until somebody resets. Code that takes one for another trains on dead rows, or bootstraps from the wrong observation.
+Here a `Step` says which rows are valid and where an episode's final observation is; the rest of the project knows no modes.
+
+Legend: N environments, O shape of an observation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+
+from common.errors import ProjectError
+from common.runtime import fold
+
+
+@dataclass
+class Step:
+    """What came of one action in each environment.
+
+    Attributes:
+        observations: (N, *O), what the next action answers to.
+        rewards: float64 (N,). terminated, truncated, valid: bool (N,). A row that is not valid was a reset and ignored its action.
+        final: n -> observation (*O) in which the episode of environment n ended, where `observations` holds the next one's first.
+        over: bool (N,), the game is over; None = wherever an episode ended. In Atari an episode may end with a life, the game goes on.
+    """
+
+    observations: np.ndarray
+    rewards: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    valid: np.ndarray
+    final: dict[int, np.ndarray] = field(default_factory=dict)
+    over: np.ndarray | None = None
+
+
+class LocalVector:
+    """Environments in this process, stepped one after another: for cheap ones nothing is faster.
+
+    Each episode starts with `reset(seed=...)`, a seed that depends on (seed, environment, episode) alone. So an episode's state is its
+    seed and the actions since, which is what a checkpoint holds: resuming plays them again, exactly, without help from the simulator.
+
+    Args:
+        first: number of the first environment among those of all processes.
+    """
+
+    def __init__(self, environments: list[gym.Env], seed: int, first: int = 0, max_episode_steps: int = 0) -> None:
+        self.wrapped = environments
+        self.environments = [e.unwrapped if bare(e) else e for e in environments]  # the time limit is kept here: no wrappers a step
+        limit = max_episode_steps or (environments[0].spec.max_episode_steps if environments[0].spec else None) or 0
+        self.limit = limit if bare(environments[0]) else 0
+        self.seed, self.first = seed, first
+        self.observation_space, self.action_space = environments[0].observation_space, environments[0].action_space
+        self.episode = [0] * len(environments)
+        self.actions: list[list[Any]] = [[] for _ in environments]
+
+    def __len__(self) -> int:
+        return len(self.environments)
+
+    def reset(self) -> np.ndarray:
+        """The first observations (N, *O)."""
+        return np.stack([self._begin(n) for n in range(len(self))])
+
+    def _begin(self, n: int) -> np.ndarray:
+        self.actions[n] = []
+        observation, _ = self.environments[n].reset(seed=fold(self.seed, self.first + n, self.episode[n]) % 2**31)
+        return observation
+
+    def step(self, actions: np.ndarray) -> Step:
+        """Play one action in each."""
+        count, limit = len(self), self.limit
+        observations, final = [None] * count, {}
+        rewards, terminated, truncated = np.empty(count), np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+        discrete = actions.ndim == 1
+        chosen = actions.tolist() if discrete else actions
+        for n, environment in enumerate(self.environments):
+            action = chosen[n]
+            history = self.actions[n]
+            history.append(action if discrete else action.copy())
+            observation, rewards[n], over, cut, _ = environment.step(action)
+            cut = cut or (limit > 0 and len(history) >= limit)
+            if over or cut:
+                terminated[n], truncated[n], final[n] = over, cut, observation
+                self.episode[n] += 1
+                observation = self._begin(n)
+            observations[n] = observation
+        return Step(np.stack(observations), rewards, terminated, truncated, np.ones(count, dtype=bool), final)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Episode numbers and the actions since each began."""
+        return {"episode": list(self.episode), "actions": [torch.from_numpy(np.array(history)) for history in self.actions]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> np.ndarray:
+        """Play the saved actions again; returns the observations (N, *O) they lead to."""
+        self.episode = [int(number) for number in state["episode"]]
+        observations = []
+        for n, saved in enumerate(state["actions"]):
+            observation, history = self._begin(n), list(saved.numpy()) if saved.ndim > 1 else saved.tolist()
+            for action in history:
+                observation = self.environments[n].step(action)[0]
+            self.actions[n] = history
+            observations.append(observation)
+        return np.stack(observations)
+
+    def close(self) -> None:
+        """Free what the simulators hold."""
+        for environment in self.wrapped:
+            environment.close()
+
+
+def bare(environment: gym.Env) -> bool:
+    """Whether only gymnasium's own time limit and order checks are around the simulator, so that both can be done without."""
+    names = []
+    while environment is not environment.unwrapped:
+        names.append(type(environment).__name__)
+        environment = environment.env
+    return set(names) <= {"TimeLimit", "OrderEnforcing", "PassiveEnvChecker"}
+
+
+class GymVector:
+    """Any vector environment of gymnasium, in any of its three reset modes.
+
+    Where the simulator's state can be read (`state`, `steps`, `prev_done` and a generator, as in gymnasium's own numpy environments) a
+    checkpoint holds it. Where it cannot, `restart` begins new episodes from (seed, update): the training program calls it whenever it
+    saves, so that a run that was stopped and one that was not do the same.
+    """
+
+    NUMPY_STATE = ("state", "steps", "prev_done")
+
+    def __init__(self, environment: gym.vector.VectorEnv, seed: int, first: int = 0) -> None:
+        self.environment, self.seed, self.first = environment, seed, first
+        self.mode = AutoresetMode(environment.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
+        self.observation_space, self.action_space = environment.single_observation_space, environment.single_action_space
+        self.before = np.zeros(len(self), dtype=bool)  # NEXT_STEP: whose episode ended in the last step
+
+    def __len__(self) -> int:
+        return self.environment.num_envs
+
+    def reset(self, *numbers: int) -> np.ndarray:
+        """The first observations (N, *O); a function of the seed and `numbers`."""
+        self.before[:] = False
+        return self.environment.reset(seed=fold(self.seed, self.first, *numbers) % 2**31)[0]
+
+    def step(self, actions: np.ndarray) -> Step:
+        """Play one action in each."""
+        observations, rewards, terminated, truncated, infos = self.environment.step(actions)
+        terminated, truncated = np.array(terminated, dtype=bool), np.array(truncated, dtype=bool)
+        done, valid, final = terminated | truncated, np.ones(len(self), dtype=bool), {}
+        if self.mode == AutoresetMode.NEXT_STEP:
+            valid, self.before = ~self.before, done  # the final observation is the one returned, the dead row's own
+        elif done.any() and self.mode == AutoresetMode.SAME_STEP:
+            final = {int(n): infos["final_obs"][n] for n in done.nonzero()[0]}
+        elif done.any():
+            final = {int(n): observations[n].copy() for n in done.nonzero()[0]}
+            observations = self.environment.reset(options={"reset_mask": done})[0]
+        over = done & (truncated | (np.asarray(infos["lives"]) == 0)) if "lives" in infos else None
+        return Step(observations, np.asarray(rewards, dtype=np.float64), terminated, truncated, valid, final, over)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The simulator's arrays and generator, or None where they cannot be read."""
+        inner = self.environment.unwrapped
+        if not all(isinstance(getattr(inner, name, None), np.ndarray) for name in self.NUMPY_STATE):
+            return None
+        arrays = {name: torch.from_numpy(np.array(getattr(inner, name))) for name in self.NUMPY_STATE}
+        return {**arrays, "before": torch.from_numpy(self.before.copy()), "rng": pack_generator(inner.np_random)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> np.ndarray:
+        """Continue from `state_dict`; returns the observations (N, *O) of that moment."""
+        self.reset()
+        inner = self.environment.unwrapped
+        for name in self.NUMPY_STATE:
+            setattr(inner, name, state[name].numpy().copy())
+        self.before = state["before"].numpy().copy()
+        unpack_generator(inner.np_random, state["rng"])
+        return inner.state.T.astype(np.float32)
+
+    def close(self) -> None:
+        """End workers and simulators."""
+        self.environment.close()
+
+
+def pack_generator(generator: np.random.Generator) -> dict[str, Any]:
+    """The state of a PCG64 generator in types that a checkpoint can hold; its integers have 128 bits."""
+    state = generator.bit_generator.state
+    return {"state": str(state["state"]["state"]), "inc": str(state["state"]["inc"]), "has_uint32": state["has_uint32"],
+            "uinteger": state["uinteger"]}
+
+
+def unpack_generator(generator: np.random.Generator, saved: dict[str, Any]) -> None:
+    """Set a PCG64 generator to a packed state."""
+    generator.bit_generator.state = {"bit_generator": "PCG64", "state": {"state": int(saved["state"]), "inc": int(saved["inc"])},
+                                     "has_uint32": saved["has_uint32"], "uinteger": saved["uinteger"]}
+
+
+Vector = LocalVector | GymVector
+
+
+def check_finite(step: Step, numbers: int) -> None:
+    """`ProjectError` if an environment returned NaN or infinity; the policy would carry it into every weight."""
+    if not np.isfinite(step.rewards).all() or (step.observations.dtype.kind == "f" and not np.isfinite(step.observations).all()):
+        rows = ~np.isfinite(step.rewards)
+        if step.observations.dtype.kind == "f":
+            rows |= ~np.isfinite(step.observations.reshape(len(rows), -1)).all(axis=1)
+        raise ProjectError(f"environment {int(rows.nonzero()[0][0])} returned NaN or infinity after {numbers} steps; nothing was learned "
+                           "from it, and the last checkpoint stands")

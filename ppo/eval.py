@@ -1,0 +1,149 @@
+"""Measure a trained agent:  python -m ppo.eval --run runs/ppo_lunarlander [eval.episodes=100 eval.policy=last ...]
+
+The best and the last policy each play episodes in environments of new seeds, once with the most likely action and once with drawn ones.
+Writes `eval.json`, `episodes.csv`, curves and a film of one episode into the run folder; the last line of stdout is the content of
+`eval.json`. Nothing that was learned changes here.
+"""
+
+# The config is read before PyTorch is imported, so that a typo is reported in a blink.
+from common.config import Options, load
+from ppo.config import Config
+
+if __name__ == "__main__":
+    CONFIG, OPTIONS = load(Config, "ppo", "eval")
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from common.errors import ProjectError, exits_cleanly
+from common.files import write_json, write_text
+from common.logging import read_metrics
+from common.run import Run
+from common.runtime import fold
+from ppo.play import Policy, film, play
+from ppo.registry import make_one, make_vector
+
+SEED_STREAM = 1_000_000_007  # environments of the evaluation are none that training has seen
+ENOUGH = 100  # episodes behind a mean that counts as solving
+
+
+@exits_cleanly
+def main(config: Config, options: Options) -> None:
+    """Evaluate one run."""
+    started = time.perf_counter()
+    with Run(config, options) as run:
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        names = ("best", "last") if config.eval.policy == "best" else ("last", "best")
+        metrics, rows, update = {}, [], 0
+        for name in names:
+            path = run.folder / f"{name}.safetensors"
+            suffix = "" if name == names[0] else f"_{name}"
+            for kind in ("", "_stochastic"):
+                games, facts = measure(config, path, run, stochastic=bool(kind))
+                returns = [value for value, _ in games]
+                metrics[f"return_mean{kind}{suffix}"] = statistics.fmean(returns)
+                metrics[f"return_std{kind}{suffix}"] = statistics.stdev(returns) if len(returns) > 1 else 0.0
+                rows += [{"policy": name, "kind": kind.removeprefix("_") or "deterministic", "return": a, "length": b} for a, b in games]
+            update = update or int(facts["update"])
+        metrics |= when_solved(run.folder, config)
+        write_text(run.folder / "episodes.csv", as_csv(rows))
+        draw(run.folder, config)
+        if config.eval.video:
+            save_film(config, run, names[0])
+        result = {"project": "ppo", "config": run.folder.name, "checkpoint_step": update, "metrics": metrics,
+                  "n": {"episodes": config.eval.episodes}, "seeds": [config.seed], "policy": names[0],
+                  "seconds": round(time.perf_counter() - started, 1)}
+        write_json(run.folder / "eval.json", result)
+        show(metrics, run.folder.name)
+        print(json.dumps(result), flush=True)
+
+
+def measure(config: Config, path: Path, run: Run, stochastic: bool) -> tuple[list[tuple[float, int]], dict[str, str]]:
+    """(return, length) of each episode, and what is noted beside the weights."""
+    count = config.eval.count or min(config.eval.episodes, 16)
+    environments = dataclasses.replace(config.env, backend="local" if config.env.backend == "native" else config.env.backend)
+    vector = make_vector(environments, fold(config.seed, SEED_STREAM), count, training=False)
+    try:
+        policy = Policy(path, config, vector.observation_space, vector.action_space, run.device)
+        generator = torch.Generator().manual_seed(fold(config.seed, SEED_STREAM, 1)) if stochastic else None
+        return play(policy, vector, config.eval.episodes, generator, run.track), policy.facts
+    finally:
+        vector.close()
+
+
+def threshold(config: Config) -> float:
+    """The mean return that counts as solved: the config's, else the environment's own, else infinity."""
+    own = gym.spec(config.env.id).reward_threshold if config.env.id in gym.registry else None
+    return config.eval.solved or (own if own is not None else math.inf)
+
+
+def when_solved(folder: Path, config: Config) -> dict[str, float]:
+    """Episodes and steps of training until the mean return of the last 100 training episodes reached the threshold; and in all."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    found = {f"{name}_total": lines[-1][key] for name, key in (("episodes", "episodes"), ("steps", "env_steps"))} if lines else {}
+    for line in lines:
+        if line["episodes"] >= ENOUGH and line["return_mean"] >= threshold(config):
+            return found | {"episodes_to_solve": line["episodes"], "steps_to_solve": line["env_steps"]}
+    return found
+
+
+def as_csv(rows: list[dict]) -> str:
+    """A line for each episode."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def draw(folder: Path, config: Config) -> None:
+    """The learning curve of this run."""
+    from ppo.pictures import draw_curve
+
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if not math.isnan(line.get("return_mean", math.nan))]
+    if lines:
+        draw_curve(folder / "figures/learning_curve.png", {folder.name: [[(line["env_steps"], line["return_mean"]) for line in lines]]},
+                   threshold(config), config.env.id)
+
+
+def save_film(config: Config, run: Run, name: str) -> None:
+    """figures/episode.gif, where the environment can be rendered; a note where it cannot."""
+    from ppo.pictures import save_gif
+
+    try:
+        environment = make_one(config.env, "rgb_array")
+        try:
+            policy = Policy(run.folder / f"{name}.safetensors", config, environment.observation_space, environment.action_space, run.device)
+            pictures, total = film(policy, environment, config.eval.video_frames, fold(config.seed, SEED_STREAM, 2) % 2**31)
+        finally:
+            environment.close()
+    except (ProjectError, gym.error.Error) as error:
+        run.display.say(f"note: no film: {error}")
+        return
+    save_gif(pictures, run.folder / "figures/episode.gif", environment.metadata.get("render_fps", 30))
+    run.display.say(f"{run.folder / 'figures/episode.gif'}: an episode of {len(pictures)} frames, return {total:.1f}")
+
+
+def show(metrics: dict[str, float], name: str) -> None:
+    """Print the metrics as a table."""
+    table = Table("metric", title=name, title_justify="left")
+    table.add_column("value", justify="right")
+    for metric, value in metrics.items():
+        table.add_row(metric, f"{value:,.1f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main(CONFIG, OPTIONS)

@@ -1,0 +1,87 @@
+"""Actor and critic. Pure: no files, no command line, no device.
+
+Legend: B batch, O numbers of an observation, P numbers that describe a distribution over actions, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ppo.config import ModelConfig
+from ppo.distributions import Distribution, PolicyHead
+
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
+
+def mlp(sizes: list[int], activation: str) -> nn.Sequential:
+    """Linear layers of these widths, each followed by the activation."""
+    layers: list[nn.Module] = []
+    for a, b in pairwise(sizes):
+        layers += [nn.Linear(a, b), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers)
+
+
+class NatureCNN(nn.Module):
+    """Pixels uint8 (B, C, 84, 84) to 512 features: the network of Mnih et al. 2015, for the sizes of any image of at least 36 pixels."""
+
+    def __init__(self, channels: int, height: int, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(channels, 32, 8, stride=4), nn.ReLU(), nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
+                                  nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(), nn.Flatten())
+        with torch.no_grad():
+            flat = self.body(torch.zeros(1, channels, height, width)).shape[1]
+        self.last = nn.Linear(flat, 512)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.last(self.body(x.to(self.last.weight.dtype) / 255)))
+
+
+class ActorCritic(nn.Module):
+    """A policy and a value function, with separate trunks unless `shared` (pixels always share theirs).
+
+    Args:
+        observation_shape: (O,) or (C, H, W).
+    """
+
+    def __init__(self, config: ModelConfig, observation_shape: tuple[int, ...], distribution: Distribution) -> None:
+        super().__init__()
+        if config.kind == "cnn":
+            self.actor_trunk: nn.Module = NatureCNN(*observation_shape)
+            features, shared = 512, True
+        else:
+            sizes = [math.prod(observation_shape), *config.hidden]
+            self.actor_trunk, features, shared = mlp(sizes, config.activation), sizes[-1], config.shared
+        self.critic_trunk = None if shared else mlp([math.prod(observation_shape), *config.hidden], config.activation)
+        self.policy = PolicyHead(features, distribution, config.log_std)
+        self.value = nn.Linear(features, 1)
+        if config.orthogonal:
+            self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Orthogonal weights and zero biases; a policy head of gain 0.01 starts close to uniform (Andrychowicz et al. 2021)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                gain = {id(self.policy.linear): 0.01, id(self.value): 1.0}.get(id(module), math.sqrt(2))
+                nn.init.orthogonal_(module.weight, gain)
+                nn.init.zeros_(module.bias)
+
+    def act(self, observations: Tensor) -> Tensor:
+        """Parameters of the policy's distribution (B, P): all that a step of a rollout needs."""
+        return self.policy(self.actor_trunk(observations))
+
+    def evaluate(self, observations: Tensor) -> Tensor:
+        """Values (B,)."""
+        trunk = self.actor_trunk if self.critic_trunk is None else self.critic_trunk
+        return self.value(trunk(observations)).squeeze(-1)
+
+    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """Parameters of the policy (B, P) and values (B,)."""
+        features = self.actor_trunk(observations)
+        critic = features if self.critic_trunk is None else self.critic_trunk(observations)
+        return self.policy(features), self.value(critic).squeeze(-1)

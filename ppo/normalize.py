@@ -1,0 +1,128 @@
+"""Running mean and standard deviation of observations and of discounted returns: part of the policy, so part of the checkpoint.
+
+They change between rollouts only: all steps of a rollout, and the epochs that learn from it, see one and the same scaling. Evaluation
+never changes them.
+
+Legend: T steps, N environments, O shape of an observation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class RunningMoments:
+    """Mean and variance of everything seen, merged batch by batch (Chan, Golub & LeVeque 1979), in float64.
+
+    With several processes, `update` must be called by all of them, and each sees the moments of all.
+    """
+
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), 0.0
+
+    def update(self, values: np.ndarray) -> None:
+        """Add `values` (M, *shape)."""
+        values = np.asarray(values, dtype=np.float64)
+        count, total = shared_sums(float(len(values)), values.sum(axis=0))
+        if not count:
+            return
+        mean = total / count
+        _, squares = shared_sums(0.0, np.square(values - mean).sum(axis=0))
+        delta, together = mean - self.mean, self.count + count
+        scatter = (self.var * self.count if self.count else 0.0) + squares + delta**2 * (self.count * count / together)
+        self.mean, self.var, self.count = self.mean + delta * (count / together), scatter / together, together
+
+    @property
+    def std(self) -> np.ndarray:
+        """Standard deviation, not below 1e-4."""
+        return np.sqrt(np.maximum(self.var, 1e-8))
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"mean": torch.from_numpy(np.array(self.mean)), "var": torch.from_numpy(np.array(self.var)), "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.mean, self.var, self.count = state["mean"].numpy().copy(), state["var"].numpy().copy(), float(state["count"])
+
+
+def shared_sums(count: float, values: np.ndarray) -> tuple[float, np.ndarray]:
+    """Sums over all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return count, values
+    flat = torch.from_numpy(np.concatenate([[count], np.ravel(values)]))
+    dist.all_reduce(flat)
+    return float(flat[0]), flat[1:].numpy().reshape(np.shape(values))
+
+
+class ObservationNormalizer:
+    """(x - mean) / std, clipped; the identity when switched off."""
+
+    def __init__(self, shape: tuple[int, ...], enabled: bool, clip: float) -> None:
+        self.moments, self.enabled, self.clip = RunningMoments(shape), enabled, clip
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Use what has been learned."""
+        self.mean, self.scale = self.moments.mean.astype(np.float32), (1 / self.moments.std).astype(np.float32)
+
+    def __call__(self, observations: np.ndarray) -> np.ndarray:
+        if not self.enabled:
+            return observations
+        return np.clip((observations - self.mean) * self.scale, -self.clip, self.clip, dtype=np.float32)
+
+    def learn(self, observations: np.ndarray) -> None:
+        """Take in observations (M, *O) as the environment gave them."""
+        if self.enabled:
+            self.moments.update(observations)
+            self.refresh()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return self.moments.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.moments.load_state_dict(state)
+        self.refresh()
+
+
+class RewardNormalizer:
+    """Rewards over the standard deviation of the discounted return G_t = gamma G_{t-1} + r_t, which starts anew with each episode.
+
+    The mean is not subtracted: that would change which behaviour is best, scaling does not.
+    """
+
+    def __init__(self, count: int, gamma: float, enabled: bool, clip: float) -> None:
+        self.moments, self.enabled, self.gamma, self.clip = RunningMoments(), enabled, gamma, clip
+        self.returns = np.zeros(count)  # (N,) G of the running episodes
+
+    def __call__(self, rewards: np.ndarray) -> np.ndarray:
+        """Scale rewards (T, N)."""
+        if not self.enabled:
+            return rewards
+        return np.clip(rewards / self.moments.std, -self.clip, self.clip).astype(np.float32)
+
+    def learn(self, rewards: np.ndarray, done: np.ndarray, valid: np.ndarray) -> None:
+        """Take in the rewards (T, N) of a rollout; dead rows are passed over."""
+        if not self.enabled:
+            return
+        seen = np.empty(rewards.shape)
+        for t in range(len(rewards)):
+            self.returns = np.where(valid[t], self.gamma * self.returns + rewards[t], self.returns)
+            seen[t] = self.returns
+            self.returns = np.where(done[t], 0.0, self.returns)
+        self.moments.update(seen[valid])
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {**self.moments.state_dict(), "returns": torch.from_numpy(self.returns.copy())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.moments.load_state_dict(state)
+        self.returns = state["returns"].numpy().copy()

@@ -1,0 +1,230 @@
+"""Train an agent:  python -m ppo.train --config configs/ppo_cartpole.yaml [key=value ...] [--resume] [--dry-run]
+
+Legend: T steps of a rollout, N environments of this process, M = valid rows of all processes' T x N.
+"""
+
+# The config is read before PyTorch is imported, so that a typo is reported in a blink.
+from common.config import Options, load, require, to_yaml
+from ppo.config import Config, TrainConfig
+
+if __name__ == "__main__":
+    CONFIG, OPTIONS = load(Config, "ppo")
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.checkpoint import export_weights
+from common.errors import exits_cleanly
+from common.run import Run
+from common.runtime import fold
+from ppo.collect import RECENT, Collector
+from ppo.distributions import Distribution, distribution_for
+from ppo.model import ActorCritic
+from ppo.objective import explained_variance, ppo_terms, total_loss
+from ppo.registry import make_vector, observation_shape
+from ppo.rollout import Rollout, gae, minibatches
+
+ACTION_STREAM, ORDER_STREAM = 1, 2  # keep the generators of actions and of minibatches apart
+WATCHED = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")  # as in `Terms`
+KL = 3
+
+
+@exits_cleanly
+def train(config: Config, options: Options) -> None:
+    """Run one experiment, from its config to its last checkpoint and `model.safetensors`."""
+    if options.dry_run:
+        return describe(config)
+    settings = config.train
+    run = Run.start(config, options)
+    with run:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        require(config.env.count % run.world == 0, "env.count", f"{config.env.count} must be divisible by {run.world} processes")
+        count = config.env.count // run.world
+        vector = make_vector(config.env, config.seed, count, first=run.rank * count)
+        distribution = distribution_for(vector.action_space, config.model.squash)
+        torch.manual_seed(config.seed)  # equal weights in every process, whatever making the environments drew
+        model = ActorCritic(config.model, observation_shape(vector.observation_space), distribution).to(run.device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, eps=settings.adam_eps, fused=run.device.type != "mps")
+        collector, best = Collector(config, vector, distribution, run.rank, run.world), Best()
+        done = run.resume(model=model, optimizer=optimizer, collector=collector, leader=best)  # updates; 0 when fresh
+        if done:
+            collector.restart(done)
+        net, updates = run.prepare(model), num_updates(config)
+        run.display.say(f"{config.env.id}: {config.env.count} environments, {updates} updates of {settings.rollout * config.env.count:,} "
+                        f"steps, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+        for update in run.steps(done, updates):
+            left = 1 - (update - 1) / updates  # from one down towards zero
+            clip = settings.clip * (left if settings.clip_decay == "linear" else 1)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * (left if settings.lr_decay == "linear" else 1)
+            rollout = collector.collect(model, run.generator(update, ACTION_STREAM), run.device)
+            batch = prepare(rollout, model, distribution, settings, run.device)
+            rows = valid_rows(rollout, run)  # int64 (M,), the same in every process
+            known = torch.from_numpy(rollout.valid).flatten().to(run.device)
+            explained = explained_variance(batch["values"][known], batch["returns"][known])
+            order = torch.Generator().manual_seed(fold(config.seed, update, ORDER_STREAM))
+            watched: list[Tensor] = []
+            for epoch, part in epochs(rows, settings, order):  # noqa: B007 (logged)
+                mine = owned(part, count, run)
+                sample = {name: value.index_select(0, mine) for name, value in batch.items()}
+                parameters, values = net(sample["observations"])
+                log_prob, entropy = distribution.log_prob_entropy(parameters, sample["actions"])
+                advantages = normalized(sample["advantages"], len(part), run) if settings.normalize_advantage else sample["advantages"]
+                terms = ppo_terms(log_prob, entropy, values, sample["log_prob"], sample["values"], advantages, sample["returns"], clip,
+                                  settings.clip_value)
+                loss = total_loss(terms, settings).sum() * (run.world / len(part))  # processes' gradients are averaged, hence x world
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                grad_norm = run.optimize(optimizer, loss, settings.max_grad_norm)  # stops on a non-finite value
+                watched.append(summed(torch.stack([term.detach().sum() for term in terms]), run) / len(part))
+                if settings.target_kl and watched[-1][KL] > 1.5 * settings.target_kl:
+                    break  # all remaining minibatches and epochs
+            played = collector.played()  # the same numbers in every process
+            run.log(update, settings.log_every, {"updates": 1}, **played, **dict(zip(WATCHED, torch.stack(watched).mean(dim=0))),
+                    explained_variance=explained, epochs=epoch, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"], clip=clip)
+            best.update(played, update, model, collector)
+            if run.save_due(update, settings.save_every):
+                run.save(update, model=model, optimizer=optimizer, collector=collector, leader=best)
+                collector.restart(update)
+        vector.close()
+        if run.is_main:
+            export(run, config, model, collector, best)
+
+
+def prepare(rollout: Rollout, model: ActorCritic, distribution: Distribution, settings: TrainConfig,
+            device: torch.device) -> dict[str, Tensor]:
+    """What the epochs learn from, row t N + n for step t of environment n: observations (T N, *O), actions, and five numbers a row.
+
+    Values and log-probabilities of the whole rollout are computed in one pass, with the weights that played it.
+    """
+    T, N = rollout.rewards.shape
+    shape = rollout.observations.shape[2:]
+    observations = torch.from_numpy(rollout.observations).to(device, copy=True).view((T + 1) * N, *shape)
+    actions = torch.from_numpy(rollout.actions).to(device, copy=True).flatten(0, 1)
+    with torch.no_grad():
+        values = in_parts(model.evaluate, observations).view(T + 1, N)
+        next_values = values[1:].clone()
+        if rollout.final_at:
+            final = torch.from_numpy(np.stack(rollout.final)).to(device)
+            t, n = torch.tensor(rollout.final_at, device=device).T
+            next_values[t, n] = in_parts(model.evaluate, final)
+        observations = observations[: T * N]
+        log_prob, _ = distribution.log_prob_entropy(in_parts(model.act, observations), actions)
+        terminated, done, valid = (torch.from_numpy(flags).to(device) for flags in (rollout.terminated, rollout.done, rollout.valid))
+        ends = terminated if settings.bootstrap_truncated else done
+        rewards = torch.from_numpy(rollout.rewards).to(device, values.dtype)
+        advantages, returns = gae(rewards, values[:-1], next_values, ends, done, valid, settings.gamma, settings.gae_lambda)
+    flat = {"log_prob": log_prob, "values": values[:-1], "advantages": advantages, "returns": returns}
+    return {"observations": observations, "actions": actions, **{name: value.flatten() for name, value in flat.items()}}
+
+
+def in_parts(function: Callable[[Tensor], Tensor], x: Tensor, size: int = 4096) -> Tensor:
+    """function(x) over some rows at a time: pixels of a whole rollout would need gigabytes of activations."""
+    return torch.cat([function(part) for part in x.split(size)])
+
+
+def valid_rows(rollout: Rollout, run: Run) -> Tensor:
+    """Numbers t N' + n of the rows that hold a real step, n counting the N' environments of all processes: int64 (M,) on the CPU."""
+    valid = torch.from_numpy(rollout.valid)
+    if run.world > 1:
+        parts = [torch.empty_like(valid, dtype=torch.uint8, device=run.device) for _ in range(run.world)]
+        dist.all_gather(parts, valid.to(run.device, torch.uint8))
+        valid = torch.cat(parts, dim=1).bool().cpu()  # (T, N')
+    return valid.flatten().nonzero().flatten()
+
+
+def epochs(rows: Tensor, settings: TrainConfig, order: torch.Generator) -> Iterator[tuple[int, Tensor]]:
+    """(epoch 1, 2, ..., rows of a minibatch)."""
+    for epoch in range(1, settings.epochs + 1):
+        for part in minibatches(rows, settings.batch_size, order):
+            yield epoch, part
+
+
+def owned(part: Tensor, count: int, run: Run) -> Tensor:
+    """Which of a minibatch's rows this process played, as rows of its own batch, on its device."""
+    if run.world > 1:
+        t, n = part // (count * run.world), part % (count * run.world) - run.rank * count
+        part = (t * count + n)[(n >= 0) & (n < count)]
+    return part.to(run.device)
+
+
+def summed(values: Tensor, run: Run) -> Tensor:
+    """Sum over the processes."""
+    if run.world > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def normalized(advantages: Tensor, total: int, run: Run) -> Tensor:
+    """Zero mean and unit variance over the whole minibatch of `total` rows, whoever played them. One row alone stays as it is."""
+    if total < 2:
+        return advantages
+    mean = summed(advantages.sum(), run) / total
+    centred = advantages - mean
+    variance = summed(centred.square().sum(), run) / (total - 1)
+    return centred / (variance.sqrt() + 1e-8)
+
+
+class Best:
+    """The policy with the highest mean return over the last 100 training episodes, with the scaling of observations that it saw."""
+
+    def __init__(self) -> None:
+        self.score, self.update_number, self.weights = -math.inf, 0, {}
+
+    def update(self, played: dict[str, float], update: int, model: ActorCritic, collector: Collector) -> None:
+        """Keep a copy if it is the best so far; only once 100 episodes have been played, or means of a few lucky ones would win."""
+        if collector.num_episodes * collector.world >= RECENT and played["return_mean"] >= self.score:
+            self.score, self.update_number = played["return_mean"], update
+            self.weights = everything(model, collector)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"score": self.score, "update": self.update_number, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self.score, self.update_number, self.weights = state["score"], state["update"], state["weights"]
+
+
+def everything(model: ActorCritic, collector: Collector) -> dict[str, Tensor]:
+    """What it takes to act: weights under `model.`, and the mean and variance of observations under `observations.`."""
+    moments = collector.observations.state_dict()
+    found = {f"model.{name}": value.detach().clone() for name, value in model.state_dict().items()}
+    return found | {f"observations.{name}": torch.as_tensor(value).clone() for name, value in moments.items()}
+
+
+def export(run: Run, config: Config, model: ActorCritic, collector: Collector, best: Best) -> None:
+    """`last.safetensors` and `best.safetensors` (the last where fewer than 100 episodes were played)."""
+    facts = {"project": "ppo", "config": to_yaml(config), "episodes_to_solve": "", "env_steps": str(collector.num_steps * run.world)}
+    last = everything(model, collector)
+    export_weights(run.folder / "last.safetensors", last, facts | {"update": str(run.step)})
+    export_weights(run.folder / "best.safetensors", best.weights or last, facts | {"update": str(best.update_number or run.step)})
+
+
+def num_updates(config: Config) -> int:
+    """Updates that reach `train.steps` environment steps."""
+    return -(-config.train.steps // (config.env.count * config.train.rollout))
+
+
+def describe(config: Config) -> None:
+    """What --dry-run prints: the resolved config, then sizes and shapes."""
+    vector = make_vector(config.env, config.seed, 1)
+    distribution = distribution_for(vector.action_space, config.model.squash)
+    model = ActorCritic(config.model, observation_shape(vector.observation_space), distribution)
+    print(to_yaml(config), end="")
+    print(f"# {config.env.id}: observations {vector.observation_space}, actions {vector.action_space}")
+    print(f"# {sum(p.numel() for p in model.parameters()):,} parameters; {num_updates(config)} updates of {config.env.count} x "
+          f"{config.train.rollout} steps, {config.train.epochs} epochs of minibatches of {config.train.batch_size}")
+    vector.close()
+
+
+if __name__ == "__main__":
+    train(CONFIG, OPTIONS)
