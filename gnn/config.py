@@ -62,6 +62,7 @@ class ModelConfig:
     samples: int = 4  # grand: augmentations a step (S)
     temperature: float = 0.5  # grand: sharpening (T)
     consistency: float = 1.0  # grand: weight of the consistency loss (lambda)
+    consistency_warmup: int = 0  # grand: steps over which that weight rises from zero; agreement on nothing is a trap at the start
 
     def __post_init__(self) -> None:
         for name in ("hidden", "layers", "heads", "out_heads", "samples"):
@@ -75,7 +76,8 @@ class ModelConfig:
         require(0 < self.alpha <= 1 or self.layer not in ("appnp", "gcnii"), "model.alpha", "must be in (0, 1]")
         require(self.theta > 0, "model.theta", "must be positive")
         require(self.temperature > 0, "model.temperature", "must be positive")
-        require(self.consistency >= 0, "model.consistency", "must not be negative")
+        for name in ("consistency", "consistency_warmup"):
+            require(getattr(self, name) >= 0, f"model.{name}", "must not be negative")
 
 
 @dataclass(frozen=True)

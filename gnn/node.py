@@ -49,7 +49,8 @@ class NodeTask(Task):
         logits = torch.stack([net(graph.features, self.structure) for _ in range(model.samples)])  # (S, N, K)
         known = logits[:, graph.train].flatten(0, 1)
         supervised = F.cross_entropy(known, self.train_labels.repeat(model.samples))
-        return supervised + model.consistency * consistency_loss(logits, model.temperature)
+        weight = model.consistency * min(1.0, step / max(1, model.consistency_warmup))
+        return supervised + weight * consistency_loss(logits, model.temperature)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Loss and accuracy on the validation nodes."""

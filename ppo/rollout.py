@@ -67,14 +67,14 @@ def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor
     Returns:
         advantages and returns A + V, both (T, N), zero in dead rows.
     """
-    alive = valid.to(rewards.dtype)
-    delta = (rewards + gamma * next_values * (~terminated).to(rewards.dtype) - values) * alive
-    carry = gamma * gae_lambda * (~done).to(rewards.dtype) * alive
+    dead = ~valid  # filled with zeros, not multiplied by them: whatever the row holds, NaN and infinity included, ends here
+    delta = (rewards + gamma * next_values.masked_fill(terminated, 0) - values).masked_fill(dead, 0)
+    carry = gamma * gae_lambda * (valid & ~done).to(rewards.dtype)
     advantages, last = torch.empty_like(rewards), torch.zeros_like(rewards[0])
     for t in range(len(rewards) - 1, -1, -1):
         last = torch.addcmul(delta[t], carry[t], last)
         advantages[t] = last
-    return advantages, (advantages + values) * alive
+    return advantages, (advantages + values).masked_fill(dead, 0)
 
 
 def minibatches(rows: Tensor, batch_size: int, generator: torch.Generator) -> list[Tensor]:

@@ -99,7 +99,8 @@ def test_every_public_thing_is_explained(path):
 def commands() -> list[tuple[str, str]]:
     """(README, command) for each line of a README that runs a project's program."""
     found = []
-    for readme in [*ROOT.glob("*.md"), *(path for project in PROJECTS for path in ROOT.glob(f"{project}/*.md")), *ROOT.glob("docs/**/*.md")]:
+    own = [path for project in PROJECTS for path in ROOT.glob(f"{project}/*.md")]
+    for readme in [*ROOT.glob("*.md"), *own, *ROOT.glob("docs/**/*.md")]:
         text = readme.read_text().replace("\\\n", " ")
         programs = "|".join(sorted(PROJECTS))
         found += [(name_of(readme), command) for command in re.findall(rf"^[ \t$]*(python -m (?:{programs})\.\w+[^\n#]*)", text, re.M)]
@@ -113,9 +114,11 @@ def test_commands_in_readmes(readme, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     module, *words = shlex.split(command)[2:]
     project, mode = module.split(".")
-    assert mode in ("train", "eval", "sample"), command
+    assert mode in ("train", "eval", "sample", "sweep"), command
     assert (ROOT / project / f"{mode}.py").is_file(), command
-    if mode == "train":
+    if mode == "sweep":
+        resolve(schema_of(project), ROOT / words[words.index("--config") + 1], [word for word in words if "=" in word])
+    elif mode == "train":
         load(schema_of(project), project, mode, words)
     else:
         config = ROOT / f"configs/{Path(words[words.index('--run') + 1]).name}.yaml"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.stats import trim_mean
 from torch import nn
 
-from common.metrics import FeatureStatistics, bootstrap_interval, frechet_between, frechet_distance, matrix_sqrt
+from common.metrics import FeatureStatistics, bootstrap_interval, frechet_between, frechet_distance, interquartile_mean, matrix_sqrt
 
 
 def rng(seed: int) -> torch.Generator:
@@ -162,3 +163,17 @@ class TestBootstrap:
             bootstrap_interval([1.0])
         with pytest.raises(ValueError, match="level"):
             bootstrap_interval([1.0, 2.0], level=95)
+
+
+def test_interquartile_mean_against_scipy_and_by_hand():
+    values = np.random.default_rng(0).normal(size=(3, 20))
+    np.testing.assert_allclose(interquartile_mean(values), trim_mean(values, 0.25, axis=-1))  # 20 divides by four: plain trimming
+    assert interquartile_mean(np.array([1.0, 2, 3])) == pytest.approx((0.25 * 1 + 2 + 0.25 * 3) / 1.5)
+    assert interquartile_mean(np.array([5.0])) == 5.0
+    assert interquartile_mean(np.array([0.0, 1, 2, 3, 1000, -1000, 1, 2])) == pytest.approx(1.5)
+
+
+def test_bootstrap_interval_of_another_statistic():
+    values = np.r_[np.random.default_rng(0).normal(size=40), 1e6]  # an outlier that only the mean sees
+    low, high = bootstrap_interval(values, statistic=interquartile_mean, num_resamples=2000)
+    assert -0.5 < low < interquartile_mean(values) < high < 0.5

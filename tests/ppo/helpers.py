@@ -1,0 +1,146 @@
+"""Tiny runs of the ppo project, and an environment that counts for itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.config import Options, resolve
+from common.logging import read_metrics
+from common.run import Run
+from ppo.collect import Collector
+from ppo.config import Config
+from ppo.distributions import distribution_for
+from ppo.envs import Vector
+from ppo.model import ActorCritic
+from ppo.registry import observation_shape
+from tests.helpers import ROOT, status
+
+CARTPOLE = ROOT / "configs/ppo_cartpole.yaml"
+# 4 environments x 16 steps are an update, 6 of them a run
+TINY = ("env.count=4", "train.rollout=16", "train.steps=384", "train.epochs=2", "train.batch_size=32", "train.save_every=4",
+        "model.hidden=[8]", "device=cpu", "eval.episodes=4", "eval.video=false")
+UPDATES = 6
+TIMING = ("updates_per_second",)
+
+
+def config(run_dir: Path, *overrides: str) -> Config:
+    """The CartPole config, shrunk to 6 updates of 64 steps, in this folder."""
+    return resolve(Config, CARTPOLE, [*TINY, f"run_dir={run_dir}", *overrides])
+
+
+def train(config: Config, **options: bool) -> int:
+    """Run the training program in this process; its exit status."""
+    from ppo.train import train
+
+    return status(train, config, Options("train", **options))
+
+
+def evaluate(config: Config) -> int:
+    """Run the evaluation program in this process; its exit status."""
+    from ppo.eval import main
+
+    return status(main, config, Options("eval"))
+
+
+def collector_for(config: Config, vector: Vector) -> tuple[Collector, ActorCritic]:
+    """What fills rollouts, and fresh weights to act with."""
+    distribution = distribution_for(vector.action_space)
+    torch.manual_seed(0)
+    return Collector(config, vector, distribution), ActorCritic(config.model, observation_shape(vector.observation_space), distribution)
+
+
+def log(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what depends on the clock; NaN is written as text, so that it equals itself."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{k: repr(v) for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """What a run exports: the last and the best policy with their scaling of observations."""
+    return {name: load_file(folder / f"{name}.safetensors") for name in ("last", "best")}
+
+
+def stop_in_update(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
+    """Send this process a real SIGTERM in the middle of each of these updates."""
+    optimize, waiting = Run.optimize, list(updates)
+
+    def optimize_and_stop(self, *args, **kwargs):
+        result = optimize(self, *args, **kwargs)
+        if self.step in waiting:
+            waiting.remove(self.step)
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(Run, "optimize", optimize_and_stop)
+
+
+class Counting(gym.Env):
+    """Its observation is (episode, step, identity); how long an episode is, how it ends and what is paid follow from them and the action.
+
+    Every third episode terminates, every third is truncated, and in the others both flags are set in the last step.
+
+    Args:
+        identity: told apart by it. limit: -1 = by identity and episode, 0 = never ends by itself, else the number of steps.
+        trouble: "nan", "die" (the process ends at once) or nothing; it comes in the third episode's second step.
+        reuse: return the same array each time, overwritten, as some simulators do.
+    Attributes:
+        played: (return, length) of each finished episode. seeds: those handed to `reset`. rows: every step, as it was.
+    """
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = gym.spaces.Discrete(3)
+
+    def __init__(self, identity: int = 0, limit: int = -1, trouble: str = "", reuse: bool = False, noisy: bool = False) -> None:
+        self.identity, self.limit, self.trouble, self.reuse, self.noisy = identity, limit, trouble, reuse, noisy
+        self.episode, self.steps, self.total = -1, 0, 0.0
+        self.buffer = np.zeros(3, dtype=np.float32)
+        self.played: list[tuple[float, int]] = []
+        self.seeds: list[int | None] = []
+        self.rows: list[tuple] = []
+
+    def look(self) -> np.ndarray:
+        self.buffer[:] = self.episode, self.steps, self.identity
+        if self.noisy:
+            self.buffer[2] += self.np_random.normal()
+        return self.buffer if self.reuse else self.buffer.copy()
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.seeds.append(seed)
+        self.episode, self.steps, self.total = self.episode + 1, 0, 0.0
+        return self.look(), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        before = self.look().copy()
+        self.steps += 1
+        reward = float(self.identity + 10 * int(action) + self.steps / 8)
+        self.total += reward
+        over = self.limit != 0 and self.steps >= (self.limit if self.limit > 0 else 2 + (self.identity * 3 + self.episode * 5) % 7)
+        kind = self.episode % 3
+        terminated, truncated = over and kind != 1, over and kind != 0
+        if over:
+            self.played.append((self.total, self.steps))
+        after = self.look()
+        if self.trouble and (self.episode, self.steps) == (2, 2):
+            if self.trouble == "die":
+                os._exit(9)
+            after = after * np.nan
+        self.rows.append((tuple(before), reward, terminated, truncated, tuple(after)))
+        return after, reward, terminated, truncated, {}
+
+
+def register(**arguments: Any) -> str:
+    """Make `Counting` known to gymnasium under an id of its own; the id."""
+    name = "Counting" + "".join(f"{k.title()}{v}".replace("-", "") for k, v in sorted(arguments.items())) + "-v0"
+    if name not in gym.registry:
+        gym.register(name, entry_point=Counting, kwargs=arguments)
+    return name
