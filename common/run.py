@@ -158,6 +158,13 @@ class Run:
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+        if self.device.type == "cpu" and not self.scaler.is_enabled():  # numbers at hand: asking them costs less than keeping books
+            self._agreed_to_stop = self.machine.any(self.signals.received is not None)
+            if not (math.isfinite(norm) and math.isfinite(loss.detach())):
+                self._bad.fill_(float(self.step))
+                self._check_finite(loss, norm)
+            optimizer.step()
+            return norm
         bad = ~torch.isfinite(loss.detach())
         if not self.scaler.is_enabled():  # under fp16 an overflow is the scaler's business: it skips the step and halves its factor
             bad |= ~torch.isfinite(norm)

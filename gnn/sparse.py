@@ -26,7 +26,7 @@ class Pattern:
 
     Args:
         indptr: (N + 1,) integers; row i has the entries indptr[i] to indptr[i + 1].
-        indices: (E,) columns; within a row ascending and without repetition.
+        indices: (E,) columns; within a row without repetition, in any order.
         shape: (N, M).
     """
 
@@ -269,7 +269,7 @@ class Structure:
     no cached one can be used with other edges.
 
     Args:
-        indptr, indices: CSR (num_dst + 1,), (E,), within a row ascending and without repetition.
+        indptr, indices: CSR (num_dst + 1,), (E,), within a row without repetition.
         num_src: number of sources; default as many as destinations.
         symmetric: j is in row i exactly if i is in row j.
     """

@@ -51,7 +51,7 @@ def train(config: Config, options: Options) -> None:
             if epoch == 1:
                 model.load_state_dict(start_trial(task, trial).state_dict())
                 optimizer.state.clear()
-                best.__init__()
+                best.reset()
             if not best.exhausted(epoch, config.train.patience):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(epoch, config.train)
@@ -78,7 +78,12 @@ class Best:
     """The weights with the lowest validation criterion of a trial so far."""
 
     def __init__(self) -> None:
-        self.criterion, self.step, self.weights = math.inf, 0, {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: a new trial begins."""
+        self.criterion, self.step = math.inf, 0
+        self.weights: dict[str, torch.Tensor] = {}
 
     def update(self, criterion: float, step: int, model: torch.nn.Module) -> None:
         """Copy the weights if they are the best so far."""

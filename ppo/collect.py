@@ -5,6 +5,7 @@ Legend: T steps, N environments of this process, O shape of an observation, P nu
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Any
 
@@ -14,9 +15,9 @@ import torch
 from common.errors import ProjectError
 from ppo.config import Config
 from ppo.distributions import Distribution
-from ppo.envs import GymVector, Vector, check_finite
+from ppo.envs import GymVector, LocalVector, Vector, check_finite
 from ppo.model import ActorCritic
-from ppo.normalize import ObservationNormalizer, RewardNormalizer, shared_sums
+from ppo.normalize import ObservationNormalizer, RewardNormalizer, gather_states, shared_sums
 from ppo.registry import as_input, observation_shape
 from ppo.rollout import Rollout
 
@@ -78,11 +79,7 @@ class Collector:
     def play(self, t: int, actions: np.ndarray) -> None:
         """One step of all environments, into row t."""
         rollout = self.rollout
-        try:
-            step = self.vector.step(actions)
-        except (OSError, EOFError) as error:  # a worker process has died
-            raise ProjectError(f"an environment's worker process is gone ({type(error).__name__}: {error}); the last checkpoint stands, "
-                               "--resume continues from it") from error
+        step = self.vector.step(actions)
         check_finite(step, self.num_steps)
         done = step.terminated | step.truncated
         rollout.terminated[t], rollout.done[t], rollout.valid[t] = step.terminated, done, step.valid
@@ -112,35 +109,48 @@ class Collector:
         """Mean return and length of the last 100 episodes of each process (NaN before the first), episodes and steps of all processes."""
         pairs = np.array(self.recent, dtype=np.float64).reshape(-1, 2)
         _, sums = shared_sums(0.0, np.array([len(pairs), *pairs.sum(axis=0), self.num_episodes, self.num_steps], dtype=np.float64))
-        count = sums[0] or np.nan
-        return {"return_mean": sums[1] / count, "length_mean": sums[2] / count, "episodes": sums[3], "env_steps": sums[4]}
+        count, returned, length, num_episodes, num_steps = sums.tolist()  # plain numbers: a checkpoint holds no numpy scalars
+        count = count or math.nan
+        return {"return_mean": returned / count, "length_mean": length / count, "episodes": num_episodes, "env_steps": num_steps}
 
     def restart(self, update: int) -> None:
-        """New episodes from (seed, update) where the simulators' state cannot be saved; nothing otherwise.
+        """New episodes from (seed, update) where the simulators' state can only be played again, so that this stays short.
 
-        The training program calls it at every save, stopped or not, so that both go on alike.
+        The training program calls it before every regular save, and not where a stop signal brought one, so that a run that was stopped
+        and one that was not do the same.
         """
-        if isinstance(self.vector, GymVector) and self.vector.state_dict() is None:
+        if isinstance(self.vector, GymVector) and not self.vector.readable:
             self.current = as_input(self.space, self.vector.reset(update))
-            self.returns[:], self.lengths[:] = 0.0, 0
+            self.returns[:], self.lengths[:], self.rewards.returns[:] = 0.0, 0, 0.0
+
+    def gathered(self) -> list[dict[str, Any]]:
+        """`state_dict` of each process, for a checkpoint; all of them must call this."""
+        return gather_states(self.state_dict(), self.world)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """All that this process would need to go on."""
         return {"vector": self.vector.state_dict(), "observations": self.observations.state_dict(), "rewards": self.rewards.state_dict(),
                 "recent": [list(pair) for pair in self.recent], "num_episodes": self.num_episodes, "num_steps": self.num_steps,
                 "current": torch.from_numpy(np.array(self.current)), "returns": torch.from_numpy(self.returns.copy()),
                 "lengths": torch.from_numpy(self.lengths.copy())}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """From a checkpoint. `ProjectError` if an environment does not repeat itself."""
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """From a checkpoint, as `gathered`. `ProjectError` for another number of processes, or an environment that does not repeat itself.
+
+        Worker processes' environments that do not repeat themselves begin new episodes.
+        """
+        if len(states) != self.world:
+            raise ProjectError(f"the run was stopped with {len(states)} processes and cannot go on with {self.world}")
+        state = states[self.rank]
         self.observations.load_state_dict(state["observations"])
         self.rewards.load_state_dict(state["rewards"])
         self.recent = deque(((float(a), int(b)) for a, b in state["recent"]), maxlen=RECENT)
         self.num_episodes, self.num_steps = int(state["num_episodes"]), int(state["num_steps"])
         self.returns, self.lengths = state["returns"].numpy().copy(), state["lengths"].numpy().copy()
-        if state["vector"] is None:
-            return
         self.current = as_input(self.space, self.vector.load_state_dict(state["vector"]))
-        if not np.array_equal(self.current, state["current"].numpy()):
+        if np.array_equal(self.current, state["current"].numpy()):
+            return
+        if isinstance(self.vector, LocalVector) or self.vector.readable:
             raise ProjectError(f"{self.config.env.id} does not come back to where it was: the same seed and actions led elsewhere; use "
                                "env.backend=processes, which starts new episodes at each checkpoint")
+        self.restart(self.num_steps)

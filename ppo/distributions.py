@@ -141,9 +141,8 @@ class SquashedGaussian(Gaussian):
         return log_p, -log_p
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
-        """tanh, then from (-1, 1) to the bounds."""
-        scaled = self.low + (np.tanh(actions) + 1) / 2 * (self.high - self.low)
-        return scaled.reshape(-1, *self.shape).astype(self.dtype)
+        """tanh, then from (-1, 1) to the bounds; clipped, for rounding may lead past them."""
+        return super().to_env(self.low + (np.tanh(actions) + 1) / 2 * (self.high - self.low))
 
 
 Distribution = Categorical | MultiCategorical | Gaussian

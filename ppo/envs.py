@@ -11,7 +11,9 @@ Legend: N environments, O shape of an observation.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import gymnasium as gym
@@ -89,7 +91,7 @@ class LocalVector:
             observation, rewards[n], over, cut, _ = environment.step(action)
             cut = cut or (limit > 0 and len(history) >= limit)
             if over or cut:
-                terminated[n], truncated[n], final[n] = over, cut, observation
+                terminated[n], truncated[n], final[n] = over, cut, np.array(observation)  # a copy: resetting may overwrite it
                 self.episode[n] += 1
                 observation = self._begin(n)
             observations[n] = observation
@@ -130,8 +132,11 @@ class GymVector:
     """Any vector environment of gymnasium, in any of its three reset modes.
 
     Where the simulator's state can be read (`state`, `steps`, `prev_done` and a generator, as in gymnasium's own numpy environments) a
-    checkpoint holds it. Where it cannot, `restart` begins new episodes from (seed, update): the training program calls it whenever it
-    saves, so that a run that was stopped and one that was not do the same.
+    checkpoint holds it. Where it cannot, it holds the numbers of the last `reset` and the actions since, to be played again. So that
+    these do not grow for ever, the training program resets to (seed, update) at every regular save.
+
+    Attributes:
+        readable: whether the state can be read.
     """
 
     NUMPY_STATE = ("state", "steps", "prev_done")
@@ -141,6 +146,9 @@ class GymVector:
         self.mode = AutoresetMode(environment.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         self.observation_space, self.action_space = environment.single_observation_space, environment.single_action_space
         self.before = np.zeros(len(self), dtype=bool)  # NEXT_STEP: whose episode ended in the last step
+        self.readable, self.numbers = True, ()
+        self.actions: list[np.ndarray] = []
+        self.end_workers = weakref.finalize(self, end, getattr(environment, "processes", []))
 
     def __len__(self) -> int:
         return self.environment.num_envs
@@ -148,11 +156,30 @@ class GymVector:
     def reset(self, *numbers: int) -> np.ndarray:
         """The first observations (N, *O); a function of the seed and `numbers`."""
         self.before[:] = False
-        return self.environment.reset(seed=fold(self.seed, self.first, *numbers) % 2**31)[0]
+        self.numbers, self.actions = numbers, []
+        try:
+            observations, _ = self.environment.reset(seed=fold(self.seed, self.first, *numbers) % 2**31)
+        except (OSError, EOFError) as error:
+            raise self._lost(error) from error
+        inner = self.environment.unwrapped
+        self.readable = all(isinstance(getattr(inner, name, None), np.ndarray) for name in self.NUMPY_STATE)
+        return observations
+
+    def _lost(self, error: Exception) -> ProjectError:
+        """A worker process has died: end the others, for none of them would notice."""
+        self.end_workers()
+        self.environment.closed = True  # it would wait for answers when it is deleted
+        return ProjectError(f"an environment's worker process is gone ({type(error).__name__}: {error}); the last checkpoint stands, "
+                            "--resume continues from it")
 
     def step(self, actions: np.ndarray) -> Step:
         """Play one action in each."""
-        observations, rewards, terminated, truncated, infos = self.environment.step(actions)
+        if not self.readable:
+            self.actions.append(np.array(actions))
+        try:
+            observations, rewards, terminated, truncated, infos = self.environment.step(actions)
+        except (OSError, EOFError) as error:
+            raise self._lost(error) from error
         terminated, truncated = np.array(terminated, dtype=bool), np.array(truncated, dtype=bool)
         done, valid, final = terminated | truncated, np.ones(len(self), dtype=bool), {}
         if self.mode == AutoresetMode.NEXT_STEP:
@@ -165,16 +192,21 @@ class GymVector:
         over = done & (truncated | (np.asarray(infos["lives"]) == 0)) if "lives" in infos else None
         return Step(observations, np.asarray(rewards, dtype=np.float64), terminated, truncated, valid, final, over)
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """The simulator's arrays and generator, or None where they cannot be read."""
+    def state_dict(self) -> dict[str, Any]:
+        """The simulator's arrays and generator; where they cannot be read, what has been done since the last `reset`."""
         inner = self.environment.unwrapped
-        if not all(isinstance(getattr(inner, name, None), np.ndarray) for name in self.NUMPY_STATE):
-            return None
+        if not self.readable:
+            return {"numbers": list(self.numbers), "actions": torch.from_numpy(np.array(self.actions))}
         arrays = {name: torch.from_numpy(np.array(getattr(inner, name))) for name in self.NUMPY_STATE}
         return {**arrays, "before": torch.from_numpy(self.before.copy()), "rng": pack_generator(inner.np_random)}
 
     def load_state_dict(self, state: dict[str, Any]) -> np.ndarray:
         """Continue from `state_dict`; returns the observations (N, *O) of that moment."""
+        if "actions" in state:
+            observations = self.reset(*state["numbers"])
+            for actions in state["actions"].numpy():
+                observations = self.step(actions).observations
+            return observations
         self.reset()
         inner = self.environment.unwrapped
         for name in self.NUMPY_STATE:
@@ -186,6 +218,15 @@ class GymVector:
     def close(self) -> None:
         """End workers and simulators."""
         self.environment.close()
+        self.end_workers()
+
+
+def end(processes: list[BaseProcess]) -> None:
+    """Kill worker processes that are still there: they leave SIGTERM to the main process."""
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+        process.join()
 
 
 def pack_generator(generator: np.random.Generator) -> dict[str, Any]:
@@ -206,9 +247,11 @@ Vector = LocalVector | GymVector
 
 def check_finite(step: Step, numbers: int) -> None:
     """`ProjectError` if an environment returned NaN or infinity; the policy would carry it into every weight."""
-    if not np.isfinite(step.rewards).all() or (step.observations.dtype.kind == "f" and not np.isfinite(step.observations).all()):
+    seen = [step.rewards] if step.observations.dtype.kind != "f" else [step.rewards, step.observations, *step.final.values()]
+    if not all(np.isfinite(values).all() for values in seen):
         rows = ~np.isfinite(step.rewards)
-        if step.observations.dtype.kind == "f":
+        if len(seen) > 1:
             rows |= ~np.isfinite(step.observations.reshape(len(rows), -1)).all(axis=1)
+            rows[[n for n, observation in step.final.items() if not np.isfinite(observation).all()]] = True
         raise ProjectError(f"environment {int(rows.nonzero()[0][0])} returned NaN or infinity after {numbers} steps; nothing was learned "
                            "from it, and the last checkpoint stands")

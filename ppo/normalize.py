@@ -8,6 +8,7 @@ Legend: T steps, N environments, O shape of an observation.
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
@@ -50,12 +51,29 @@ class RunningMoments:
         self.mean, self.var, self.count = state["mean"].numpy().copy(), state["var"].numpy().copy(), float(state["count"])
 
 
+def gather_states(state: dict[str, Any], world: int) -> list[dict[str, Any]]:
+    """One nested dict of tensors and plain values from each process, in order of rank; all processes must call this."""
+    if world == 1:
+        return [state]
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    file = io.BytesIO()
+    torch.save(state, file)
+    data = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+    longest = int(max(sizes))
+    parts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(world)]
+    dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - len(data))))
+    return [torch.load(io.BytesIO(part[:size].cpu().numpy().tobytes()), weights_only=True) for part, size in zip(parts, map(int, sizes))]
+
+
 def shared_sums(count: float, values: np.ndarray) -> tuple[float, np.ndarray]:
     """Sums over all processes."""
     if not (dist.is_available() and dist.is_initialized()):
         return count, values
-    flat = torch.from_numpy(np.concatenate([[count], np.ravel(values)]))
+    flat = torch.from_numpy(np.concatenate([[count], np.ravel(values)])).to("cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(flat)
+    flat = flat.cpu()
     return float(flat[0]), flat[1:].numpy().reshape(np.shape(values))
 
 

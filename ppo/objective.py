@@ -40,7 +40,7 @@ def ppo_terms(log_prob: Tensor, entropy: Tensor, values: Tensor, old_log_prob: T
         near = old_values + (values - old_values).clamp(-clip_value, clip_value)
         value = torch.maximum(value, 0.5 * (near - returns).square())
     with torch.no_grad():
-        kl, clipped = ratio - 1 - log_ratio, ((ratio - 1).abs() > clip).to(ratio.dtype)
+        kl, clipped = log_ratio.expm1() - log_ratio, ((ratio - 1).abs() > clip).to(ratio.dtype)
     return Terms(policy, value, entropy, kl, clipped)
 
 

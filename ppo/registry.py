@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import multiprocessing
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +40,7 @@ def make_vector(config: EnvConfig, seed: int, count: int, first: int = 0, traini
         vector = attempt(config.id, lambda: gym.make_vec(config.id, count, vectorization_mode=NATIVE, vector_kwargs={}, **extra))
         return checked(GymVector(vector, seed, first))
     if backend == "processes":
-        build = [lambda: make_one(config) for _ in range(count)]
+        build = [lambda: make_worker(config) for _ in range(count)]
         vector = attempt(config.id, lambda: AsyncVectorEnv(build, autoreset_mode=AutoresetMode.SAME_STEP))
         return checked(GymVector(vector, seed, first))
     return checked(LocalVector([attempt(config.id, lambda: make_one(config)) for _ in range(count)], seed, first, config.max_episode_steps))
@@ -76,6 +78,14 @@ def make_one(config: EnvConfig, render_mode: str | None = None) -> gym.Env:
     if config.max_episode_steps:
         extra["max_episode_steps"] = config.max_episode_steps
     return gym.make(config.id, render_mode=render_mode, disable_env_checker=True, **extra)
+
+
+def make_worker(config: EnvConfig) -> gym.Env:
+    """`make_one` in a worker process. Stop signals often go to all processes; this one goes on until the main one has no use for it."""
+    if multiprocessing.parent_process():  # the main process makes one, too, to look at its spaces
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+    return make_one(config)
 
 
 def make_atari(config: EnvConfig, count: int, training: bool) -> gym.vector.VectorEnv:

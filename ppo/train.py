@@ -54,8 +54,6 @@ def train(config: Config, options: Options) -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, eps=settings.adam_eps, fused=run.device.type != "mps")
         collector, best = Collector(config, vector, distribution, run.rank, run.world), Best()
         done = run.resume(model=model, optimizer=optimizer, collector=collector, leader=best)  # updates; 0 when fresh
-        if done:
-            collector.restart(done)
         net, updates = run.prepare(model), num_updates(config)
         run.display.say(f"{config.env.id}: {config.env.count} environments, {updates} updates of {settings.rollout * config.env.count:,} "
                         f"steps, {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -66,25 +64,25 @@ def train(config: Config, options: Options) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * (left if settings.lr_decay == "linear" else 1)
             rollout = collector.collect(model, run.generator(update, ACTION_STREAM), run.device)
-            batch = prepare(rollout, model, distribution, settings, run.device)
+            observations, actions, numbers = prepare(rollout, model, distribution, settings, run.device)
             rows = valid_rows(rollout, run)  # int64 (M,), the same in every process
             known = torch.from_numpy(rollout.valid).flatten().to(run.device)
-            explained = explained_variance(batch["values"][known], batch["returns"][known])
+            explained = explained_variance(numbers[1][known], numbers[3][known])
             order = torch.Generator().manual_seed(fold(config.seed, update, ORDER_STREAM))
             watched: list[Tensor] = []
             for epoch, part in epochs(rows, settings, order):  # noqa: B007 (logged)
                 mine = owned(part, count, run)
-                sample = {name: value.index_select(0, mine) for name, value in batch.items()}
-                parameters, values = net(sample["observations"])
-                log_prob, entropy = distribution.log_prob_entropy(parameters, sample["actions"])
-                advantages = normalized(sample["advantages"], len(part), run) if settings.normalize_advantage else sample["advantages"]
-                terms = ppo_terms(log_prob, entropy, values, sample["log_prob"], sample["values"], advantages, sample["returns"], clip,
-                                  settings.clip_value)
+                old_log_prob, old_values, advantages, returns = numbers.index_select(1, mine).unbind()
+                parameters, values = net(observations.index_select(0, mine))
+                log_prob, entropy = distribution.log_prob_entropy(parameters, actions.index_select(0, mine))
+                if settings.normalize_advantage:
+                    advantages = normalized(advantages, len(part), run)
+                terms = ppo_terms(log_prob, entropy, values, old_log_prob, old_values, advantages, returns, clip, settings.clip_value)
                 loss = total_loss(terms, settings).sum() * (run.world / len(part))  # processes' gradients are averaged, hence x world
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 grad_norm = run.optimize(optimizer, loss, settings.max_grad_norm)  # stops on a non-finite value
-                watched.append(summed(torch.stack([term.detach().sum() for term in terms]), run) / len(part))
+                watched.append(summed(torch.stack([term.detach() for term in terms]).sum(dim=1), run) / len(part))
                 if settings.target_kl and watched[-1][KL] > 1.5 * settings.target_kl:
                     break  # all remaining minibatches and epochs
             played = collector.played()  # the same numbers in every process
@@ -92,18 +90,21 @@ def train(config: Config, options: Options) -> None:
                     explained_variance=explained, epochs=epoch, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"], clip=clip)
             best.update(played, update, model, collector)
             if run.save_due(update, settings.save_every):
-                run.save(update, model=model, optimizer=optimizer, collector=collector, leader=best)
-                collector.restart(update)
+                if run.due(update, settings.save_every):
+                    collector.restart(update)
+                run.save(update, model=model, optimizer=optimizer, collector=collector.gathered(), leader=best)
         vector.close()
         if run.is_main:
             export(run, config, model, collector, best)
 
 
 def prepare(rollout: Rollout, model: ActorCritic, distribution: Distribution, settings: TrainConfig,
-            device: torch.device) -> dict[str, Tensor]:
-    """What the epochs learn from, row t N + n for step t of environment n: observations (T N, *O), actions, and five numbers a row.
+            device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What the epochs learn from; row t N + n belongs to step t of environment n.
 
     Values and log-probabilities of the whole rollout are computed in one pass, with the weights that played it.
+
+    Returns: observations (T N, *O), actions (T N, *D), and (4, T N): log-probability, value, advantage, return.
     """
     T, N = rollout.rewards.shape
     shape = rollout.observations.shape[2:]
@@ -122,8 +123,7 @@ def prepare(rollout: Rollout, model: ActorCritic, distribution: Distribution, se
         ends = terminated if settings.bootstrap_truncated else done
         rewards = torch.from_numpy(rollout.rewards).to(device, values.dtype)
         advantages, returns = gae(rewards, values[:-1], next_values, ends, done, valid, settings.gamma, settings.gae_lambda)
-    flat = {"log_prob": log_prob, "values": values[:-1], "advantages": advantages, "returns": returns}
-    return {"observations": observations, "actions": actions, **{name: value.flatten() for name, value in flat.items()}}
+    return observations, actions, torch.stack([log_prob, values[:-1].flatten(), advantages.flatten(), returns.flatten()])
 
 
 def in_parts(function: Callable[[Tensor], Tensor], x: Tensor, size: int = 4096) -> Tensor:
@@ -167,6 +167,9 @@ def normalized(advantages: Tensor, total: int, run: Run) -> Tensor:
     """Zero mean and unit variance over the whole minibatch of `total` rows, whoever played them. One row alone stays as it is."""
     if total < 2:
         return advantages
+    if run.world == 1:
+        variance, mean = torch.var_mean(advantages)
+        return (advantages - mean) / (variance.sqrt() + 1e-8)
     mean = summed(advantages.sum(), run) / total
     centred = advantages - mean
     variance = summed(centred.square().sum(), run) / (total - 1)

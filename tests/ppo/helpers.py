@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from ppo.distributions import distribution_for
 from ppo.envs import Vector
 from ppo.model import ActorCritic
 from ppo.registry import observation_shape
-from tests.helpers import ROOT, status
+from tests.helpers import ROOT, environment, status
 
 CARTPOLE = ROOT / "configs/ppo_cartpole.yaml"
 # 4 environments x 16 steps are an update, 6 of them a run
@@ -83,6 +87,34 @@ def stop_in_update(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
     monkeypatch.setattr(Run, "optimize", optimize_and_stop)
 
 
+def two_processes(folder: Path, source: str) -> None:
+    """Run the lines of `source` in two gloo processes, with this module's names; fails if one of them does not end well."""
+    script = folder / "two.py"
+    prelude = f"""
+        import sys, types
+        sys.path.insert(0, {str(ROOT)!r})
+        sys.modules["tests"] = types.ModuleType("tests")  # other packages may bring one
+        sys.modules["tests"].__path__ = [{str(ROOT / "tests")!r}]
+        from pathlib import Path
+        import pytest
+        from common.checkpoint import Checkpoints
+        from tests.ppo.helpers import *
+    """
+    script.write_text(textwrap.dedent(prelude) + textwrap.dedent(source))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [subprocess.Popen([sys.executable, str(script)], cwd=ROOT, env={**shared, "RANK": str(rank)}, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    try:
+        said = [process.communicate(timeout=100)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+
+
 class Counting(gym.Env):
     """Its observation is (episode, step, identity); how long an episode is, how it ends and what is paid follow from them and the action.
 
@@ -92,6 +124,7 @@ class Counting(gym.Env):
         identity: told apart by it. limit: -1 = by identity and episode, 0 = never ends by itself, else the number of steps.
         trouble: "nan", "die" (the process ends at once) or nothing; it comes in the third episode's second step.
         reuse: return the same array each time, overwritten, as some simulators do.
+        noisy: add noise to the observation from the environment's own generator, which outlives an episode.
     Attributes:
         played: (return, length) of each finished episode. seeds: those handed to `reset`. rows: every step, as it was.
     """
@@ -99,8 +132,10 @@ class Counting(gym.Env):
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
     action_space = gym.spaces.Discrete(3)
 
-    def __init__(self, identity: int = 0, limit: int = -1, trouble: str = "", reuse: bool = False, noisy: bool = False) -> None:
+    def __init__(self, identity: int = 0, limit: int = -1, trouble: str = "", reuse: bool = False, noisy: bool = False,
+                 render_mode: str | None = None) -> None:
         self.identity, self.limit, self.trouble, self.reuse, self.noisy = identity, limit, trouble, reuse, noisy
+        self.render_mode = render_mode
         self.episode, self.steps, self.total = -1, 0, 0.0
         self.buffer = np.zeros(3, dtype=np.float32)
         self.played: list[tuple[float, int]] = []
@@ -116,6 +151,8 @@ class Counting(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
         self.seeds.append(seed)
+        if self.noisy and seed is not None:  # a seed says all that there is to know
+            self.episode = -1
         self.episode, self.steps, self.total = self.episode + 1, 0, 0.0
         return self.look(), {}
 

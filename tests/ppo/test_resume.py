@@ -1,0 +1,170 @@
+"""Exact resume, environments included: a run that was stopped and one that was not log the same numbers and end with the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+
+import pytest
+import torch
+
+from common.checkpoint import Checkpoints
+from tests.helpers import ROOT, environment, errors, same
+from tests.ppo.helpers import CARTPOLE, TINY, Counting, config, log, register, stop_in_update, train, two_processes, weights
+
+NORMAL = ("env.normalize_observations=true", "env.normalize_rewards=true")
+TOY = register(noisy=True)
+KINDS = {
+    "native": ("env.normalize_rewards=true",),  # the simulator's arrays are saved
+    "native, normalised, dead rows": (*NORMAL, "env.max_episode_steps=9", "train.steps=1280"),
+    "local": ("env.id=LunarLander-v3", "train.rollout=48", "train.steps=1152", *NORMAL),  # seeds and actions are saved and played again
+    "local, continuous": ("env.id=LunarLander-v3", "env.continuous=true", "env.max_episode_steps=30", "train.rollout=48",
+                          "train.steps=1152"),
+    "processes": (f"env.id={TOY}", "env.backend=processes", "train.steps=704", "train.save_every=3", *NORMAL),  # new episodes at saves
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """kind -> the folder of an uninterrupted run."""
+
+    @cache
+    def folder(kind):
+        path = tmp_path_factory.mktemp("whole") / "run"
+        assert train(config(path, *KINDS[kind])) == 0
+        return path
+
+    return folder
+
+
+def newest(folder):
+    """All that a run would go on from."""
+    checkpoints = Checkpoints(folder / "checkpoints", 2, 0)
+    state = Checkpoints.load(checkpoints.path(checkpoints.newest_step()))
+    return {name: state[name] for name in ("step", "parts", "rng")}
+
+
+@pytest.mark.parametrize(("kind", "stops"), [
+    ("native", (3,)), ("native", (4,)), ("native", (2, 3)), ("native", (1, 6)), ("native, normalised, dead rows", (17,)),
+    ("local", (2,)), ("local", (4, 5)), ("local, continuous", (3,)),
+    ("processes", (1,)), ("processes", (4,)), ("processes", (3,)), ("processes", (5, 7)), ("processes", (6, 7, 8)),
+], ids=lambda value: value if isinstance(value, str) else "stopped in " + " and ".join(map(str, value)))
+def test_resume_is_exact(kind, stops, whole, tmp_path, monkeypatch):
+    """Real SIGTERMs in the middle of an update's epochs; in some of these updates a checkpoint is due anyway."""
+    folder = tmp_path / "run"
+    stop_in_update(monkeypatch, *stops)
+    for i, update in enumerate(stops):
+        assert train(config(folder, *KINDS[kind]), resume=i > 0) == 143
+        assert newest(folder)["step"] == update, "it leaves within one update, with a checkpoint"
+    assert train(config(folder, *KINDS[kind]), resume=True) == 0
+    expected = whole(kind)
+    assert log(folder) == log(expected)
+    assert len(log(folder)) == newest(folder)["step"] > max(stops) - 1
+    assert same(weights(folder), weights(expected))
+    assert same(newest(folder), newest(expected))
+
+
+def test_these_runs_are_worth_comparing(whole):
+    """Episodes end and the best policy is kept in them, so that a resumed run has something to lose."""
+    for kind in KINDS:
+        lines = log(whole(kind))
+        assert float(lines[-1]["episodes"]) > 3, kind
+        assert len({line["policy_loss"] for line in lines}) == len(lines), kind
+    assert newest(whole("processes"))["parts"]["leader"]["weights"]
+    assert newest(whole("native, normalised, dead rows"))["parts"]["leader"]["weights"]
+
+
+def test_restart_begins_the_books_anew(tmp_path):
+    """At a regular save the worker processes' episodes are given up: no return is logged that mixes two of them."""
+    name = register(limit=40)
+    assert train(config(tmp_path / "run", f"env.id={name}", "env.backend=processes", "train.save_every=2")) == 0
+    last = log(tmp_path / "run")[-1]
+    assert last["episodes"] == "0.0", "no episode of 40 steps fits between two restarts 32 steps apart"
+    assert last["return_mean"] == "nan"
+
+
+class Forgetful(Counting):
+    """The same seed does not lead to the same place."""
+
+    made = 0
+
+    def reset(self, *, seed=None, options=None):
+        observation, info = super().reset(seed=seed)
+        Forgetful.made += 1
+        return observation + Forgetful.made, info
+
+
+def test_environment_that_does_not_repeat_itself_is_refused(tmp_path, monkeypatch, capsys):
+    import gymnasium as gym
+
+    gym.register("Forgetful-v0", entry_point=Forgetful)
+    try:
+        stop_in_update(monkeypatch, 3)
+        assert train(config(tmp_path / "run", "env.id=Forgetful-v0", "train.steps=640")) == 143
+        assert train(config(tmp_path / "run", "env.id=Forgetful-v0", "train.steps=640"), resume=True) == 1
+        (line,) = errors(capsys.readouterr().err)
+        assert "does not come back" in line
+        assert "env.backend=processes" in line
+    finally:
+        gym.registry.pop("Forgetful-v0")
+
+
+def test_two_processes_resume(tmp_path):
+    """Each process gets its own environments back, not those of the first: the second is stopped at an update without a regular save."""
+    two_processes(tmp_path, f"""
+        import os
+        folder, words = Path({str(tmp_path)!r}), ("env.backend=local", *{NORMAL!r})
+        assert train(config(folder / "whole", *words)) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            stop_in_update(patch, 3 if os.environ["RANK"] == "1" else 99)
+            assert train(config(folder / "run", *words)) == (143 if os.environ["RANK"] == "1" else 0)
+        assert Checkpoints(folder / "run/checkpoints", 2, 0).newest_step() == 3
+        assert train(config(folder / "run", *words), resume=True) == 0
+    """)
+    assert log(tmp_path / "run") == log(tmp_path / "whole")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert same(newest(tmp_path / "run")["parts"], newest(tmp_path / "whole")["parts"])
+
+
+def test_resume_with_another_number_of_processes_is_refused(tmp_path, monkeypatch, capsys):
+    from ppo.collect import Collector
+
+    stop_in_update(monkeypatch, 2)
+    monkeypatch.setattr(Collector, "gathered", lambda self: [self.state_dict()] * 2)
+    assert train(config(tmp_path / "run")) == 143
+    assert train(config(tmp_path / "run"), resume=True) == 1
+    (line,) = errors(capsys.readouterr().err)
+    assert "2 processes" in line
+
+
+def test_stop_signal_to_the_whole_group_spares_the_workers(tmp_path):
+    """As Ctrl-C or a cluster does it: the main process still saves, nothing hangs and no worker is left."""
+    command = [sys.executable, "-m", "ppo.train", "--config", str(CARTPOLE), *TINY, f"run_dir={tmp_path / 'run'}", "env.backend=processes",
+               "env.count=2", "train.steps=3200000", "train.save_every=1000000"]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    metrics = tmp_path / "run/metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 143, stderr
+    assert not errors(stderr)
+    assert newest(tmp_path / "run")["step"] >= 3
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_checkpoints_hold_the_generators(whole):
+    """The canary of all of the above: the collector's state is tensors and plain values, one for each process."""
+    (state,) = newest(whole("native"))["parts"]["collector"]
+    assert {"vector", "observations", "rewards", "current", "returns", "lengths"} <= state.keys()
+    assert state["vector"]["rng"]["state"].isdigit()
+    assert isinstance(state["vector"]["state"], torch.Tensor)
