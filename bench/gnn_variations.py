@@ -25,7 +25,7 @@ GROUPS: dict[str, dict[str, str]] = {  # group -> label -> overrides of gcn_cora
         **{f"GCN with residuals, {n} layers": f"{WIDE} model.layers={n} model.dropout=0.5 model.residual=true" for n in DEPTHS},
         **{f"GCN with residuals and layer norm, {n} layers":
            f"{WIDE} model.layers={n} model.dropout=0.5 model.residual=true model.norm=layer" for n in DEPTHS},
-        **{f"GCNII, {n} layers": f"gcnii_cora: model.layers={n} train.steps=600" for n in DEPTHS},
+        **{f"GCNII, {n} layers": f"gcnii_cora: model.layers={n} train.steps=300" for n in DEPTHS},
         **{f"APPNP, {n} hops": f"model.layer=appnp {WIDE} model.hops={n} model.dropout=0.5" for n in DEPTHS},
     },
     "width": {f"width {n}": f"model.hidden={n}" for n in (4, 8, 16, 32, 64, 128)},

@@ -11,8 +11,6 @@ from gnn.config import Config
 if __name__ == "__main__":
     CONFIG, OPTIONS = load(Config, "gnn", "eval")
 
-import csv
-import io
 import json
 import math
 import statistics
@@ -25,7 +23,7 @@ from rich.table import Table
 from safetensors import SafetensorError, safe_open
 
 from common.errors import ProjectError, exits_cleanly
-from common.files import write_json, write_text
+from common.files import write_csv, write_json
 from common.logging import read_metrics
 from common.run import Run
 from gnn.task import Task, build_task
@@ -53,7 +51,7 @@ def main(config: Config, options: Options) -> None:
             if config.eval.figures:
                 task.figures(model, run.folder / "figures")
                 draw_curves(run.folder, task)
-        write_text(run.folder / "seeds.csv", as_csv(rows))
+        write_csv(run.folder / "seeds.csv", rows)
         result = {
             "project": "gnn", "config": run.folder.name, "checkpoint_step": max(int(row["step"]) for row in rows), "metrics": metrics,
             "n": {"trials": len(rows)}, "seeds": [int(row["seed"]) for row in rows],
@@ -94,15 +92,6 @@ def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
         if len(values) > 1:
             metrics[f"{name}_std"] = statistics.stdev(values)
     return metrics
-
-
-def as_csv(rows: list[dict[str, float]]) -> str:
-    """A line for each trial."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def draw_curves(folder: Path, task: Task) -> None:

@@ -185,7 +185,7 @@ class GymVector:
         if self.mode == AutoresetMode.NEXT_STEP:
             valid, self.before = ~self.before, done  # the final observation is the one returned, the dead row's own
         elif done.any() and self.mode == AutoresetMode.SAME_STEP:
-            final = {int(n): infos["final_obs"][n] for n in done.nonzero()[0]}
+            final = {int(n): np.asarray(infos["final_obs"][n]) for n in done.nonzero()[0]}
         elif done.any():
             final = {int(n): observations[n].copy() for n in done.nonzero()[0]}
             observations = self.environment.reset(options={"reset_mask": done})[0]

@@ -12,9 +12,7 @@ from ppo.config import Config
 if __name__ == "__main__":
     CONFIG, OPTIONS = load(Config, "ppo", "eval")
 
-import csv
 import dataclasses
-import io
 import json
 import math
 import statistics
@@ -27,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import ProjectError, exits_cleanly
-from common.files import write_json, write_text
+from common.files import write_csv, write_json
 from common.logging import read_metrics
 from common.run import Run
 from common.runtime import fold
@@ -58,7 +56,7 @@ def main(config: Config, options: Options) -> None:
                 rows += [{"policy": name, "kind": kind.removeprefix("_") or "deterministic", "return": a, "length": b} for a, b in games]
             update = update or int(facts["update"])
         metrics |= when_solved(run.folder, config)
-        write_text(run.folder / "episodes.csv", as_csv(rows))
+        write_csv(run.folder / "episodes.csv", rows)
         draw(run.folder, config)
         if config.eval.video:
             save_film(config, run, names[0])
@@ -97,15 +95,6 @@ def when_solved(folder: Path, config: Config) -> dict[str, float]:
         if line["episodes"] >= ENOUGH and line["return_mean"] >= threshold(config):
             return found | {"episodes_to_solve": line["episodes"], "steps_to_solve": line["env_steps"]}
     return found
-
-
-def as_csv(rows: list[dict]) -> str:
-    """A line for each episode."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def draw(folder: Path, config: Config) -> None:

@@ -9,8 +9,6 @@ its 95 % bootstrap interval (Agarwal et al. 2021, "Deep reinforcement learning a
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import os
 import signal
@@ -22,7 +20,7 @@ from pathlib import Path
 
 from common.config import UNUSABLE, explain, resolve
 from common.errors import ProjectError, exits_cleanly
-from common.files import write_json, write_text
+from common.files import write_csv, write_json
 from common.logging import read_metrics
 from common.metrics import bootstrap_interval, interquartile_mean
 from ppo.config import Config
@@ -42,11 +40,7 @@ def main() -> None:
     started = time.perf_counter()
     run_all([(seed, folder / f"{seed:03d}") for seed in seeds], args)
     rows = [read_seed(folder / f"{seed:03d}", seed) for seed in seeds]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n", extrasaction="ignore", restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(folder / "seeds.csv", text.getvalue())
+    write_csv(folder / "seeds.csv", rows)
     result = {"project": "ppo", "config": args.config.stem, "metrics": aggregate(rows), "seeds": seeds,
               "episodes": config.eval.episodes, "seconds": round(time.perf_counter() - started, 1),
               "command": "python -m ppo.sweep " + " ".join(sys.argv[1:])}

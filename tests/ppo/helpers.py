@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,30 +90,41 @@ def stop_in_update(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
 
 def two_processes(folder: Path, source: str) -> None:
     """Run the lines of `source` in two gloo processes, with this module's names; fails if one of them does not end well."""
-    script = folder / "two.py"
+    script, ports = folder / "two.py", []
+    for _ in range(4):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
     prelude = f"""
-        import sys, types
+        import os, sys, types
         sys.path.insert(0, {str(ROOT)!r})
         sys.modules["tests"] = types.ModuleType("tests")  # other packages may bring one
         sys.modules["tests"].__path__ = [{str(ROOT / "tests")!r}]
         from pathlib import Path
         import pytest
         from common.checkpoint import Checkpoints
+        from tests.ppo import helpers
         from tests.ppo.helpers import *
+
+        ports = {ports}
+
+        def train(config, **options):  # each run's processes meet at a port of its own
+            os.environ["MASTER_PORT"] = str(ports.pop())
+            return helpers.train(config, **options)
+
     """
     script.write_text(textwrap.dedent(prelude) + textwrap.dedent(source))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    said = [folder / f"stderr{rank}.txt" for rank in range(2)]
     started = [subprocess.Popen([sys.executable, str(script)], cwd=ROOT, env={**shared, "RANK": str(rank)}, stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    try:
-        said = [process.communicate(timeout=100)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
+                                stderr=path.open("w")) for rank, path in enumerate(said)]
+    deadline = time.monotonic() + 100
+    while None in (codes := [process.poll() for process in started]) and not any(codes) and time.monotonic() < deadline:
+        time.sleep(0.05)  # until both are done, or one has failed
+    for process in started:
+        process.kill()
+        process.wait()
+    assert codes == [0, 0], "\n".join(path.read_text() for path in said)
 
 
 class Counting(gym.Env):

@@ -116,13 +116,13 @@ def test_environment_that_does_not_repeat_itself_is_refused(tmp_path, monkeypatc
 def test_two_processes_resume(tmp_path):
     """Each process gets its own environments back, not those of the first: the second is stopped at an update without a regular save."""
     two_processes(tmp_path, f"""
-        import os
         folder, words = Path({str(tmp_path)!r}), ("env.backend=local", *{NORMAL!r})
         assert train(config(folder / "whole", *words)) == 0
         with pytest.MonkeyPatch.context() as patch:
             stop_in_update(patch, 3 if os.environ["RANK"] == "1" else 99)
             assert train(config(folder / "run", *words)) == (143 if os.environ["RANK"] == "1" else 0)
-        assert Checkpoints(folder / "run/checkpoints", 2, 0).newest_step() == 3
+        if os.environ["RANK"] == "0":  # the one that saves
+            assert Checkpoints(folder / "run/checkpoints", 2, 0).newest_step() == 3
         assert train(config(folder / "run", *words), resume=True) == 0
     """)
     assert log(tmp_path / "run") == log(tmp_path / "whole")

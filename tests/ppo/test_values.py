@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -22,7 +23,7 @@ from tests.ppo.helpers import config, train
 
 GAMMA = 0.9
 # hidden=[]: the networks are tables, one number for each state
-SETTINGS = ("train.rollout=28", "env.count=4", "train.steps=5600", "train.epochs=20", "train.batch_size=112", "train.lr=0.1",
+SETTINGS = ("train.rollout=28", "env.count=4", "train.steps=2240", "train.epochs=10", "train.batch_size=112", "train.lr=0.3",
             f"train.gamma={GAMMA}", "train.gae_lambda=0.95", "train.max_grad_norm=0", "train.log_every=50", "train.save_every=1000",
             "model.hidden=[]")
 MODES = {"next": AutoresetMode.NEXT_STEP, "same": AutoresetMode.SAME_STEP, "disabled": AutoresetMode.DISABLED}
@@ -111,35 +112,34 @@ def run(toy: str, folder: Path, *overrides: str) -> tuple[np.ndarray, np.ndarray
 @pytest.mark.parametrize("toy", ["stream", "ring", "chain", "both"])
 def test_the_critic_finds_the_right_values(toy, tmp_path):
     found, expected = run(toy, tmp_path / "run")
-    np.testing.assert_allclose(found, expected, atol=0.05)
+    np.testing.assert_allclose(found, expected, atol=0.01)
 
 
 def test_ends_and_time_limits_mixed(tmp_path):
     """By chance some episodes terminate; the estimate is as noisy as the last rollouts are."""
-    found, expected = run("chance", tmp_path / "run", "env.count=32", "train.steps=44800", "train.batch_size=896", "train.epochs=8")
+    found, expected = run("chance", tmp_path / "run", "env.count=32", "train.steps=26880", "train.batch_size=896", "train.epochs=8")
     np.testing.assert_allclose(found, expected, atol=0.3)
 
 
-@pytest.mark.parametrize("overrides", [("model.hidden=[32]", "train.lr=0.02", "train.steps=11200"), ("train.clip_value=1.0",),
-                                       ("train.gae_lambda=0",), ("train.gae_lambda=1", "train.rollout=30", "train.batch_size=40")],
+@pytest.mark.parametrize(("toy", "overrides"), [("ring", ("model.hidden=[32]", "train.lr=0.02", "train.steps=6720")),
+                                                ("both", ("train.clip_value=1.0",)), ("both", ("train.gae_lambda=0", "train.steps=4480")),
+                                                ("ring", ("train.gae_lambda=1", "train.rollout=30", "train.batch_size=40"))],
                          ids=["hidden layer", "value clipping", "lambda 0", "lambda 1"])
-@pytest.mark.parametrize("toy", ["ring", "both"])
 def test_other_settings_find_them_too(toy, overrides, tmp_path):
     found, expected = run(toy, tmp_path / "run", *overrides)
     np.testing.assert_allclose(found, expected, atol=0.15)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("toy", ["ring", "chain"])
+@pytest.mark.parametrize(("toy", "mode"), [("ring", "next"), ("ring", "same"), ("ring", "disabled"), ("chain", "next"), ("chain", "same")])
 def test_every_reset_mode_finds_them(toy, mode, tmp_path, monkeypatch):
     """The same training program on gymnasium's vector environments."""
     monkeypatch.setattr("ppo.train.make_vector", lambda env, seed, count, first=0: vector_of(toy, mode, count, seed, first))
     found, expected = run(toy, tmp_path / "run")
-    np.testing.assert_allclose(found, expected, atol=0.05)
+    np.testing.assert_allclose(found, expected, atol=0.01)
 
 
 def test_worker_processes_find_them(tmp_path):
-    found, expected = run("ring", tmp_path / "run", "env.backend=processes", "train.steps=4480")
+    found, expected = run("ring", tmp_path / "run", "env.backend=processes")
     np.testing.assert_allclose(found, expected, atol=0.1)
 
 
@@ -156,7 +156,7 @@ def test_without_bootstrapping_time_limits_are_mistaken_for_ends(tmp_path):
 def test_bootstrapping_does_not_touch_real_ends(tmp_path):
     for toy in ("chain", "both"):
         found, expected = run(toy, tmp_path / toy, "train.bootstrap_truncated=false")
-        np.testing.assert_allclose(found, expected, atol=0.05)
+        np.testing.assert_allclose(found, expected, atol=0.01)
 
 
 def vector_of(toy: str, mode: str, count: int, seed: int = 0, first: int = 0) -> GymVector:
@@ -164,13 +164,11 @@ def vector_of(toy: str, mode: str, count: int, seed: int = 0, first: int = 0) ->
     return GymVector(environments, seed, first)
 
 
-@pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("mode", ["local", *MODES])
 @pytest.mark.parametrize("toy", ["stream", "ring", "chain", "both"])
-def test_a_perfect_critic_leaves_no_advantage(toy, mode, gae_lambda, tmp_path):
+def test_a_perfect_critic_leaves_no_advantage(toy, mode, tmp_path):
     """Nothing is random here but the actions, so that every row's advantage is zero and its return the true value; no training involved."""
-    settings = config(tmp_path / "run", *SETTINGS, f"env.id={name_of(toy)}", "train.rollout=23", "train.batch_size=4",
-                      f"train.gae_lambda={gae_lambda}")
+    settings = config(tmp_path / "run", *SETTINGS, f"env.id={name_of(toy)}", "train.rollout=23", "train.batch_size=4")
     vector = make_vector(settings.env, 0, 4) if mode == "local" else vector_of(toy, mode, 4)
     distribution, expected = distribution_for(vector.action_space), true_values(toy)
     model = ActorCritic(settings.model, observation_shape(vector.observation_space), distribution)
@@ -179,9 +177,10 @@ def test_a_perfect_critic_leaves_no_advantage(toy, mode, gae_lambda, tmp_path):
         model.value.weight[0] = 100.0  # in states that no step starts from
         model.value.weight[0, : len(expected)] = torch.from_numpy(expected).float() - 3
     collector = Collector(settings, vector, distribution)
-    for update in range(3):
+    for update, gae_lambda in enumerate((0.0, 0.7, 1.0)):
         rollout = collector.collect(model, torch.Generator().manual_seed(update), torch.device("cpu"))
-        observations, _, numbers = prepare(rollout, model, distribution, settings.train, torch.device("cpu"))
+        observations, _, numbers = prepare(rollout, model, distribution, replace(settings.train, gae_lambda=gae_lambda),
+                                           torch.device("cpu"))
         _, values, advantages, returns = numbers
         valid = torch.from_numpy(rollout.valid).flatten()
         state = observations.argmax(dim=1)[valid]
@@ -197,7 +196,7 @@ def test_a_perfect_critic_leaves_no_advantage(toy, mode, gae_lambda, tmp_path):
 @pytest.mark.parametrize("mode", ["local", *MODES])
 def test_the_value_of_the_final_observation_counts_and_not_the_next_episodes_first(mode, tmp_path):
     """A critic that knows only the state in which the ring's episodes are cut: its value reaches their last rows, and no others."""
-    settings = config(tmp_path / "run", *SETTINGS, f"env.id={name_of('ring')}", "train.gae_lambda=0", "train.rollout=24")
+    settings = config(tmp_path / "run", *SETTINGS, f"env.id={name_of('ring')}", "train.gae_lambda=0", "train.rollout=24", "train.batch_size=96")
     vector = make_vector(settings.env, 0, 4) if mode == "local" else vector_of("ring", mode, 4)
     distribution = distribution_for(vector.action_space)
     model = ActorCritic(settings.model, (4,), distribution)
