@@ -42,7 +42,8 @@ class Demo:
     overrides: tuple[str, ...] = ()
 
 
-DEMOS = (Demo("diffusion", "configs/ddpm_digits.yaml", 90), Demo("gnn", "configs/gcn_karate.yaml", 20))
+DEMOS = (Demo("diffusion", "configs/ddpm_digits.yaml", 90), Demo("gnn", "configs/gcn_karate.yaml", 20),
+         Demo("ppo", "configs/ppo_cartpole_tiny.yaml", 30))
 
 
 @dataclass

@@ -41,7 +41,7 @@ class Collector:
         pixels = len(shape) == 3
         self.observations = ObservationNormalizer(shape, env.normalize_observations and not pixels, env.clip_observations)
         self.rewards = RewardNormalizer(count, train.gamma, env.normalize_rewards, env.clip_rewards)
-        kind = np.uint8 if pixels else np.float32
+        kind = np.uint8 if pixels and self.space.dtype == np.uint8 else np.float32
         action = np.int64 if distribution.discrete else np.float32
         self.rollout = Rollout.empty(train.rollout, count, shape, distribution.action_shape, kind, action)
         self.raw = np.zeros((train.rollout, count, *shape), dtype=np.float32) if self.observations.enabled else None

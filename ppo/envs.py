@@ -145,6 +145,7 @@ class GymVector:
         self.environment, self.seed, self.first = environment, seed, first
         self.mode = AutoresetMode(environment.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         self.observation_space, self.action_space = environment.single_observation_space, environment.single_action_space
+        self.frame_limit = getattr(environment, "frame_limit", 0)  # set where an episode ends with a life and the game goes on
         self.before = np.zeros(len(self), dtype=bool)  # NEXT_STEP: whose episode ended in the last step
         self.readable, self.numbers = True, ()
         self.actions: list[np.ndarray] = []
@@ -182,14 +183,16 @@ class GymVector:
             raise self._lost(error) from error
         terminated, truncated = np.array(terminated, dtype=bool), np.array(truncated, dtype=bool)
         done, valid, final = terminated | truncated, np.ones(len(self), dtype=bool), {}
+        over = done
+        if self.frame_limit:  # the vector resets where the game is over; a life lost in the last frame is not called truncated
+            over = done & (truncated | (infos["lives"] == 0) | (infos["episode_frame_number"] >= self.frame_limit))
         if self.mode == AutoresetMode.NEXT_STEP:
-            valid, self.before = ~self.before, done  # the final observation is the one returned, the dead row's own
+            valid, self.before = ~self.before, over  # the final observation is the one returned, the dead row's own
         elif done.any() and self.mode == AutoresetMode.SAME_STEP:
             final = {int(n): np.asarray(infos["final_obs"][n]) for n in done.nonzero()[0]}
         elif done.any():
             final = {int(n): observations[n].copy() for n in done.nonzero()[0]}
             observations = self.environment.reset(options={"reset_mask": done})[0]
-        over = done & (truncated | (np.asarray(infos["lives"]) == 0)) if "lives" in infos else None
         return Step(observations, np.asarray(rewards, dtype=np.float64), terminated, truncated, valid, final, over)
 
     def state_dict(self) -> dict[str, Any]:

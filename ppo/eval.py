@@ -29,8 +29,8 @@ from common.files import write_csv, write_json
 from common.logging import read_metrics
 from common.run import Run
 from common.runtime import fold
-from ppo.play import Policy, film, play
-from ppo.registry import make_one, make_vector
+from ppo.play import Policy, film, film_pixels, play
+from ppo.registry import choose_backend, make_one, make_vector
 
 SEED_STREAM = 1_000_000_007  # environments of the evaluation are none that training has seen
 ENOUGH = 100  # episodes behind a mean that counts as solving
@@ -108,20 +108,22 @@ def draw(folder: Path, config: Config) -> None:
 
 
 def save_film(config: Config, run: Run, name: str) -> None:
-    """figures/episode.gif, where the environment can be rendered; a note where it cannot."""
+    """figures/episode.gif, where the environment can be rendered; a note where it cannot. Of Atari, what the policy sees."""
     from ppo.pictures import save_gif
 
+    pixels, seed, frames = choose_backend(config.env) == "atari", fold(config.seed, SEED_STREAM, 2), config.eval.video_frames
     try:
-        environment = make_one(config.env, "rgb_array")
+        environment = make_vector(config.env, seed, 1, training=False) if pixels else make_one(config.env, "rgb_array")
         try:
             policy = Policy(run.folder / f"{name}.safetensors", config, environment.observation_space, environment.action_space, run.device)
-            pictures, total = film(policy, environment, config.eval.video_frames, fold(config.seed, SEED_STREAM, 2) % 2**31)
+            pictures, total = film_pixels(policy, environment, frames) if pixels else film(policy, environment, frames, seed % 2**31)
         finally:
             environment.close()
     except (ProjectError, gym.error.Error) as error:
         run.display.say(f"note: no film: {error}")
         return
-    save_gif(pictures, run.folder / "figures/episode.gif", environment.metadata.get("render_fps", 30))
+    fps = 60 / config.env.frame_skip if pixels else environment.metadata.get("render_fps", 30)
+    save_gif(pictures, run.folder / "figures/episode.gif", fps)
     run.display.say(f"{run.folder / 'figures/episode.gif'}: an episode of {len(pictures)} frames, return {total:.1f}")
 
 

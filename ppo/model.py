@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.config import require
 from ppo.config import ModelConfig
 from ppo.distributions import Distribution, PolicyHead
 
@@ -50,7 +51,10 @@ class ActorCritic(nn.Module):
 
     def __init__(self, config: ModelConfig, observation_shape: tuple[int, ...], distribution: Distribution) -> None:
         super().__init__()
+        self.kind = config.kind
         if config.kind == "cnn":
+            fits = len(observation_shape) == 3 and min(observation_shape[1:]) >= 36
+            require(fits, "model.kind", f"cnn reads images (C, H, W) of at least 36 x 36 pixels, not shape {observation_shape}")
             self.actor_trunk: nn.Module = NatureCNN(*observation_shape)
             features, shared = 512, True
         else:
@@ -71,17 +75,23 @@ class ActorCritic(nn.Module):
                 nn.init.orthogonal_(module.weight, gain)
                 nn.init.zeros_(module.bias)
 
+    def read(self, observations: Tensor) -> Tensor:
+        """What the trunks take: the weights' dtype, and for an mlp all numbers in a row."""
+        x = observations.to(self.value.weight.dtype)
+        return x if self.kind == "cnn" else x.flatten(1)
+
     def act(self, observations: Tensor) -> Tensor:
         """Parameters of the policy's distribution (B, P): all that a step of a rollout needs."""
-        return self.policy(self.actor_trunk(observations))
+        return self.policy(self.actor_trunk(self.read(observations)))
 
     def evaluate(self, observations: Tensor) -> Tensor:
         """Values (B,)."""
         trunk = self.actor_trunk if self.critic_trunk is None else self.critic_trunk
-        return self.value(trunk(observations)).squeeze(-1)
+        return self.value(trunk(self.read(observations))).squeeze(-1)
 
     def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
         """Parameters of the policy (B, P) and values (B,)."""
-        features = self.actor_trunk(observations)
-        critic = features if self.critic_trunk is None else self.critic_trunk(observations)
+        x = self.read(observations)
+        features = self.actor_trunk(x)
+        critic = features if self.critic_trunk is None else self.critic_trunk(x)
         return self.policy(features), self.value(critic).squeeze(-1)

@@ -88,6 +88,21 @@ def play(policy: Policy, vector: Vector, episodes: int, generator: torch.Generat
     return [game for games in found for game in games]
 
 
+def film_pixels(policy: Policy, vector: Vector, frames: int, scale: int = 3) -> tuple[list[np.ndarray], float]:
+    """`film` for a policy that sees images: pictures uint8 (scale H, scale W, 3) of the newest image that it sees, and the return so far.
+
+    Args: vector: one environment whose observations are stacks uint8 (1, K, H, W), the newest image last.
+    """
+    observations, pictures, total = vector.reset(), [], 0.0
+    for _ in range(frames):
+        pictures.append(np.repeat(observations[0, -1].repeat(scale, axis=0).repeat(scale, axis=1)[..., None], 3, axis=-1))
+        step = vector.step(policy(observations, None))
+        observations, total = step.observations, total + float(step.rewards[0])
+        if step.terminated[0] or step.truncated[0]:
+            break
+    return pictures, total
+
+
 def film(policy: Policy, environment: gym.Env, frames: int, seed: int) -> tuple[list[np.ndarray], float]:
     """Pictures uint8 (H, W, 3) of one episode with the most likely actions, at most `frames` of them, and its return so far."""
     observation, _ = environment.reset(seed=seed)

@@ -34,6 +34,8 @@ def make_vector(config: EnvConfig, seed: int, count: int, first: int = 0, traini
     known(config.id)
     backend = choose_backend(config)
     if backend == "atari":
+        if not config.id.startswith("ALE/"):
+            raise ProjectError(f"env.backend=atari plays ALE/<Game>-v5, not {config.id}")
         return checked(GymVector(make_atari(config, count, training), seed, first))
     if backend == "native":
         extra = {"max_episode_steps": config.max_episode_steps} if config.max_episode_steps else {}
@@ -89,24 +91,31 @@ def make_worker(config: EnvConfig) -> gym.Env:
 
 
 def make_atari(config: EnvConfig, count: int, training: bool) -> gym.vector.VectorEnv:
-    """ale-py's own vector environment: C++ threads do the emulation, resizing to 84 x 84 grey pixels and stacking."""
+    """ale-py's own vector environment: C++ threads do the emulation, resizing to 84 x 84 grey pixels and stacking.
+
+    Its option `episodic_life` starts a new game after each lost life. What is wanted is `life_loss_info`: the life's end is an
+    episode's, and the game goes on.
+    """
+    lives = config.episodic_life and training
+    limit = config.max_episode_steps * config.frame_skip or 108_000  # frames: half an hour
 
     def build() -> gym.vector.VectorEnv:
         from ale_py.vector_env import AtariVectorEnv
 
-        game = snake(config.id.removeprefix("ALE/").rsplit("-", 1)[0])
-        return AtariVectorEnv(game, count, stack_num=config.frame_stack, frameskip=config.frame_skip, noop_max=config.noop_max,
-                              repeat_action_probability=config.sticky_actions, episodic_life=config.episodic_life and training,
-                              reward_clipping=False, use_fire_reset=True, maxpool=True, grayscale=True, img_height=84, img_width=84,
-                              **({"max_num_frames_per_episode": config.max_episode_steps * config.frame_skip}
-                                 if config.max_episode_steps else {}))
+        register_atari()
+        vector = AtariVectorEnv(rom_name(config.id), count, stack_num=config.frame_stack, frameskip=config.frame_skip, noop_max=config.noop_max,
+                                repeat_action_probability=config.sticky_actions, life_loss_info=lives, reward_clipping=False,
+                                use_fire_reset=True, maxpool=True, grayscale=True, img_height=84, img_width=84,
+                                max_num_frames_per_episode=limit)
+        vector.frame_limit = limit if lives else 0
+        return vector
 
     return attempt(config.id, build)
 
 
-def snake(name: str) -> str:
-    """`SpaceInvaders` -> `space_invaders`, as ROM files are called."""
-    return "".join(f"_{letter.lower()}" if letter.isupper() and i else letter.lower() for i, letter in enumerate(name))
+def rom_name(name: str) -> str:
+    """`ALE/SpaceInvaders-v5` -> `space_invaders`, as its ROM file is called; gymnasium's registry knows."""
+    return gym.spec(name).kwargs["game"]
 
 
 def attempt(name: str, build: Callable[[], Any]) -> Any:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from common.logging import read_metrics
 from ppo.collect import Collector
 from ppo.distributions import distribution_for
+from ppo.envs import LocalVector
 from ppo.model import ActorCritic
 from ppo.normalize import ObservationNormalizer, RewardNormalizer, RunningMoments
 from ppo.play import Policy, film, play
@@ -247,3 +248,28 @@ def test_the_policy_sees_what_training_saw(tmp_path):
         raw = policy.model.act(torch.from_numpy(x)).argmax(dim=1).numpy()
     np.testing.assert_array_equal(policy(x, None), expected)
     assert (expected != raw).any()
+
+
+class Picture(gym.Env):
+    """Floating-point numbers in three dimensions: not pixels."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2, 3, 4), np.float32), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, (2, 3, 4)).astype(np.float32), {}
+
+    def step(self, action):
+        return self.np_random.uniform(-1, 1, (2, 3, 4)).astype(np.float32), 0.0, False, False, {}
+
+
+def test_floats_in_three_dimensions_are_not_stored_as_bytes(tmp_path):
+    settings = config(tmp_path / "run")
+    vector = LocalVector([Picture() for _ in range(4)], seed=0)
+    distribution = distribution_for(vector.action_space)
+    collector = Collector(settings, vector, distribution)
+    first = collector.current.copy()
+    model = ActorCritic(settings.model, (2, 3, 4), distribution)
+    rollout = collector.collect(model, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert rollout.observations.dtype == np.float32
+    np.testing.assert_array_equal(rollout.observations[0], first)

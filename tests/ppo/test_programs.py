@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ def test_commands_as_a_person_types_them(tmp_path):
     assert result["seconds"] > 0
     assert {"return_mean", "return_std", "return_mean_stochastic"} <= result["metrics"].keys()
     assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in result["metrics"].values())
-    assert "return_mean" in tested.stdout.splitlines()[3]
+    assert any(line.split()[1:2] == ["return_mean"] for line in tested.stdout.splitlines()[:-1]), "the table"
     again = python("-m", "ppo.train", *words)
     assert again.returncode == 1
     assert "--resume" in errors(again.stderr)[0]
@@ -69,9 +70,10 @@ def test_dry_run_says_what_would_happen_and_makes_nothing(tmp_path, capsys):
     ("train.lr=fast", "train.lr"), ("train.lr=0", "train.lr"), ("train.gama=0.9", "train.gamma"), ("train.gamma=1.5", "train.gamma"),
     ("train.batch_size=100", "train.batch_size"), ("env.backend=asnyc", "env.backend"), ("env.count=0", "env.count"),
     ("env.id=", "env.id"), ("env.sticky_actions=1", "env.sticky_actions"), ("model.kind=rnn", "model.kind"),
-    ("model.hidden=[8,0]", "model.hidden"), ("train.clip=0", "train.clip"), ("train.steps=-1", "train.steps"), ("precision=fp16", "precision"),
-    ("eval.episodes=0", "eval.episodes"), ("eval.policy=worst", "eval.policy"), ("train.rollout=0", "train.rollout"),
-    ("train.target_kl=-1", "train.target_kl"), ("enf.id=x", "env.id"),
+    ("model.hidden=[8,0]", "model.hidden"), ("train.clip=0", "train.clip"), ("train.steps=-1", "train.steps"),
+    ("precision=fp16", "precision"), ("eval.episodes=0", "eval.episodes"), ("eval.policy=worst", "eval.policy"),
+    ("train.rollout=0", "train.rollout"),
+    ("train.target_kl=-1", "train.target_kl"), ("enf.id=x", "did you mean env"),
 ])
 def test_bad_settings_are_one_line(override, key, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -93,7 +95,7 @@ def test_bad_settings_from_the_shell():
 @pytest.mark.parametrize(("words", "status", "said"), [
     (("env.id=CartPol-v1",), 1, "CartPole-v1"), (("model.kind=cnn",), 2, "model.kind"),
     (("env.id=Pendulum-v1", "model.squash=true", "env.backend=native"), 1, "Pendulum-v1"),
-    (("env.id=ALE/Pong-v5", "model.kind=mlp"), 2, "model.kind"), (("env.backend=atari",), 1, "CartPole-v1"),
+    (("env.id=ALE/Pong-v5", "env.backend=local", "model.kind=cnn"), 2, "model.kind"), (("env.backend=atari",), 1, "CartPole-v1"),
     (("device=cuda:77",), 2, "device"),
 ])
 @pytest.mark.parametrize("dry_run", [False, True])
@@ -161,8 +163,8 @@ def test_evaluation_without_weights_and_with_damaged_ones(trained, tmp_path, cap
     folder = tmp_path / "damaged"
     folder.mkdir()
     whole = (trained / "best.safetensors").read_bytes()
-    other = ("model.hidden=[16]",)
-    for name, data, words in (("half", whole[: len(whole) // 2], ()), ("empty", b"", ()), ("noise", b"\xff" * 999, ()), ("other", whole, other)):
+    files = {"half": (whole[: len(whole) // 2],), "empty": (b"",), "noise": (b"\xff" * 999,), "other": (whole, "model.hidden=[16]")}
+    for name, (data, *words) in files.items():
         (folder / "best.safetensors").write_bytes(data)
         (folder / "last.safetensors").write_bytes(whole)
         assert evaluate(config(folder, *NORMAL, *words)) == 1, name
@@ -190,7 +192,7 @@ def test_film_is_a_gif_that_moves(trained, tmp_path):
             frames.append(np.asarray(film.convert("RGB")).astype(int))
     assert 3 <= len(frames) <= 12
     assert frames[0].shape[1] <= 320
-    moved = [np.abs(a - b).max() for a, b in zip(frames, frames[1:])]
+    moved = [np.abs(a - b).max() for a, b in pairwise(frames)]
     assert min(moved) > 30
     with Image.open(trained / "figures/learning_curve.png") as curve:
         assert curve.size == (800, 450)
@@ -206,16 +208,14 @@ def count_updates(monkeypatch):
 def test_target_kl_stops_all_remaining_epochs(tmp_path, monkeypatch):
     """The minibatch that exceeds 1.5 times the target is the update's last, in this epoch and all others; the next update starts anew."""
     steps = count_updates(monkeypatch)
-    words = ("train.epochs=10", "train.lr=0.05", "train.lr_decay=constant")
+    words = ("env.backend=local", "train.epochs=10", "train.lr=0.3", "train.lr_decay=constant", "train.max_grad_norm=0")
     assert train(config(tmp_path / "free", *words)) == 0
     assert len(steps) == UPDATES * 10 * 2
     steps.clear()
-    assert train(config(tmp_path / "run", *words, "train.target_kl=0.02")) == 0
+    assert train(config(tmp_path / "run", *words, "train.target_kl=1e-6")) == 0
     taken = [steps.count(update) for update in range(1, UPDATES + 1)]
-    assert all(number >= 2 for number in taken), "the first minibatch cannot have moved yet"
-    assert all(number < 20 for number in taken), "every update should have moved too far"
-    lines = read_metrics(tmp_path / "run/metrics.jsonl")
-    assert [line["epochs"] for line in lines] == [math.ceil(number / 2) for number in taken]
+    assert taken == [2] * UPDATES, "the first minibatch cannot have moved yet, the second must have"
+    assert [line["epochs"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == [1] * UPDATES
 
 
 def test_minibatch_of_one(tmp_path, monkeypatch):
@@ -249,7 +249,7 @@ def test_two_processes_equal_one(tmp_path):
         for part, tensors in weights(folder).items():
             other = weights(tmp_path / name)[part]
             for key, value in tensors.items():
-                torch.testing.assert_close(other[key], value, rtol=0, atol=1e-6, msg=lambda text, key=key: f"{name} {part} {key}: {text}")
+                torch.testing.assert_close(other[key], value, rtol=0, atol=1e-6)
         for a, b in zip(read_metrics(folder / "metrics.jsonl"), read_metrics(tmp_path / name / "metrics.jsonl"), strict=True):
             for key in ("return_mean", "episodes", "env_steps", "policy_loss", "value_loss", "approx_kl", "grad_norm", "epochs"):
                 assert b[key] == pytest.approx(a[key], abs=1e-6, nan_ok=True), (name, a["step"], key)
