@@ -19,7 +19,6 @@ class EnvConfig:
     id: str = "CartPole-v1"  # a gymnasium id, or ALE/<Game>-v5
     count: int = 8  # copies side by side, over all processes together
     backend: Literal["auto", "local", "native", "processes", "atari"] = "auto"  # auto: atari for ALE, native where there is one, else local
-    workers: int = 2  # backend=processes: worker processes
     continuous: bool = False  # passed to environments that know it, such as LunarLander-v3
     max_episode_steps: int = 0  # 0 = what the environment was registered with
     normalize_observations: bool = False  # by running mean and standard deviation
@@ -36,7 +35,7 @@ class EnvConfig:
 
     def __post_init__(self) -> None:
         require(self.id, "env.id", "must name an environment")
-        for name in ("count", "workers", "frame_stack", "frame_skip"):
+        for name in ("count", "frame_stack", "frame_skip"):
             require(getattr(self, name) >= 1, f"env.{name}", "must be at least 1")
         for name in ("max_episode_steps", "noop_max"):
             require(getattr(self, name) >= 0, f"env.{name}", "must not be negative")

@@ -103,9 +103,9 @@ def make_atari(config: EnvConfig, count: int, training: bool) -> gym.vector.Vect
         from ale_py.vector_env import AtariVectorEnv
 
         register_atari()
-        vector = AtariVectorEnv(rom_name(config.id), count, stack_num=config.frame_stack, frameskip=config.frame_skip, noop_max=config.noop_max,
-                                repeat_action_probability=config.sticky_actions, life_loss_info=lives, reward_clipping=False,
-                                use_fire_reset=True, maxpool=True, grayscale=True, img_height=84, img_width=84,
+        vector = AtariVectorEnv(rom_name(config.id), count, stack_num=config.frame_stack, frameskip=config.frame_skip,
+                                noop_max=config.noop_max, repeat_action_probability=config.sticky_actions, life_loss_info=lives,
+                                reward_clipping=False, use_fire_reset=True, maxpool=True, grayscale=True, img_height=84, img_width=84,
                                 max_num_frames_per_episode=limit)
         vector.frame_limit = limit if lives else 0
         return vector

@@ -368,3 +368,21 @@ def test_a_worker_that_dies_is_one_line(tmp_path, capfd):
 def test_discrete_observations_train(tmp_path):
     """FrozenLake: plain integers as observations, also as final ones."""
     assert train(config(tmp_path / "run", "env.id=FrozenLake-v1")) == 0
+
+
+class Square(Counting):
+    """Its observation is a matrix."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2, 2), np.float64)
+
+    def look(self):
+        return np.array([[self.episode, self.steps], [self.identity, 1]], dtype=np.float64)
+
+
+def test_matrices_of_numbers_train(tmp_path):
+    """An mlp reads all numbers of an observation in a row."""
+    gym.register("Square-v0", entry_point=Square)
+    try:
+        assert train(config(tmp_path / "run", "env.id=Square-v0", "env.normalize_observations=true")) == 0
+    finally:
+        gym.registry.pop("Square-v0")
