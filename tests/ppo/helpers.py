@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from safetensors.torch import load_file
 
 from common.config import Options, resolve
@@ -24,7 +25,7 @@ from common.run import Run
 from ppo.collect import Collector
 from ppo.config import Config
 from ppo.distributions import distribution_for
-from ppo.envs import Vector
+from ppo.envs import GymVector, LocalVector, Vector
 from ppo.model import ActorCritic
 from ppo.registry import observation_shape
 from tests.helpers import ROOT, environment, status
@@ -193,3 +194,8 @@ def register(**arguments: Any) -> str:
     if name not in gym.registry:
         gym.register(name, entry_point=Counting, kwargs=arguments)
     return name
+
+
+def vector_of(mode: AutoresetMode | None, toys: list[gym.Env]) -> Vector:
+    """A toy in each row, under one of gymnasium's modes, or in our own vector (None)."""
+    return LocalVector(toys, 0) if mode is None else GymVector(SyncVectorEnv([lambda e=e: e for e in toys], autoreset_mode=mode), 0)
