@@ -103,7 +103,8 @@ def record(row: Row, folder: Path, cost: dict[str, float]) -> None:
 def table_of(name: str) -> str:
     """A table in Markdown, from what has been recorded; a blank cell means "not run"."""
     columns, rows = TABLES[name]
-    lines = [f"| config | {'folds' if name == 'graphs' else 'seeds'} | {' | '.join(columns)} | CPU-s a seed | published |", "|---" * (len(columns) + 4) + "|"]
+    counted = "folds" if name == "graphs" else "seeds"
+    lines = [f"| config | {counted} | {' | '.join(columns)} | CPU-s each | published |", "|---" * (len(columns) + 4) + "|"]
     for row in rows:
         path = RESULTS / f"{row.config}.json"
         result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"metrics": {}, "seeds": []}
