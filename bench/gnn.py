@@ -230,6 +230,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2")
     torch.set_num_threads(1)
     result = bench_run(args)
     if args.layers:
