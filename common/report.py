@@ -136,7 +136,7 @@ def read_run(folder: Path) -> RunView:
     view.settings = read(folder / "config.yaml", lambda path: path.read_text(encoding="utf-8"), "", view)
     lines = read(folder / "metrics.jsonl", read_metrics, [], view)
     rows = [row for row in lines if isinstance(row, dict) and isinstance(row.get("step"), int)]
-    view.total, view.done = total_steps(view.settings), max((row["step"] for row in rows), default=0)
+    view.total, view.done = int(env.get("total_steps") or total_steps(view.settings)), max((row["step"] for row in rows), default=0)
     view.curves = draw_curves(rows)
     if rows and not view.curves:
         view.missing.append("metrics.jsonl holds no numbers to draw")
@@ -196,10 +196,9 @@ def identify(folder: Path, evaluation: dict[str, Any], env: dict[str, Any]) -> t
 
 
 def total_steps(settings: str) -> int:
-    """`train.steps` of a config, times `train.seeds` where a run repeats itself; 0 where it says nothing."""
+    """`train.steps` of a config, 0 where it says nothing: for a run whose env.json does not tell."""
     try:
-        train = yaml.safe_load(settings)["train"]
-        return int(train["steps"]) * int(train.get("seeds", 1))
+        return int(yaml.safe_load(settings)["train"]["steps"])
     except (yaml.YAMLError, KeyError, TypeError, ValueError):
         return 0
 

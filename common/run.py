@@ -121,6 +121,8 @@ class Run:
         The global generators are seeded anew from (seed, step, process) before each step, so that dropout does not depend on history.
         """
         self.total, self.step, self.saved_step = total, done, done
+        if self.is_main and self.log_file:  # what the report compares the last logged step with
+            write_json(self.folder / "env.json", runtime.environment(self.machine) | {"total_steps": total})
         self._last_log = (done, time.perf_counter())
         for step in self.display.track(range(done + 1, total + 1), total, self.folder.name, done, every=0):
             self.step = step

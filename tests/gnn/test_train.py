@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.logging import read_metrics
+from common.report import read_run
 from common.run import Run
 from gnn.task import Task
 from gnn.train import Best
@@ -172,3 +173,8 @@ def test_evaluation_of_a_run_that_is_not_finished(whole, tmp_path, capsys):
 def test_a_task_answers_for_its_seeds():
     task = Task(config(ROOT / "runs/none", "seed=7"), torch.device("cpu"))
     assert [task.seed_of(trial) for trial in range(3)] == [7, 8, 9]
+
+
+def test_the_report_knows_how_many_steps_all_seeds_have(whole):
+    view = read_run(whole)
+    assert (view.done, view.total, view.status) == (18, 18, "complete")
