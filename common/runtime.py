@@ -160,7 +160,8 @@ def environment(runtime: Runtime) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "numpy", "omegaconf", "torchmetrics", "torch-fidelity", "torch-geometric", "numba", "gymnasium"):
+    for package in ("torch", "torchvision", "numpy", "omegaconf", "torchmetrics", "torch-fidelity", "torch-geometric", "numba",
+                    "gymnasium"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else _cpu_name()
