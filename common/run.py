@@ -122,7 +122,8 @@ class Run:
         """
         self.total, self.step, self.saved_step = total, done, done
         if self.is_main and self.log_file:  # what the report compares the last logged step with
-            write_json(self.folder / "env.json", runtime.environment(self.machine) | {"total_steps": total})
+            self._environment |= {"threads": torch.get_num_threads(), "total_steps": total}
+            write_json(self.folder / "env.json", self._environment)
         self._last_log = (done, time.perf_counter())
         for step in self.display.track(range(done + 1, total + 1), total, self.folder.name, done, every=0):
             self.step = step
@@ -160,8 +161,8 @@ class Run:
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+        self._agreed_to_stop = self.machine.any(self.signals.received is not None)  # no need to agree on `bad`: gradients are shared
         if self.device.type == "cpu" and not self.scaler.is_enabled():  # numbers at hand: asking them costs less than keeping books
-            self._agreed_to_stop = self.machine.any(self.signals.received is not None)
             if not (math.isfinite(norm) and math.isfinite(loss.detach())):
                 self._bad.fill_(float(self.step))
                 self._check_finite(loss, norm)
@@ -170,7 +171,6 @@ class Run:
         bad = ~torch.isfinite(loss.detach())
         if not self.scaler.is_enabled():  # under fp16 an overflow is the scaler's business: it skips the step and halves its factor
             bad |= ~torch.isfinite(norm)
-        self._agreed_to_stop = self.machine.any(self.signals.received is not None)  # no need to agree on `bad`: gradients are shared
         self._bad = torch.where((self._bad == 0) & bad, float(self.step), self._bad)
         if self.device.type == "cuda" and optimizer.defaults.get("fused"):
             optimizer.grad_scale, optimizer.found_inf = None, (self._bad > 0).float()
@@ -286,7 +286,8 @@ class Run:
         except OSError as error:
             raise ProjectError(f"cannot write to {self.folder}: {error.strerror}") from error
         write_text(earlier, to_yaml(self.config))
-        write_json(self.folder / "env.json", runtime.environment(self.machine))
+        self._environment = runtime.environment(self.machine)
+        write_json(self.folder / "env.json", self._environment)
 
 
 def refuse_changes(old: BaseConfig, new: BaseConfig, say: Any) -> None:

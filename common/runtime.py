@@ -113,6 +113,17 @@ def cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
 
+def use_threads(count: int) -> None:
+    """Compute with so many CPU threads; 0 leaves PyTorch's own choice."""
+    if count:
+        torch.set_num_threads(count)
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of trained numbers in a model."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def fold(*numbers: int) -> int:
     """Mix integers such as (seed, step, rank) into one 63-bit seed; near inputs give unrelated seeds."""
     return int(np.random.SeedSequence([n & 0xFFFFFFFFFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> 1)

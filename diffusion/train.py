@@ -19,6 +19,7 @@ from common.checkpoint import export_weights
 from common.config import require
 from common.errors import exits_cleanly
 from common.run import Run
+from common.runtime import count_parameters
 from diffusion.data import load_images
 from diffusion.ema import EMA
 from diffusion.images import Images, to_float
@@ -120,11 +121,6 @@ def check_fit(config: Config, images: Images) -> None:
     channels, classes = images.shape[0], len(images.class_names)
     require(channels == config.model.image_channels, "model.image_channels", f"must be {channels} for data.dataset={config.data.dataset}")
     require(config.model.num_classes in (0, classes), "model.num_classes", f"must be 0 or {classes} for these images")
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    """Number of trained numbers in a model."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def training_flops(config: Config) -> float:

@@ -26,8 +26,9 @@ from common.errors import ProjectError, exits_cleanly
 from common.files import write_csv, write_json
 from common.logging import read_metrics
 from common.run import Run
+from common.runtime import use_threads
 from gnn.task import Task, build_task
-from gnn.train import start_trial, use_threads
+from gnn.train import start_trial
 
 
 @exits_cleanly
@@ -38,7 +39,7 @@ def main(config: Config, options: Options) -> None:
         paths = sorted((run.folder / "models").glob("*.safetensors"))
         if not paths:
             raise ProjectError(f"no trained weights in {run.folder / 'models'}; train first (or --resume), or give another --run")
-        use_threads(config)
+        use_threads(config.train.threads)
         task = build_task(config, run.device)
         rows = [test_trial(task, path) for path in run.track(paths)]
         if len(paths) < task.num_trials:

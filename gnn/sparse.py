@@ -340,6 +340,5 @@ class Structure:
         looped = self.with_loops
         rows, columns = looped.pattern.rows, looped.pattern.indices
         scale = looped.degree.to(torch.get_default_dtype()).rsqrt()
-        if not self.symmetric:  # PyG's convention for directed edges: both ends by the in-degree
-            return Matrix(looped.pattern, scale.index_select(0, rows) * scale.index_select(0, columns))
-        return Matrix(looped.pattern, scale.index_select(0, rows) * scale.index_select(0, columns), symmetric=True)
+        # directed edges: both ends by the in-degree, PyG's convention
+        return Matrix(looped.pattern, scale.index_select(0, rows) * scale.index_select(0, columns), self.symmetric)

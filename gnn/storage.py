@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import ProjectError
+from common.files import write_json
 
 FORMAT = 1
 ARRAYS = {"indptr": "int64", "indices": "int32", "features": "float32", "labels": "int64", "train": "int64", "val": "int64",
@@ -44,9 +45,7 @@ def save_arrays(folder: Path, arrays: Mapping[str, NDArray], name: str = "graph"
         np.save(folder / f"{key}.npy", array, allow_pickle=False)
         about[key] = {"shape": list(array.shape), "dtype": str(array.dtype)}
     text = {"format": FORMAT, "name": name, "num_nodes": len(arrays["indptr"]) - 1, "num_classes": num_classes, "arrays": about}
-    temporary = folder / "manifest.json.partial"
-    temporary.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(manifest)
+    write_json(manifest, text)
 
 
 def open_arrays(folder: Path, in_memory: bool = False) -> tuple[dict[str, NDArray], dict[str, object]]:

@@ -25,7 +25,6 @@ class Task:
     Attributes:
         num_trials: how often the training is repeated: seeds, or folds of a cross-validation.
         shard: this process's rows of a batch that all processes have drawn alike.
-        seeds_of: the seeds (or folds) of the trials, for the per-seed table.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:

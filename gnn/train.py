@@ -32,7 +32,7 @@ def train(config: Config, options: Options) -> None:
         return describe(config)
     run = Run.start(config, options)
     with run:
-        use_threads(config)
+        runtime.use_threads(config.train.threads)
         task = build_task(config, run.device)
         task.shard = run.shard
         steps, total = config.train.steps, config.train.steps * task.num_trials
@@ -40,7 +40,7 @@ def train(config: Config, options: Options) -> None:
         optimizer, best = task.optimizer(model), Best()
         done = run.resume(model=model, optimizer=optimizer, kept=best)  # 0 when fresh; counts the steps of all seeds
         net = run.prepare(model)  # the same weights, compiled or spread over processes
-        for line in [*task.describe(), f"{count_parameters(model):,} parameters"]:
+        for line in [*task.describe(), f"{runtime.count_parameters(model):,} parameters"]:
             run.display.say(line)
         if done % steps:
             task.build(done // steps)  # the data of the trial that goes on; its weights have been loaded
@@ -117,17 +117,6 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr
 
 
-def use_threads(config: Config) -> None:
-    """As many CPU threads as the config asks for."""
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    """Number of trained numbers in a model."""
-    return sum(p.numel() for p in model.parameters())
-
-
 def describe(config: Config) -> None:
     """What --dry-run prints: the resolved config, then sizes."""
     task = build_task(config, torch.device("cpu"))
@@ -135,7 +124,7 @@ def describe(config: Config) -> None:
     print(to_yaml(config), end="")
     for line in task.describe():
         print(f"# {line}")
-    print(f"# {count_parameters(model):,} parameters; {task.num_trials} trainings of {config.train.steps} steps")
+    print(f"# {runtime.count_parameters(model):,} parameters; {task.num_trials} trainings of {config.train.steps} steps")
 
 
 if __name__ == "__main__":

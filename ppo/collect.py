@@ -17,7 +17,7 @@ from ppo.config import Config
 from ppo.distributions import Distribution
 from ppo.envs import GymVector, LocalVector, Vector, check_finite
 from ppo.model import ActorCritic
-from ppo.normalize import ObservationNormalizer, RewardNormalizer, gather_states, shared_sums
+from ppo.normalize import ObservationNormalizer, RewardNormalizer, gather_states, shared_sum
 from ppo.registry import as_input, observation_shape
 from ppo.rollout import Rollout
 
@@ -108,7 +108,7 @@ class Collector:
     def played(self) -> dict[str, float]:
         """Mean return and length of the last 100 episodes of each process (NaN before the first), episodes and steps of all processes."""
         pairs = np.array(self.recent, dtype=np.float64).reshape(-1, 2)
-        _, sums = shared_sums(0.0, np.array([len(pairs), *pairs.sum(axis=0), self.num_episodes, self.num_steps], dtype=np.float64))
+        sums = shared_sum(np.array([len(pairs), *pairs.sum(axis=0), self.num_episodes, self.num_steps], dtype=np.float64))
         count, returned, length, num_episodes, num_steps = sums.tolist()  # plain numbers: a checkpoint holds no numpy scalars
         count = count or math.nan
         return {"return_mean": returned / count, "length_mean": length / count, "episodes": num_episodes, "env_steps": num_steps}

@@ -28,7 +28,7 @@ from common.errors import ProjectError, exits_cleanly
 from common.files import write_csv, write_json
 from common.logging import read_metrics
 from common.run import Run
-from common.runtime import fold
+from common.runtime import fold, use_threads
 from ppo.play import Policy, film, film_pixels, play
 from ppo.registry import choose_backend, make_one, make_vector
 
@@ -41,8 +41,7 @@ def main(config: Config, options: Options) -> None:
     """Evaluate one run."""
     started = time.perf_counter()
     with Run(config, options) as run:
-        if config.train.threads:
-            torch.set_num_threads(config.train.threads)
+        use_threads(config.train.threads)
         names = ("best", "last") if config.eval.policy == "best" else ("last", "best")
         metrics, rows, update = {}, [], 0
         for name in names:

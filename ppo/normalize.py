@@ -28,11 +28,11 @@ class RunningMoments:
     def update(self, values: np.ndarray) -> None:
         """Add `values` (M, *shape)."""
         values = np.asarray(values, dtype=np.float64)
-        count, total = shared_sums(float(len(values)), values.sum(axis=0))
+        count = float(shared_sum(np.array(float(len(values)))))
         if not count:
             return
-        mean = total / count
-        _, squares = shared_sums(0.0, np.square(values - mean).sum(axis=0))
+        mean = shared_sum(values.sum(axis=0)) / count
+        squares = shared_sum(np.square(values - mean).sum(axis=0))
         delta, together = mean - self.mean, self.count + count
         scatter = (self.var * self.count if self.count else 0.0) + squares + delta**2 * (self.count * count / together)
         self.mean, self.var, self.count = self.mean + delta * (count / together), scatter / together, together
@@ -67,14 +67,13 @@ def gather_states(state: dict[str, Any], world: int) -> list[dict[str, Any]]:
     return [torch.load(io.BytesIO(part[:size].cpu().numpy().tobytes()), weights_only=True) for part, size in zip(parts, map(int, sizes))]
 
 
-def shared_sums(count: float, values: np.ndarray) -> tuple[float, np.ndarray]:
-    """Sums over all processes."""
+def shared_sum(values: np.ndarray) -> np.ndarray:
+    """Sum over all processes, of the same shape; all of them must call this."""
     if not (dist.is_available() and dist.is_initialized()):
-        return count, values
-    flat = torch.from_numpy(np.concatenate([[count], np.ravel(values)])).to("cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(flat)
-    flat = flat.cpu()
-    return float(flat[0]), flat[1:].numpy().reshape(np.shape(values))
+        return values
+    shared = torch.from_numpy(np.array(values)).to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(shared)
+    return shared.cpu().numpy()
 
 
 class ObservationNormalizer:

@@ -22,7 +22,7 @@ from torch import Tensor
 from common.checkpoint import export_weights
 from common.errors import exits_cleanly
 from common.run import Run
-from common.runtime import fold
+from common.runtime import count_parameters, fold, use_threads
 from ppo.collect import RECENT, Collector
 from ppo.distributions import Distribution, distribution_for
 from ppo.model import ActorCritic
@@ -37,14 +37,13 @@ KL = 3
 
 @exits_cleanly
 def train(config: Config, options: Options) -> None:
-    """Run one experiment, from its config to its last checkpoint and `model.safetensors`."""
+    """Run one experiment, from its config to its last checkpoint and `best.safetensors` and `last.safetensors`."""
     if options.dry_run:
         return describe(config)
     settings = config.train
     run = Run.start(config, options)
     with run:
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
+        use_threads(settings.threads)
         require(config.env.count % run.world == 0, "env.count", f"{config.env.count} must be divisible by {run.world} processes")
         count = config.env.count // run.world
         vector = make_vector(config.env, config.seed, count, first=run.rank * count)
@@ -56,7 +55,7 @@ def train(config: Config, options: Options) -> None:
         done = run.resume(model=model, optimizer=optimizer, collector=collector, leader=best)  # updates; 0 when fresh
         net, updates = run.prepare(model), num_updates(config)
         run.display.say(f"{config.env.id}: {config.env.count} environments, {updates} updates of {settings.rollout * config.env.count:,} "
-                        f"steps, {sum(p.numel() for p in model.parameters()):,} parameters")
+                        f"steps, {count_parameters(model):,} parameters")
 
         for update in run.steps(done, updates):
             left = 1 - (update - 1) / updates  # from one down towards zero
@@ -206,7 +205,7 @@ def everything(model: ActorCritic, collector: Collector) -> dict[str, Tensor]:
 
 def export(run: Run, config: Config, model: ActorCritic, collector: Collector, best: Best) -> None:
     """`last.safetensors` and `best.safetensors` (the last where fewer than 100 episodes were played)."""
-    facts = {"project": "ppo", "config": to_yaml(config), "episodes_to_solve": "", "env_steps": str(collector.num_steps * run.world)}
+    facts = {"project": "ppo", "config": to_yaml(config), "env_steps": str(collector.num_steps * run.world)}
     last = everything(model, collector)
     export_weights(run.folder / "last.safetensors", last, facts | {"update": str(run.step)})
     export_weights(run.folder / "best.safetensors", best.weights or last, facts | {"update": str(best.update_number or run.step)})
@@ -224,7 +223,7 @@ def describe(config: Config) -> None:
     model = ActorCritic(config.model, observation_shape(vector.observation_space), distribution)
     print(to_yaml(config), end="")
     print(f"# {config.env.id}: observations {vector.observation_space}, actions {vector.action_space}")
-    print(f"# {sum(p.numel() for p in model.parameters()):,} parameters; {num_updates(config)} updates of {config.env.count} x "
+    print(f"# {count_parameters(model):,} parameters; {num_updates(config)} updates of {config.env.count} x "
           f"{config.train.rollout} steps, {config.train.epochs} epochs of minibatches of {config.train.batch_size}")
     vector.close()
 

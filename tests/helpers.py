@@ -19,6 +19,7 @@ import torch
 from common.checkpoint import Checkpoints
 from common.config import BaseConfig, Options, resolve
 from common.logging import read_metrics
+from common.run import Run
 from diffusion.config import Config
 from diffusion.ema import EMA
 
@@ -116,6 +117,20 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(EMA, "update", update_and_stop)
+
+
+def stop_in_optimize(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """The same right after the update of each of these steps, for any project."""
+    optimize, waiting = Run.optimize, list(steps)
+
+    def optimize_and_stop(self, *args, **kwargs):
+        result = optimize(self, *args, **kwargs)
+        if self.step in waiting:
+            waiting.remove(self.step)
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(Run, "optimize", optimize_and_stop)
 
 
 def errors(text: str) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -14,11 +13,10 @@ from safetensors.torch import load_file
 
 from common.logging import read_metrics
 from common.report import read_run
-from common.run import Run
 from gnn.task import Task
 from gnn.train import Best
 from tests.gnn.helpers import KARATE, config, evaluate, train
-from tests.helpers import ROOT, environment, python, same
+from tests.helpers import ROOT, environment, python, same, stop_in_optimize
 
 SMALL = ("train.steps=6", "train.seeds=3", "train.log_every=1", "eval.figures=false")
 
@@ -49,16 +47,7 @@ def test_each_seed_is_the_run_of_that_seed_alone(whole, tmp_path):
 @pytest.mark.parametrize("steps", [(4,), (6,), (8, 9)], ids=["in a seed", "between seeds", "twice"])
 def test_resume_is_exact(steps, whole, tmp_path, monkeypatch):
     """Stopped by a real SIGTERM in the middle of a seed, at its end, and twice in a row: every later number is the same."""
-    optimize, waiting = Run.optimize, list(steps)
-
-    def optimize_and_stop(self, *args, **kwargs):
-        result = optimize(self, *args, **kwargs)
-        if self.step in waiting:
-            waiting.remove(self.step)
-            signal.raise_signal(signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(Run, "optimize", optimize_and_stop)
+    stop_in_optimize(monkeypatch, *steps)
     folder = tmp_path / "run"
     for i in range(len(steps)):
         assert train(config(folder, *SMALL), resume=i > 0) == 143

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,14 +13,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from safetensors.torch import load_file
 
 from common.config import Options, resolve
 from common.logging import read_metrics
-from common.run import Run
 from ppo.collect import Collector
 from ppo.config import Config
 from ppo.distributions import distribution_for
@@ -75,20 +72,6 @@ def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {name: load_file(folder / f"{name}.safetensors") for name in ("last", "best")}
 
 
-def stop_in_update(monkeypatch: pytest.MonkeyPatch, *updates: int) -> None:
-    """Send this process a real SIGTERM in the middle of each of these updates."""
-    optimize, waiting = Run.optimize, list(updates)
-
-    def optimize_and_stop(self, *args, **kwargs):
-        result = optimize(self, *args, **kwargs)
-        if self.step in waiting:
-            waiting.remove(self.step)
-            signal.raise_signal(signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(Run, "optimize", optimize_and_stop)
-
-
 def two_processes(folder: Path, source: str) -> None:
     """Run the lines of `source` in two gloo processes, with this module's names; fails if one of them does not end well."""
     script, ports = folder / "two.py", []
@@ -104,6 +87,7 @@ def two_processes(folder: Path, source: str) -> None:
         from pathlib import Path
         import pytest
         from common.checkpoint import Checkpoints
+        from tests.helpers import stop_in_optimize
         from tests.ppo import helpers
         from tests.ppo.helpers import *
 

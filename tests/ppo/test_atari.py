@@ -19,8 +19,8 @@ from common.config import resolve
 from ppo.config import EnvConfig
 from ppo.envs import GymVector
 from ppo.registry import make_atari, make_vector, register_atari, rom_name
-from tests.helpers import ROOT, same
-from tests.ppo.helpers import TINY, collector_for, config, evaluate, log, stop_in_update, train, weights
+from tests.helpers import ROOT, same, stop_in_optimize
+from tests.ppo.helpers import TINY, collector_for, config, evaluate, log, train, weights
 
 PONG = ("env.id=ALE/Pong-v5", "model.kind=cnn", "env.count=2", "train.rollout=8", "train.steps=32", "train.batch_size=8", "train.epochs=1")
 FIRE = 1
@@ -194,7 +194,7 @@ def test_pong_trains_resumes_and_is_evaluated(tmp_path, monkeypatch, capsys):
     """Two updates with the convolutional network; stopped after the first, the second is the same; then a film of what it sees."""
     assert train(config(tmp_path / "whole", *PONG)) == 0
     with monkeypatch.context() as patch:
-        stop_in_update(patch, 1)
+        stop_in_optimize(patch, 1)
         assert train(config(tmp_path / "run", *PONG)) == 143
     assert train(config(tmp_path / "run", *PONG), resume=True) == 0
     assert len(log(tmp_path / "run")) == 2
