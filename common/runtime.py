@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import threadpoolctl
 import torch
 import torch.distributed as dist
 
@@ -117,6 +118,7 @@ def use_threads(count: int) -> None:
     """Compute with so many CPU threads; 0 leaves PyTorch's own choice."""
     if count:
         torch.set_num_threads(count)
+        threadpoolctl.threadpool_limits(count)  # NumPy's matrix products
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ppo.normalize import ObservationNormalizer, RewardNormalizer, gather_states
 from ppo.registry import as_input, observation_shape
 from ppo.rollout import Rollout
 
+Act = Callable[[np.ndarray], torch.Tensor]
 RECENT = 100  # episodes whose mean return is logged
 
 
@@ -53,8 +55,11 @@ class Collector:
         self.returns, self.lengths = np.zeros(count), np.zeros(count, dtype=np.int64)  # of the running games
 
     @torch.inference_mode()
-    def collect(self, model: ActorCritic, generator: torch.Generator, device: torch.device) -> Rollout:
+    def collect(self, model: ActorCritic, generator: torch.Generator, device: torch.device, act: Act | None = None) -> Rollout:
         """T steps of each environment with actions drawn from the policy.
+
+        Args:
+            act: from observations (N, *O) to the distribution's parameters (N, P); `model.act` where there is nothing quicker.
 
         The noise of all environments of all processes is drawn at once, and each process takes its part, so that what environment n does
         does not depend on how they are spread.
@@ -62,14 +67,14 @@ class Collector:
         rollout, distribution, count = self.rollout, self.distribution, len(self.vector)
         rollout.clear()
         steps = len(rollout.rewards)
+        act = act or (lambda seen: model.act(torch.from_numpy(np.ascontiguousarray(seen)).to(device)))
         noise = distribution.noise((steps, count * self.world), generator)[:, self.rank * count : (self.rank + 1) * count]
         for t in range(steps):
             seen = self.observations(self.current)
             rollout.observations[t] = seen
             if self.raw is not None:
                 self.raw[t] = self.current
-            parameters = model.act(torch.from_numpy(np.ascontiguousarray(seen)).to(device))  # (N, P)
-            actions = distribution.sample(parameters, noise[t]).cpu().numpy()
+            actions = distribution.sample(act(seen), noise[t]).cpu().numpy()
             rollout.actions[t] = actions
             self.play(t, distribution.to_env(actions))
         rollout.observations[steps] = self.observations(self.current)

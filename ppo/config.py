@@ -84,6 +84,7 @@ class TrainConfig:
     bootstrap_truncated: bool = True  # add the value of the final observation where an episode ran out of time
     log_every: int = 1  # updates
     save_every: int = 20  # updates
+    backprop: Literal["auto", "autograd", "manual"] = "auto"  # manual: by hand in NumPy, for MLPs on a CPU; auto: where that is known
     threads: int = 1  # CPU threads: these networks are too small for more; 0 = all
 
     def __post_init__(self) -> None:

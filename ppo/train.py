@@ -23,6 +23,7 @@ from common.checkpoint import export_weights
 from common.errors import exits_cleanly
 from common.run import Run
 from common.runtime import count_parameters, fold, use_threads
+from ppo.backprop import Backprop, can_backprop
 from ppo.collect import RECENT, Collector
 from ppo.distributions import Distribution, distribution_for
 from ppo.model import ActorCritic
@@ -50,7 +51,9 @@ def train(config: Config, options: Options) -> None:
         distribution = distribution_for(vector.action_space, config.model.squash)
         torch.manual_seed(config.seed)  # equal weights in every process, whatever making the environments drew
         model = ActorCritic(config.model, observation_shape(vector.observation_space), distribution).to(run.device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, eps=settings.adam_eps, fused=run.device.type != "mps")
+        manual = by_hand(config, model, distribution, run)  # None where autograd has to do it
+        weights = model.parameters() if manual is None else [manual.weights]
+        optimizer = torch.optim.Adam(weights, lr=settings.lr, eps=settings.adam_eps, fused=run.device.type != "mps")
         collector, best = Collector(config, vector, distribution, run.rank, run.world), Best()
         done = run.resume(model=model, optimizer=optimizer, collector=collector, leader=best)  # updates; 0 when fresh
         net, updates = run.prepare(model), num_updates(config)
@@ -62,28 +65,32 @@ def train(config: Config, options: Options) -> None:
             clip = settings.clip * (left if settings.clip_decay == "linear" else 1)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * (left if settings.lr_decay == "linear" else 1)
-            rollout = collector.collect(model, run.generator(update, ACTION_STREAM), run.device)
+            rollout = collector.collect(model, run.generator(update, ACTION_STREAM), run.device, manual and manual.act)
             observations, actions, numbers = prepare(rollout, model, distribution, settings, run.device)
             rows = valid_rows(rollout, run)  # int64 (M,), the same in every process
             known = torch.from_numpy(rollout.valid).flatten().to(run.device)
             explained = explained_variance(numbers[1][known], numbers[3][known])
             order = torch.Generator().manual_seed(fold(config.seed, update, ORDER_STREAM))
-            watched: list[Tensor] = []
+            watched, grad_norm = [], torch.zeros(())
             for epoch, part in epochs(rows, settings, order):  # noqa: B007 (logged)
-                mine = owned(part, count, run)
-                old_log_prob, old_values, advantages, returns = numbers.index_select(1, mine).unbind()
-                parameters, values = net(observations.index_select(0, mine))
-                log_prob, entropy = distribution.log_prob_entropy(parameters, actions.index_select(0, mine))
-                if settings.normalize_advantage:
-                    advantages = normalized(advantages, len(part), run)
-                terms = ppo_terms(log_prob, entropy, values, old_log_prob, old_values, advantages, returns, clip, settings.clip_value)
-                loss = total_loss(terms, settings).sum() * (run.world / len(part))  # processes' gradients are averaged, hence x world
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                if manual is None:
+                    mine = owned(part, count, run)
+                    old_log_prob, old_values, advantages, returns = numbers.index_select(1, mine).unbind()
+                    parameters, values = net(observations.index_select(0, mine))
+                    log_prob, entropy = distribution.log_prob_entropy(parameters, actions.index_select(0, mine))
+                    if settings.normalize_advantage:
+                        advantages = normalized(advantages, len(part), run)
+                    terms = ppo_terms(log_prob, entropy, values, old_log_prob, old_values, advantages, returns, clip, settings.clip_value)
+                    loss = total_loss(terms, settings).sum() * (run.world / len(part))  # processes' gradients are averaged, hence x world
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()
+                    means = summed(torch.stack([term.detach() for term in terms]).sum(dim=1), run) / len(part)
+                else:  # the same, with the chain rule written out
+                    loss, means = manual.gradients(model.read(observations), actions, numbers, part, clip)
+                watched.append(means)
+                if settings.target_kl and means[KL] > 1.5 * settings.target_kl:
+                    break  # without this step, all remaining minibatches and all remaining epochs
                 grad_norm = run.optimize(optimizer, loss, settings.max_grad_norm)  # stops on a non-finite value
-                watched.append(summed(torch.stack([term.detach() for term in terms]).sum(dim=1), run) / len(part))
-                if settings.target_kl and watched[-1][KL] > 1.5 * settings.target_kl:
-                    break  # all remaining minibatches and epochs
             played = collector.played()  # the same numbers in every process
             run.log(update, settings.log_every, {"updates": 1}, **played, **dict(zip(WATCHED, torch.stack(watched).mean(dim=0))),
                     explained_variance=explained, epochs=epoch, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"], clip=clip)
@@ -95,6 +102,14 @@ def train(config: Config, options: Options) -> None:
         vector.close()
         if run.is_main:
             export(run, config, model, collector, best)
+
+
+def by_hand(config: Config, model: ActorCritic, distribution: Distribution, run: Run) -> Backprop | None:
+    """What computes gradients without autograd, where the config wants that and it can be done."""
+    possible = can_backprop(model, distribution, run.device, run.world)
+    require(possible or config.train.backprop != "manual", "train.backprop",
+            "manual works for two separate MLPs and one categorical or Gaussian action, in one process on a CPU")
+    return Backprop(model, distribution, config.train) if possible and config.train.backprop != "autograd" else None
 
 
 def prepare(rollout: Rollout, model: ActorCritic, distribution: Distribution, settings: TrainConfig,

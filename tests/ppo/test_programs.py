@@ -206,7 +206,7 @@ def count_updates(monkeypatch):
 
 
 def test_target_kl_stops_all_remaining_epochs(tmp_path, monkeypatch):
-    """The minibatch that exceeds 1.5 times the target is the update's last, in this epoch and all others; the next update starts anew."""
+    """The minibatch that exceeds 1.5 times the target is not learned from, nor any later one of its rollout; the next starts anew."""
     steps = count_updates(monkeypatch)
     words = ("env.backend=local", "train.epochs=10", "train.lr=0.01", "train.lr_decay=constant")
     assert train(config(tmp_path / "free", *words)) == 0
@@ -214,7 +214,7 @@ def test_target_kl_stops_all_remaining_epochs(tmp_path, monkeypatch):
     steps.clear()
     assert train(config(tmp_path / "run", *words, "train.target_kl=1e-8")) == 0
     taken = [steps.count(update) for update in range(1, UPDATES + 1)]
-    assert taken == [2] * UPDATES, "the first minibatch cannot have moved yet, the second must have"
+    assert taken == [1] * UPDATES, "before the first minibatch nothing can have moved yet, before the second it must have"
     assert [line["epochs"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == [1] * UPDATES
 
 
