@@ -174,7 +174,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
 
     versions = {"python": platform.python_version()}
     for package in ("torch", "torchvision", "numpy", "omegaconf", "torchmetrics", "torch-fidelity", "torch-geometric", "numba",
-                    "gymnasium"):
+                    "gymnasium", "ale-py", "envpool"):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else _cpu_name()

@@ -18,7 +18,8 @@ class EnvConfig:
 
     id: str = "CartPole-v1"  # a gymnasium id, or ALE/<Game>-v5
     count: int = 8  # copies side by side, over all processes together
-    backend: Literal["auto", "local", "native", "processes", "atari"] = "auto"  # auto: atari for ALE, native where there is one, else local
+    # auto: atari for ALE, native where there is one, else local; envpool: its own C++ versions of these environments, in threads
+    backend: Literal["auto", "local", "native", "processes", "atari", "envpool"] = "auto"
     continuous: bool = False  # passed to environments that know it, such as LunarLander-v3
     max_episode_steps: int = 0  # 0 = what the environment was registered with
     normalize_observations: bool = False  # by running mean and standard deviation

@@ -12,6 +12,7 @@ Legend: N environments, O shape of an observation.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -222,6 +223,60 @@ class GymVector:
         """End workers and simulators."""
         self.environment.close()
         self.end_workers()
+
+
+class PoolVector(GymVector):
+    """Environments of envpool, stepped by its C++ threads.
+
+    Left to itself, envpool resets in the next step, takes no seed once it is made, and says "truncated" alone of an episode that
+    terminates in the very step in which its time is up. Here the time limit is kept by this class, envpool's own lies one step beyond,
+    and who has ended is reset at once: no row is dead, and both flags mean what they say. Its state cannot be read, but equal seeds and
+    actions lead to equal steps, so a checkpoint holds those, as for other environments of this kind.
+
+    Args:
+        build: seeds, one for each environment -> an envpool of as many.
+        first: number of the first environment among those of all processes; environment n begins the same, whoever plays it.
+        limit: steps of an episode; 0 = none.
+        by_lives: an episode ends with a lost life; the game goes on.
+    """
+
+    def __init__(self, build: Callable[[list[int]], Any], count: int, seed: int, first: int = 0, limit: int = 0,
+                 by_lives: bool = False) -> None:
+        self.build, self.limit, self.by_lives, self.fresh = build, limit, by_lives, True
+        super().__init__(build([fold(seed, first + n) % 2**31 for n in range(count)]), seed, first)
+        self.readable = False
+        self.lives = np.zeros(count, dtype=np.int32)
+
+    def reset(self, *numbers: int) -> np.ndarray:
+        """The first observations (N, *O); a function of the seed and `numbers`."""
+        if numbers or not self.fresh:
+            self.environment = self.build([fold(self.seed, self.first + n, *numbers) % 2**31 for n in range(len(self))])
+        self.fresh, self.numbers, self.actions = False, numbers, []
+        observations, infos = self.environment.reset()
+        self.lives = infos.get("lives", self.lives)
+        return observations
+
+    def step(self, actions: np.ndarray) -> Step:
+        """Play one action in each."""
+        self.actions.append(np.array(actions))
+        observations, rewards, terminated, truncated, infos = self.environment.step(actions)
+        if self.limit:
+            truncated = truncated | (infos["elapsed_step"] >= self.limit)
+        over, final = terminated | truncated, {}
+        lives = infos.get("lives", self.lives)
+        if self.by_lives:
+            terminated = terminated | (lives < self.lives)
+        self.lives = lives
+        if over.any():
+            numbers = over.nonzero()[0]
+            final = {int(n): observations[n].copy() for n in numbers}
+            begun, infos = self.environment.reset(numbers.astype(np.int32))
+            numbers, observations = infos["env_id"], observations.copy()
+            observations[numbers] = begun
+            if "lives" in infos:
+                self.lives = lives.copy()
+                self.lives[numbers] = infos["lives"]
+        return Step(observations, np.asarray(rewards, dtype=np.float64), terminated, truncated, np.ones(len(self), dtype=bool), final, over)
 
 
 def end(processes: list[BaseProcess]) -> None:

@@ -30,7 +30,7 @@ from common.logging import read_metrics
 from common.run import Run
 from common.runtime import fold, use_threads
 from ppo.play import Policy, film, film_pixels, play
-from ppo.registry import choose_backend, make_one, make_vector
+from ppo.registry import make_one, make_vector
 
 SEED_STREAM = 1_000_000_007  # environments of the evaluation are none that training has seen
 ENOUGH = 100  # episodes behind a mean that counts as solving
@@ -110,7 +110,7 @@ def save_film(config: Config, run: Run, name: str) -> None:
     """figures/episode.gif, where the environment can be rendered; a note where it cannot. Of Atari, what the policy sees."""
     from ppo.pictures import save_gif
 
-    pixels, seed, frames = choose_backend(config.env) == "atari", fold(config.seed, SEED_STREAM, 2), config.eval.video_frames
+    pixels, seed, frames = config.env.id.startswith("ALE/"), fold(config.seed, SEED_STREAM, 2), config.eval.video_frames
     try:
         environment = make_vector(config.env, seed, 1, training=False) if pixels else make_one(config.env, "rgb_array")
         try:

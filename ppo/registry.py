@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import multiprocessing
 import signal
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +15,13 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 from common.errors import ProjectError
 from ppo.config import EnvConfig
-from ppo.envs import GymVector, LocalVector, Vector
+from ppo.envs import GymVector, LocalVector, PoolVector, Vector
 
 EXTRAS = {"box2d": 'pip install "gymnasium[box2d]"', "mujoco": 'pip install "gymnasium[mujoco]"', "ale_py": "pip install ale-py",
           "pygame": "pip install pygame", "cv2": "pip install opencv-python", "envpool": "pip install envpool"}
 NATIVE = "vector_entry_point"
+NO_LIMIT = 2**31 - 1  # what envpool calls it
+SMALLEST_IMAGE = 36  # pixels a side that the convolutional network needs
 
 
 def make_vector(config: EnvConfig, seed: int, count: int, first: int = 0, training: bool = True) -> Vector:
@@ -31,6 +34,8 @@ def make_vector(config: EnvConfig, seed: int, count: int, first: int = 0, traini
         ProjectError: an unknown environment (with the nearest names), a missing package (with how to install it), or a space that this
             project has no policy for.
     """
+    if config.backend == "envpool":
+        return checked(make_pool(config, seed, count, first, training))
     known(config.id)
     backend = choose_backend(config)
     if backend == "atari":
@@ -118,6 +123,64 @@ def rom_name(name: str) -> str:
     return gym.spec(name).kwargs["game"]
 
 
+def make_pool(config: EnvConfig, seed: int, count: int, first: int, training: bool) -> PoolVector:
+    """Envpool's version of an environment. Its time limit is gymnasium's, its rewards are never clipped, its lives are counted here."""
+    def load() -> Any:
+        import envpool
+
+        return envpool
+
+    envpool = attempt(config.id, load)
+    task, atari = pool_task(config, envpool.list_all_envs()), config.id.startswith("ALE/")
+    options: dict[str, Any] = {}
+    if atari:
+        if not config.noop_max:
+            raise ProjectError("env.noop_max must be at least 1 with env.backend=envpool, which crashes at 0; env.backend=atari does not")
+        options = {"stack_num": config.frame_stack, "frame_skip": config.frame_skip, "noop_max": config.noop_max, "reward_clip": False,
+                   "repeat_action_probability": config.sticky_actions, "episodic_life": False, "use_fire_reset": True}
+    own = attempt(config.id, lambda: present(lambda: envpool.make_spec(task))).config
+    if own.max_num_players != 1:
+        raise ProjectError(f"{config.id} is played by {own.max_num_players}; this project knows one player")
+    if hasattr(own, "noop_max") and not atari:
+        raise ProjectError(f"Atari games are called ALE/{task} here, not {config.id}")
+    usual = 108_000 // config.frame_skip if atari else gym.spec(config.id).max_episode_steps if config.id in gym.registry else None
+    limit = config.max_episode_steps or usual or own.max_episode_steps
+    options["max_episode_steps"] = min(limit + 1, NO_LIMIT)  # `PoolVector` keeps ours
+
+    def build(seeds: list[int]) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the bounds of its spaces are rounded
+            pool = envpool.make(task, env_type="gymnasium", num_envs=count, seed=seeds, **options)
+            _ = pool.observation_space, pool.action_space  # made at first use
+        return pool
+
+    lives = atari and config.episodic_life and training
+    return attempt(config.id, lambda: present(lambda: PoolVector(build, count, seed, first, limit if limit < NO_LIMIT else 0, lives)))
+
+
+def pool_task(config: EnvConfig, tasks: list[str]) -> str:
+    """Envpool's name of an environment. Never another version: `ProjectError` with the nearest names where it has not got this one."""
+    task, (stem, mark, version) = config.id, config.id.rpartition("-v")
+    if config.id.startswith("ALE/"):
+        known(config.id)
+        task = "".join(word.capitalize() for word in rom_name(config.id).split("_")) + "-v5"
+    elif config.continuous:
+        task = f"{stem}Continuous{mark}{version}"
+    if task in tasks:
+        return task
+    near = difflib.get_close_matches(task, tasks, n=3, cutoff=0.5)
+    raise ProjectError(f"envpool has no {task!r}" + (f"; its nearest: {', '.join(near)}" if near else "")
+                       + ("; gymnasium has it: env.backend=auto" if config.id in gym.registry else ""))
+
+
+def present(build: Callable[[], Any]) -> Any:
+    """Call `build`, which uses a package that is installed: if it still fails to import something, the message has its own remedy."""
+    try:
+        return build()
+    except ImportError as error:
+        raise RuntimeError(str(error)) from error
+
+
 def attempt(name: str, build: Callable[[], Any]) -> Any:
     """Call `build`; a missing package or a broken environment becomes one line."""
     try:
@@ -132,23 +195,56 @@ def attempt(name: str, build: Callable[[], Any]) -> Any:
 
 def checked(vector: Vector) -> Vector:
     """`ProjectError` for observations that the networks here cannot read."""
-    space = vector.observation_space
-    if not (isinstance(space, gym.spaces.Discrete) or (isinstance(space, gym.spaces.Box) and space.dtype.kind in "fui")):
+    space, trouble = vector.observation_space, ""
+    numbers = isinstance(space, gym.spaces.Box) and space.dtype.kind in "fuib"
+    if not (isinstance(space, gym.spaces.Discrete) or (numbers and 0 not in space.shape)):
+        trouble = "a Box of numbers or pixels, or Discrete; flatten it with a wrapper of your own"
+    elif is_image(space) and not plain_pixels(space):
+        trouble = ("pixels are uint8, or have bounds [0, 1] or [0, 255]; gymnasium.wrappers.TransformObservation scales them, "
+                   "FlattenObservation makes them numbers for model.kind=mlp")
+    if trouble:
         vector.close()
-        raise ProjectError(f"observation space {space} is not supported: a Box of numbers or pixels, or Discrete; flatten it with a "
-                           "wrapper of your own")
+        text = " ".join(str(space).split())  # one line, without hundreds of bounds
+        raise ProjectError(f"observation space {text if len(text) < 120 else f'{text[:100]}...'} is not supported: {trouble}")
     return vector
 
 
+def is_image(space: gym.Space) -> bool:
+    """Whether observations are pictures, (C, H, W) or (H, W, C), large enough for the convolutional network."""
+    return isinstance(space, gym.spaces.Box) and len(space.shape) == 3 and (channels_last(space) or min(space.shape[1:]) >= SMALLEST_IMAGE)
+
+
+def channels_last(space: gym.Space) -> bool:
+    """Whether observations are pictures (H, W, C) of 1, 3 or 4 channels, as most simulators draw them; such a W x C is no picture."""
+    return len(space.shape) == 3 and space.shape[2] in (1, 3, 4) and min(space.shape[:2]) >= SMALLEST_IMAGE
+
+
+def plain_pixels(space: gym.spaces.Box) -> bool:
+    """Whether it is known what the brightest pixel is: the network divides by 255, and would make noughts of anything else."""
+    return space.dtype == np.uint8 or (space.low.min() >= 0 and space.high.max() in (1, 255))
+
+
 def observation_shape(space: gym.Space) -> tuple[int, ...]:
-    """Shape of what the network sees: a discrete observation becomes one-hot."""
-    return (int(space.n),) if isinstance(space, gym.spaces.Discrete) else tuple(space.shape)
+    """Shape of what the network sees: a discrete observation becomes one-hot, a single number (1,), a picture (C, H, W)."""
+    if isinstance(space, gym.spaces.Discrete):
+        return (int(space.n),)
+    if channels_last(space):
+        return (space.shape[2], *space.shape[:2])
+    return tuple(space.shape) or (1,)
 
 
 def as_input(space: gym.Space, observations: np.ndarray) -> np.ndarray:
-    """Observations as the network sees them: float32 (N, O), one-hot for discrete ones, pixels uint8 as they are."""
+    """Observations (N, ...) as the network sees them: (N, *observation_shape(space)).
+
+    float32, one-hot for discrete ones. Pictures have channels first and go up to 255, whatever the environment's brightest is; uint8
+    stays so. It is the convolutional network that divides by 255.
+    """
     if isinstance(space, gym.spaces.Discrete):
         return np.eye(int(space.n), dtype=np.float32)[np.asarray(observations, dtype=np.int64) - int(space.start)]
-    if space.dtype == np.uint8 and len(space.shape) == 3:
-        return observations
-    return np.asarray(observations, dtype=np.float32)
+    bytes_stay = space.dtype == np.uint8 and len(space.shape) == 3
+    seen = np.asarray(observations, dtype=np.uint8 if bytes_stay else np.float32)
+    if channels_last(space):
+        seen = np.ascontiguousarray(seen.transpose(0, 3, 1, 2))  # (N, C, H, W)
+    if is_image(space) and space.high.max() <= 1:
+        seen = seen * seen.dtype.type(255)
+    return seen if space.shape else seen.reshape(-1, 1)

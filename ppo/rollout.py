@@ -78,6 +78,9 @@ def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor
 
 
 def minibatches(rows: Tensor, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-    """The rows int64 (M,) in random order, cut into M // batch_size parts (at least one) whose sizes differ by one at most."""
+    """The rows int64 (M,) in random order, cut into M / batch_size parts, rounded, at least one, whose sizes differ by one at most.
+
+    Rounded, for a few dead rows must not make one part less of a rollout.
+    """
     order = rows[torch.randperm(len(rows), generator=generator)]
-    return list(torch.tensor_split(order, max(1, len(rows) // batch_size)))
+    return list(torch.tensor_split(order, max(1, round(len(rows) / batch_size))))

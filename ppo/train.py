@@ -11,7 +11,7 @@ if __name__ == "__main__":
     CONFIG, OPTIONS = load(Config, "ppo")
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from ppo.rollout import Rollout, gae, minibatches
 ACTION_STREAM, ORDER_STREAM = 1, 2  # keep the generators of actions and of minibatches apart
 WATCHED = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")  # as in `Terms`
 KL = 3
+PART = 4096  # rows a forward pass when a whole rollout is read: pixels of all of them would need gigabytes of activations
 
 
 @exits_cleanly
@@ -125,24 +126,20 @@ def prepare(rollout: Rollout, model: ActorCritic, distribution: Distribution, se
     observations = torch.from_numpy(rollout.observations).to(device, copy=True).view((T + 1) * N, *shape)
     actions = torch.from_numpy(rollout.actions).to(device, copy=True).flatten(0, 1)
     with torch.no_grad():
-        values = in_parts(model.evaluate, observations).view(T + 1, N)
+        passes = [model(part) for part in observations.split(PART)]
+        parameters, values = torch.cat([p for p, _ in passes])[: T * N], torch.cat([v for _, v in passes]).view(T + 1, N)
         next_values = values[1:].clone()
         if rollout.final_at:
             final = torch.from_numpy(np.stack(rollout.final)).to(device)
             t, n = torch.tensor(rollout.final_at, device=device).T
-            next_values[t, n] = in_parts(model.evaluate, final)
+            next_values[t, n] = torch.cat([model.evaluate(part) for part in final.split(PART)])
         observations = observations[: T * N]
-        log_prob, _ = distribution.log_prob_entropy(in_parts(model.act, observations), actions)
+        log_prob, _ = distribution.log_prob_entropy(parameters, actions)
         terminated, done, valid = (torch.from_numpy(flags).to(device) for flags in (rollout.terminated, rollout.done, rollout.valid))
         ends = terminated if settings.bootstrap_truncated else done
         rewards = torch.from_numpy(rollout.rewards).to(device, values.dtype)
         advantages, returns = gae(rewards, values[:-1], next_values, ends, done, valid, settings.gamma, settings.gae_lambda)
     return observations, actions, torch.stack([log_prob, values[:-1].flatten(), advantages.flatten(), returns.flatten()])
-
-
-def in_parts(function: Callable[[Tensor], Tensor], x: Tensor, size: int = 4096) -> Tensor:
-    """function(x) over some rows at a time: pixels of a whole rollout would need gigabytes of activations."""
-    return torch.cat([function(part) for part in x.split(size)])
 
 
 def valid_rows(rollout: Rollout, run: Run) -> Tensor:

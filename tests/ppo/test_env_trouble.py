@@ -7,15 +7,18 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 from common.checkpoint import Checkpoints
 from common.errors import ProjectError
-from ppo.config import EnvConfig
+from ppo.config import EnvConfig, ModelConfig
+from ppo.distributions import distribution_for
 from ppo.envs import LocalVector, check_finite
-from ppo.registry import make_vector
-from tests.helpers import errors
-from tests.ppo.helpers import Counting, config, register, train, vector_of
+from ppo.model import ActorCritic
+from ppo.registry import as_input, make_vector, observation_shape
+from tests.helpers import errors, same, stop_in_optimize
+from tests.ppo.helpers import Counting, collector_for, config, log, register, train, vector_of, weights
 
 MODES = list(AutoresetMode)
 
@@ -102,6 +105,124 @@ def test_unsupported_observation_space_is_refused(tmp_path, capsys):
         gym.registry.pop("Odd-v0")
     (line,) = errors(capsys.readouterr().err)
     assert "observation space Dict" in line
+
+
+class Showing(gym.Env):
+    """Shows numbers of a space; they follow from the step. An episode has five."""
+
+    action_space = gym.spaces.Discrete(3)
+
+    def __init__(self, low=0, high=255, shape=(), dtype="float32", **_):
+        self.observation_space, self.steps = gym.spaces.Box(low, high, shape, np.dtype(dtype)), 0
+
+    def look(self):
+        space = self.observation_space
+        shown = np.random.default_rng(self.steps).uniform(0, min(float(space.high.max()), 255) + (space.dtype.kind != "f"), space.shape)
+        return np.array(shown).astype(space.dtype)[()]  # of shape (): a number, no array
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return self.look(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.look(), float(action), False, self.steps == 5, {}
+
+
+@pytest.fixture
+def showing():
+    """Make `Showing` with these arguments known to gymnasium; its id."""
+    gym.register("Showing-v0", entry_point=Showing)
+
+    def known(**arguments):
+        gym.registry["Showing-v0"].kwargs = arguments
+        return "Showing-v0"
+
+    yield known
+    gym.registry.pop("Showing-v0")
+
+
+IMAGES = ("model.kind=cnn", "env.count=2", "train.rollout=8", "train.steps=48", "train.batch_size=8", "train.epochs=1")
+
+
+@pytest.mark.parametrize("backend", ["local", "processes"])
+@pytest.mark.parametrize(("shape", "dtype", "high"), [
+    ((), "float32", 9), ((), "float64", 9), ((), "int64", 9), ((3,), "bool", 1), ((3,), "int8", 9), ((2, 3), "float16", 9),
+    ((3,), "uint16", 9), ((7, 7, 3), "uint8", 9)])
+def test_boxes_of_any_numbers_are_learned_from(shape, dtype, high, backend, showing, tmp_path):
+    """A single number is a vector of one; all types become float32, but for small pictures, which stay bytes until they are used."""
+    made = config(tmp_path / "run", f"env.id={showing(shape=shape, dtype=dtype, high=high)}", f"env.backend={backend}", "train.steps=128",
+                  "env.count=2", "train.batch_size=8")
+    vector = make_vector(made.env, 0, 2)
+    collector, model = collector_for(made, vector)
+    space, expected = vector.observation_space, Showing(shape=shape, dtype=dtype, high=high).reset(seed=0)[0]
+    stored = collector.collect(model, torch.Generator().manual_seed(0), torch.device("cpu")).observations
+    vector.close()
+    assert stored[0].shape == (2, *observation_shape(space)) == (2, *(shape or (1,)))
+    assert stored.dtype == (np.uint8 if dtype == "uint8" else np.float32)
+    np.testing.assert_array_equal(stored[0, 0], np.reshape(expected, shape or (1,)).astype(np.float32))
+    assert train(made) == 0
+    assert len(log(tmp_path / "run")) > 1
+
+
+@pytest.mark.parametrize(("shape", "shown"), [((40, 48, 3), (3, 40, 48)), ((40, 36, 1), (1, 40, 36)), ((36, 40, 4), (4, 36, 40)),
+                                              ((3, 40, 48), (3, 40, 48)), ((40, 48, 2), (40, 48, 2)), ((40, 4, 3), (40, 4, 3))])
+def test_channels_come_first(shape, shown, showing):
+    """Pixel by pixel; what no picture of 1, 3 or 4 channels can be is left alone."""
+    vector = make_vector(EnvConfig(showing(shape=shape, dtype="uint8")), 0, 2)
+    seen, space = vector.reset(), vector.observation_space
+    assert observation_shape(space) == shown
+    expected = seen if shown == shape else np.stack([seen[..., c] for c in range(shape[2])], axis=1)
+    np.testing.assert_array_equal(as_input(space, seen), expected)
+    assert as_input(space, seen).dtype == np.uint8
+
+
+def test_pictures_with_channels_last_are_learned_from_and_resumed(showing, tmp_path, monkeypatch):
+    words = (*IMAGES, f"env.id={showing(shape=(40, 48, 3), dtype='uint8')}")
+    assert train(config(tmp_path / "whole", *words)) == 0
+    with monkeypatch.context() as patch:
+        stop_in_optimize(patch, 1)
+        assert train(config(tmp_path / "run", *words)) == 143
+    assert train(config(tmp_path / "run", *words), resume=True) == 0
+    assert log(tmp_path / "run") == log(tmp_path / "whole")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    assert weights(tmp_path / "run")["last"]["model.actor_trunk.body.0.weight"].shape == (32, 3, 8, 8)
+
+
+@pytest.mark.parametrize(("dtype", "high"), [("float32", 1), ("float64", 255), ("uint8", 1), ("uint8", 200), ("int32", 255), ("bool", 1)])
+def test_the_network_sees_the_same_picture_whatever_its_numbers_are(dtype, high):
+    """A picture in bytes, and the same one with another brightest value or type: not divided by 255 twice."""
+    levels = np.random.default_rng(0).integers(256 if high != 1 or dtype == "float32" else 2, size=(2, 40, 48, 3))
+    levels = levels * (255 if high == 1 and dtype != "float32" else 1)
+    plain = gym.spaces.Box(0, 255, (40, 48, 3), np.uint8)
+    space = gym.spaces.Box(0, high, (40, 48, 3), np.dtype(dtype))
+    torch.manual_seed(0)
+    model = ActorCritic(ModelConfig(kind="cnn"), observation_shape(space), distribution_for(gym.spaces.Discrete(3)))
+    given = (levels / 255 if high == 1 else levels).astype(dtype)
+    with torch.no_grad():
+        (a, _), (b, _) = (model(torch.from_numpy(as_input(s, x))) for s, x in ((plain, levels.astype(np.uint8)), (space, given)))
+    assert a.std() > 1e-4
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ({"low": -np.inf, "high": np.inf, "shape": (40, 48, 3)}, ("[0, 1] or [0, 255]", "TransformObservation")),
+    ({"low": -1, "high": 1, "shape": (3, 40, 48)}, ("[0, 1] or [0, 255]",)), ({"high": 2, "shape": (3, 40, 48)}, ("[0, 1] or [0, 255]",)),
+    ({"high": 1000, "shape": (3, 40, 48), "dtype": "uint16"}, ("[0, 1] or [0, 255]",)), ({"shape": (3, 0)}, ("a Box of numbers",))])
+def test_pictures_of_unknown_brightness_and_empty_boxes_are_refused(arguments, words, showing, tmp_path, capsys):
+    assert train(config(tmp_path / "run", f"env.id={showing(**arguments)}", "env.backend=local")) == 1
+    (line,) = errors(capsys.readouterr().err)
+    assert "observation space Box(" in line
+    assert all(word in line for word in words)
+    assert len(line) < 400
+
+
+@pytest.mark.parametrize("shape", [(84, 84), (40, 48, 2), (4, 40, 48, 3), (5,)])
+def test_a_picture_that_the_convolutional_network_cannot_read_is_one_line(shape, showing, tmp_path, capsys):
+    assert train(config(tmp_path / "run", *IMAGES, f"env.id={showing(shape=shape, dtype='uint8')}")) == 2
+    (line,) = errors(capsys.readouterr().err)
+    assert "cnn reads images (C, H, W)" in line
+    assert str(shape) in line
 
 
 def test_a_worker_that_dies_is_one_line(tmp_path, capfd):

@@ -181,14 +181,18 @@ def test_shapes_and_inputs():
     assert first.shape == (1, 1)
 
 
-@pytest.mark.parametrize(("count", "size"), [(256, 64), (250, 64), (64, 64), (63, 64), (127, 64), (1, 64), (7, 1), (5, 2), (1000, 3)])
-def test_minibatches(count, size):
+PARTS = [(256, 64, 4), (250, 64, 4), (64, 64, 1), (63, 64, 1), (90, 64, 1), (100, 64, 2), (127, 64, 2), (1, 64, 1), (7, 1, 7),
+         (1000, 3, 333)]
+
+
+@pytest.mark.parametrize(("count", "size", "number"), PARTS)
+def test_minibatches(count, size, number):
     rows = torch.arange(count) * 3 + 1
     parts = minibatches(rows, size, torch.Generator().manual_seed(0))
     sizes = [len(part) for part in parts]
     assert sorted(torch.cat(parts).tolist()) == rows.tolist(), "every row once"
-    assert len(parts) == max(1, count // size)
-    assert max(sizes) - min(sizes) <= 1 and min(sizes) >= min(count, size)
+    assert len(parts) == number
+    assert max(sizes) - min(sizes) <= 1 and min(sizes) >= 2 / 3 * min(count, size)
     again = minibatches(rows, size, torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
     if count > 10:
