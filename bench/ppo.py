@@ -1,16 +1,18 @@
 """Our PPO against stable-baselines3's: whole training loops, same environments, network and settings.  python -m bench.ppo
 
-First the two must agree: with copied weights, on values, log-probabilities, entropies, and on the advantages of one rollout. Then each
-round trains ours, the peer, and ours again for some updates from scratch, in one process, by CPU time on one thread, environments
-included. The ratio is steps per CPU-second, ours over the peer's; ours again over ours is the A/A control, whose spread says which
-differences are noise. How ours spends its time is measured in a last run of its own.
-The last line of stdout is one JSON object: ratio, aa_ratio, ours and peer (environment steps per CPU-second), split, circumstances.
+First the two must agree: with copied weights, on values, log-probabilities, entropies, the gradients of a minibatch, and the advantages
+of one rollout. Then each round trains ours, the peer as it comes (with PyTorch's own choice of threads), the peer on one thread, and ours
+again, for some updates from scratch, in one process, by CPU time, environments included. `ratio` is steps per CPU-second, ours over the
+peer's as it comes; `ratio_one_thread` is ours over the peer's on one thread, which is what ours uses. Ours again over ours is the A/A
+control, whose spread says which differences are noise. How ours spends its time is measured in a last run of its own.
+The last line of stdout is one JSON object: the ratios, ours and peer (environment steps per CPU-second), split, circumstances.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -23,13 +25,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import gymnasium as gym
 import numpy as np
 import torch
 
 from common.config import Options, resolve
+from ppo.backprop import Backprop
 from ppo.collect import Collector
 from ppo.config import Config
 from ppo.distributions import distribution_for
@@ -56,12 +57,13 @@ def make_peer(config: Config) -> Any:
     def schedule(start: float, kind: str) -> Any:
         return (lambda left: start * left) if kind == "linear" else start
 
+    # the peer's value loss is the squared error, ours (as in the paper's code) half of it
     extra = {"continuous": True} if config.env.continuous else {}
     activation = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[config.model.activation]
     hidden = list(config.model.hidden)
     return PPO("MlpPolicy", make_vec_env(config.env.id, config.env.count, seed=config.seed, env_kwargs=extra), n_steps=t.rollout,
                batch_size=t.batch_size, n_epochs=t.epochs, gamma=t.gamma, gae_lambda=t.gae_lambda, ent_coef=t.entropy_weight,
-               vf_coef=t.value_weight, max_grad_norm=t.max_grad_norm, learning_rate=schedule(t.lr, t.lr_decay),
+               vf_coef=t.value_weight / 2, max_grad_norm=t.max_grad_norm, learning_rate=schedule(t.lr, t.lr_decay),
                clip_range=schedule(t.clip, t.clip_decay), seed=config.seed, device="cpu",
                policy_kwargs={"net_arch": {"pi": hidden, "vf": hidden}, "activation_fn": activation})
 
@@ -89,9 +91,13 @@ def largest_difference(config: Config) -> dict[str, float]:
     copy_weights(model, peer.policy)
     x = torch.randn(64, *observation_shape(vector.observation_space))
     parameters, values = model(x)
-    actions = distribution.sample(parameters, distribution.noise((64,), torch.Generator().manual_seed(0)))
+    actions = distribution.sample(parameters.detach(), distribution.noise((64,), torch.Generator().manual_seed(0)))
     log_prob, entropy = distribution.log_prob_entropy(parameters, actions)
     their_values, their_log_prob, their_entropy = peer.policy.evaluate_actions(x, actions)
+    returns, advantages = torch.randn(64), torch.randn(64)
+    old = log_prob.detach() + 0.3 * torch.randn(64)
+    gradients = (ours_gradients(config, model, distribution, x, actions, old, advantages, returns),
+                 peer_gradients(peer, x, actions, old, advantages, returns))
     T, N, rng = 40, 3, np.random.default_rng(0)
     buffer = RolloutBuffer(T, peer.observation_space, peer.action_space, gamma=config.train.gamma, gae_lambda=config.train.gae_lambda,
                            n_envs=N)
@@ -102,12 +108,44 @@ def largest_difference(config: Config) -> dict[str, float]:
     last = rng.normal(size=N).astype(np.float32)
     buffer.compute_returns_and_advantage(torch.from_numpy(last), done[-1])
     flags, own = torch.from_numpy(done), torch.from_numpy(buffer.values.copy())
-    advantages, _ = gae(torch.from_numpy(buffer.rewards.copy()), own, torch.cat([own[1:], torch.from_numpy(last)[None]]), flags, flags,
+    found, _ = gae(torch.from_numpy(buffer.rewards.copy()), own, torch.cat([own[1:], torch.from_numpy(last)[None]]), flags, flags,
                         torch.ones_like(flags), config.train.gamma, config.train.gae_lambda)
     vector.close()
     pairs = {"values": (values, their_values.flatten()), "log_prob": (log_prob, their_log_prob), "entropy": (entropy, their_entropy),
-             "advantages": (advantages, torch.from_numpy(buffer.advantages))}
+             "gradients": gradients, "advantages": (found, torch.from_numpy(buffer.advantages))}
     return {name: float((a - b).detach().abs().max() / b.detach().abs().max()) for name, (a, b) in pairs.items()}
+
+
+def ours_gradients(config: Config, model: ActorCritic, distribution: Any, x: torch.Tensor, actions: torch.Tensor, old: torch.Tensor,
+                   advantages: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
+    """All gradients of a minibatch (64 rows) in one vector, actor before critic, by ppo.backprop."""
+    model = copy.deepcopy(model)
+    manual = Backprop(model, distribution, config.train)
+    numbers = torch.stack([old, torch.zeros_like(old), advantages, returns])
+    manual.gradients(x, actions, numbers, torch.arange(len(x)), config.train.clip)
+    start, parts = 0, {}
+    for name, parameter in model.named_parameters():
+        parts[name] = manual.weights.grad[start : (start := start + parameter.numel())]
+    return torch.cat([parts[name] for name in sorted(parts)])
+
+
+def peer_gradients(peer: Any, x: torch.Tensor, actions: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor,
+                   returns: torch.Tensor) -> torch.Tensor:
+    """The same by the loss that the peer's `train` writes down, with its autograd."""
+    values, log_prob, entropy = peer.policy.evaluate_actions(x, actions)
+    advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    ratio, clip = torch.exp(log_prob - old), peer.clip_range(1)
+    policy_loss = -torch.min(advantages * ratio, advantages * torch.clamp(ratio, 1 - clip, 1 + clip)).mean()
+    value_loss = torch.nn.functional.mse_loss(returns, values.flatten())
+    peer.policy.zero_grad()
+    (policy_loss + peer.vf_coef * value_loss - peer.ent_coef * entropy.mean()).backward()
+    names = {"mlp_extractor.policy_net": "actor_trunk", "mlp_extractor.value_net": "critic_trunk", "action_net": "policy.linear",
+             "value_net": "value", "log_std": "policy.log_std"}
+    parts = {}
+    for name, parameter in peer.policy.named_parameters():
+        prefix = next(prefix for prefix in names if name.startswith(prefix))
+        parts[names[prefix] + name.removeprefix(prefix)] = parameter.grad.flatten()
+    return torch.cat([parts[name] for name in sorted(parts)])
 
 
 def ours(config: Config, folder: Path) -> float:
@@ -119,8 +157,9 @@ def ours(config: Config, folder: Path) -> float:
     return time.process_time() - start
 
 
-def theirs(config: Config) -> float:
-    """CPU-seconds of the same run of the peer."""
+def theirs(config: Config, threads: int) -> float:
+    """CPU-seconds of the same run of the peer with so many threads."""
+    torch.set_num_threads(threads)
     start = time.process_time()
     peer = make_peer(config)
     peer.learn(config.train.steps)
@@ -168,7 +207,21 @@ def split(config: Config, folder: Path) -> dict[str, float]:
     return {name: round(value / total, 3) for name, value in shares.items()}
 
 
-def main() -> None:
+def summarise(rounds: list[tuple[float, float, float, float]], steps: int) -> dict[str, Any]:
+    """Ratios and rates of rounds (ours, peer, peer on one thread, ours again) in CPU-seconds: medians, with quartiles of the ratios."""
+    mine = [(first + again) / 2 for first, _, _, again in rounds]
+    result: dict[str, Any] = {}
+    for name, values in (("ratio", [row[1] / own for row, own in zip(rounds, mine)]),
+                         ("ratio_one_thread", [row[2] / own for row, own in zip(rounds, mine)]),
+                         ("aa_ratio", [row[3] / row[0] for row in rounds])):
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        result |= {name: round(middle, 3), f"{name.replace('aa_ratio', 'aa')}_iqr": [round(low, 3), round(high, 3)]}
+    for name, seconds in (("ours", mine), ("peer", [row[1] for row in rounds]), ("peer_one_thread", [row[2] for row in rounds])):
+        result[name] = round(steps / statistics.median(seconds), 1)
+    return result | {"unit": "environment steps per CPU-second"}
+
+
+def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.ppo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/ppo_lunarlander.yaml"))
@@ -176,8 +229,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=1, help="of each run")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = parser.parse_args(argv)
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         config = resolve(Config, args.config, [f"run_dir={folder}", "device=cpu", *args.overrides])
@@ -188,22 +241,16 @@ def main() -> None:
             raise SystemExit(f"the two differ by {differences}; nothing was timed")
         print(f"largest relative differences: {differences}")
         ours(config, folder)  # warm-up
-        theirs(config)
+        theirs(config, threads)
         rounds = []
         for number in range(args.rounds):
-            rounds.append((ours(config, folder), theirs(config), ours(config, folder)))
-            first, peer, again = rounds[-1]
-            print(f"round {number + 1}: ours {first:.2f}, peer {peer:.2f}, ours again {again:.2f} CPU-s", flush=True)
+            rounds.append((ours(config, folder), theirs(config, threads), theirs(config, 1), ours(config, folder)))
+            first, peer, single, again = rounds[-1]
+            print(f"round {number + 1}: ours {first:.2f}, peer {peer:.2f}, peer on one thread {single:.2f}, ours again {again:.2f} CPU-s",
+                  flush=True)
         shares = split(config, folder)
-    ratios = [p / ((a + b) / 2) for a, p, b in rounds]
-    controls = [b / a for a, _, b in rounds]
-    quartiles = lambda values: [round(q, 3) for q in statistics.quantiles(values, n=4)] if len(values) > 1 else [values[0]] * 3  # noqa: E731
-    low, middle, high = quartiles(ratios)
-    result = {"bench": f"PPO on {config.env.id}, {steps} steps from scratch", "ratio": middle, "ratio_iqr": [low, high],
-              "aa_ratio": quartiles(controls)[1], "aa_iqr": quartiles(controls)[::2],
-              "ours": round(steps / statistics.median([(a + b) / 2 for a, _, b in rounds]), 1),
-              "peer": round(steps / statistics.median([p for _, p, _ in rounds]), 1), "unit": "environment steps per CPU-second",
-              "split": shares, "rounds": args.rounds, "threads": 1, "dtype": "float32", "torch": torch.__version__,
+    result = {"bench": f"PPO on {config.env.id}, {steps} steps from scratch", **summarise(rounds, steps), "split": shares,
+              "rounds": args.rounds, "threads": 1, "peer_threads": threads, "dtype": "float32", "torch": torch.__version__,
               "gymnasium": gym.__version__, "python": platform.python_version(), "load": [round(x, 2) for x in os.getloadavg()]}
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
