@@ -40,10 +40,10 @@ class Collector:
         self.config, self.vector, self.distribution, self.rank, self.world = config, vector, distribution, rank, world
         self.space = vector.observation_space
         shape, count, train, env = observation_shape(self.space), len(vector), config.train, config.env
-        pixels = len(shape) == 3
-        self.observations = ObservationNormalizer(shape, env.normalize_observations and not pixels, env.clip_observations)
+        self.observations = ObservationNormalizer(shape, env.normalize_observations, env.clip_observations)
         self.rewards = RewardNormalizer(count, train.gamma, env.normalize_rewards, env.clip_rewards)
-        kind = np.uint8 if pixels and self.space.dtype == np.uint8 else np.float32
+        stays = len(shape) == 3 and self.space.dtype == np.uint8 and not self.observations.enabled
+        kind = np.uint8 if stays else np.float32
         action = np.int64 if distribution.discrete else np.float32
         self.rollout = Rollout.empty(train.rollout, count, shape, distribution.action_shape, kind, action)
         self.raw = np.zeros((train.rollout, count, *shape), dtype=np.float32) if self.observations.enabled else None

@@ -65,7 +65,7 @@ class ModelConfig:
 class TrainConfig:
     """The algorithm (Schulman et al. 2017)."""
 
-    steps: int = 100_000  # environment steps, over all copies; rounded down to whole updates
+    steps: int = 100_000  # environment steps, over all copies; rounded up to whole updates
     rollout: int = 32  # steps of each copy between two updates
     epochs: int = 20  # passes over the rollout
     batch_size: int = 256  # of a minibatch, over all processes

@@ -37,7 +37,7 @@ class Policy:
         self.distribution = distribution_for(action_space, config.model.squash)
         shape = observation_shape(observation_space)
         self.model = ActorCritic(config.model, shape, self.distribution)
-        self.scale = ObservationNormalizer(shape, config.env.normalize_observations and len(shape) != 3, config.env.clip_observations)
+        self.scale = ObservationNormalizer(shape, config.env.normalize_observations, config.env.clip_observations)
         try:
             with safe_open(path, "pt") as file:
                 self.facts: dict[str, str] = file.metadata()

@@ -13,6 +13,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
+from common.config import ConfigError
 from common.errors import ProjectError
 from ppo.config import EnvConfig
 from ppo.envs import GymVector, LocalVector, PoolVector, Vector
@@ -35,22 +36,23 @@ def make_vector(config: EnvConfig, seed: int, count: int, first: int = 0, traini
             project has no policy for.
     """
     if config.backend == "envpool":
-        return checked(make_pool(config, seed, count, first, training))
+        return checked(make_pool(config, seed, count, first, training), config)
     known(config.id)
     backend = choose_backend(config)
     if backend == "atari":
         if not config.id.startswith("ALE/"):
             raise ProjectError(f"env.backend=atari plays ALE/<Game>-v5, not {config.id}")
-        return checked(GymVector(make_atari(config, count, training), seed, first))
+        return checked(GymVector(make_atari(config, count, training), seed, first), config)
     if backend == "native":
         extra = {"max_episode_steps": config.max_episode_steps} if config.max_episode_steps else {}
         vector = attempt(config.id, lambda: gym.make_vec(config.id, count, vectorization_mode=NATIVE, vector_kwargs={}, **extra))
-        return checked(GymVector(vector, seed, first))
+        return checked(GymVector(vector, seed, first), config)
     if backend == "processes":
         build = [lambda: make_worker(config) for _ in range(count)]
         vector = attempt(config.id, lambda: AsyncVectorEnv(build, autoreset_mode=AutoresetMode.SAME_STEP))
-        return checked(GymVector(vector, seed, first))
-    return checked(LocalVector([attempt(config.id, lambda: make_one(config)) for _ in range(count)], seed, first, config.max_episode_steps))
+        return checked(GymVector(vector, seed, first), config)
+    environments = [attempt(config.id, lambda: make_one(config)) for _ in range(count)]
+    return checked(LocalVector(environments, seed, first, config.max_episode_steps), config)
 
 
 def known(name: str) -> None:
@@ -193,8 +195,8 @@ def attempt(name: str, build: Callable[[], Any]) -> Any:
         raise ProjectError(f"{name} cannot be made: {(str(error).splitlines() or [type(error).__name__])[0][:200]}") from None
 
 
-def checked(vector: Vector) -> Vector:
-    """`ProjectError` for observations that the networks here cannot read."""
+def checked(vector: Vector, config: EnvConfig) -> Vector:
+    """`ProjectError` for observations that the networks here cannot read, `ConfigError` for a setting that does not go with them."""
     space, trouble = vector.observation_space, ""
     numbers = isinstance(space, gym.spaces.Box) and space.dtype.kind in "fuib"
     if not (isinstance(space, gym.spaces.Discrete) or (numbers and 0 not in space.shape)):
@@ -206,6 +208,9 @@ def checked(vector: Vector) -> Vector:
         vector.close()
         text = " ".join(str(space).split())  # one line, without hundreds of bounds
         raise ProjectError(f"observation space {text if len(text) < 120 else f'{text[:100]}...'} is not supported: {trouble}")
+    if config.normalize_observations and is_image(space):
+        vector.close()
+        raise ConfigError("env.normalize_observations", "pixels are not normalised: the network divides them by 255")
     return vector
 
 

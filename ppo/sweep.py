@@ -134,7 +134,8 @@ def draw(folder: Path, seeds: list[int], config: Config) -> None:
     runs = [[(line["env_steps"], line["return_mean"]) for line in read_metrics(folder / f"{seed:03d}" / "metrics.jsonl")
              if line["return_mean"] == line["return_mean"]] for seed in seeds]
     if all(runs):
-        draw_curve(folder / "learning_curve.png", {config.env.id: runs}, threshold(config), f"{config.env.id}, {len(seeds)} seeds")
+        name = config.env.id + (", continuous" if config.env.continuous else "")
+        draw_curve(folder / "learning_curve.png", {name: runs}, threshold(config), f"{name}, {len(seeds)} seeds")
 
 
 def show(metrics: dict[str, float], title: str) -> None:

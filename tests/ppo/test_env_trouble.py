@@ -165,6 +165,16 @@ def test_boxes_of_any_numbers_are_learned_from(shape, dtype, high, backend, show
     assert len(log(tmp_path / "run")) > 1
 
 
+def test_small_boxes_of_bytes_are_normalised_like_any_numbers(showing, tmp_path):
+    made = config(tmp_path / "run", f"env.id={showing(shape=(7, 7, 3), dtype='uint8', high=200)}", "env.normalize_observations=true")
+    collector, model = collector_for(made, make_vector(made.env, 0, 4))
+    first, second = (collector.collect(model, torch.Generator().manual_seed(0), torch.device("cpu")).observations.copy() for _ in range(2))
+    assert first.dtype == second.dtype == np.float32
+    assert first.mean() > 9 and first.max() == collector.observations.clip, "before anything is known, bytes are far from zero"
+    assert abs(second.mean()) < 0.2 and second.std() == pytest.approx(1, abs=0.2)
+    assert train(made) == 0
+
+
 @pytest.mark.parametrize(("shape", "shown"), [((40, 48, 3), (3, 40, 48)), ((40, 36, 1), (1, 40, 36)), ((36, 40, 4), (4, 36, 40)),
                                               ((3, 40, 48), (3, 40, 48)), ((40, 48, 2), (40, 48, 2)), ((40, 4, 3), (40, 4, 3))])
 def test_channels_come_first(shape, shown, showing):

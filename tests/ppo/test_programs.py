@@ -95,6 +95,7 @@ def test_bad_settings_from_the_shell():
 @pytest.mark.parametrize(("words", "status", "said"), [
     (("env.id=CartPol-v1",), 1, "CartPole-v1"), (("model.kind=cnn",), 2, "model.kind"),
     (("env.id=Pendulum-v1", "model.squash=true", "env.backend=native"), 1, "Pendulum-v1"),
+    (("env.id=ALE/Pong-v5", "model.kind=cnn", "env.normalize_observations=true"), 2, "env.normalize_observations"),
     (("env.backend=atari",), 1, "CartPole-v1"), (("device=cuda:77",), 2, "device"),
 ])
 @pytest.mark.parametrize("dry_run", [False, True])
