@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.ppo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/ppo_lunarlander.yaml"))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--updates", type=int, default=1, help="of each run")
+    parser.add_argument("--updates", type=int, default=4, help="of each run (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)

@@ -17,7 +17,7 @@ from ppo.backprop import Backprop
 from ppo.config import Config
 from tests.helpers import ROOT
 
-TINY = ["--config", str(ROOT / "configs/ppo_lunarlander.yaml"), "--rounds", "1", "env.count=2", "train.rollout=32", "model.hidden=[8,8]"]
+TINY = ["--config", str(ROOT / "configs/ppo_lunarlander.yaml"), "--rounds", "1", "--updates", "1", "env.count=2", "train.rollout=32", "model.hidden=[8,8]"]
 
 
 @pytest.fixture(autouse=True)
