@@ -48,23 +48,27 @@ def make_peer(config: Config) -> Any:
     try:
         from stable_baselines3 import PPO
         from stable_baselines3.common.env_util import make_vec_env
+        from stable_baselines3.common.vec_env import VecNormalize
     except ImportError:
         raise SystemExit("bench.ppo compares with stable-baselines3: pip install stable-baselines3") from None
-    t = config.train
-    if config.model.kind != "mlp" or config.model.shared or config.env.normalize_observations or config.env.normalize_rewards:
-        raise SystemExit("bench.ppo compares plain MLP runs: separate networks, nothing normalised")
+    t, e = config.train, config.env
+    if config.model.kind != "mlp" or config.model.shared:
+        raise SystemExit("bench.ppo compares MLP runs with separate networks")
 
     def schedule(start: float, kind: str) -> Any:
         return (lambda left: start * left) if kind == "linear" else start
 
     # the peer's value loss is the squared error, ours (as in the paper's code) half of it
-    extra = {"continuous": True} if config.env.continuous else {}
+    extra = {"continuous": True} if e.continuous else {}
+    vector = make_vec_env(e.id, e.count, seed=config.seed, env_kwargs=extra)
+    if e.normalize_observations or e.normalize_rewards:
+        vector = VecNormalize(vector, norm_obs=e.normalize_observations, norm_reward=e.normalize_rewards, clip_obs=e.clip_observations,
+                              clip_reward=e.clip_rewards, gamma=t.gamma)
     activation = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[config.model.activation]
     hidden = list(config.model.hidden)
-    return PPO("MlpPolicy", make_vec_env(config.env.id, config.env.count, seed=config.seed, env_kwargs=extra), n_steps=t.rollout,
-               batch_size=t.batch_size, n_epochs=t.epochs, gamma=t.gamma, gae_lambda=t.gae_lambda, ent_coef=t.entropy_weight,
-               vf_coef=t.value_weight / 2, max_grad_norm=t.max_grad_norm, learning_rate=schedule(t.lr, t.lr_decay),
-               clip_range=schedule(t.clip, t.clip_decay), seed=config.seed, device="cpu",
+    return PPO("MlpPolicy", vector, n_steps=t.rollout, batch_size=t.batch_size, n_epochs=t.epochs, gamma=t.gamma,
+               gae_lambda=t.gae_lambda, ent_coef=t.entropy_weight, vf_coef=t.value_weight / 2, max_grad_norm=t.max_grad_norm,
+               learning_rate=schedule(t.lr, t.lr_decay), clip_range=schedule(t.clip, t.clip_decay), seed=config.seed, device="cpu",
                policy_kwargs={"net_arch": {"pi": hidden, "vf": hidden}, "activation_fn": activation})
 
 

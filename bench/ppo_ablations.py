@@ -36,6 +36,7 @@ CHANGES = {
     "observations normalised": "env.normalize_observations=true",
     "rewards normalised": "env.normalize_rewards=true",
     "stopped at KL 0.02": "train.target_kl=0.02",
+    "rewards as they are": "env.normalize_rewards=false",
 }
 
 
@@ -47,19 +48,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", action="append", choices=list(CHANGES), help="only this row; may be repeated")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every row")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every row; a row's own change comes after")
     args = parser.parse_args()
     rows: dict[str, dict] = {}
     for number, (label, change) in enumerate(CHANGES.items()):
         folder = RUNS / args.env / f"{number:02d}"
         if not args.only or label in args.only:
             subprocess.run([sys.executable, "-m", "ppo.sweep", "--config", CONFIGS[args.env], "--seeds", str(args.seeds), "--jobs",
-                            str(args.jobs), "--folder", str(folder), "eval.video=false", *change.split(), *args.overrides],
+                            str(args.jobs), "--folder", str(folder), "eval.video=false", *args.overrides, *change.split()],
                            stdout=subprocess.DEVNULL, check=True)
             print(label, flush=True)
         if (folder / "sweep.json").exists():
             result = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-            rows[label] = {"change": change, "metrics": result["metrics"], "seeds": result["seeds"]}
+            rows[label] = {"change": change, "command": result["command"], "metrics": result["metrics"], "seeds": result["seeds"]}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"ablations_{args.env}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (RESULTS / f"ablations_{args.env}.md").write_text(table(rows), encoding="utf-8")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +16,8 @@ from ppo.backprop import Backprop
 from ppo.config import Config
 from tests.helpers import ROOT
 
-TINY = ["--config", str(ROOT / "configs/ppo_lunarlander.yaml"), "--rounds", "1", "--updates", "1", "env.count=2", "train.rollout=32", "model.hidden=[8,8]"]
+TINY = ["--config", str(ROOT / "configs/ppo_lunarlander.yaml"), "--rounds", "1", "--updates", "1", "env.count=2", "train.rollout=32",
+        "model.hidden=[8,8]"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["ppo_cartpole", "ppo_lunarlander", "ppo_lunarlander_continuous"])
+@pytest.mark.parametrize("name", ["ppo_cartpole", "ppo_lunarlander", "ppo_lunarlander_continuous", "ppo_acrobot"])
 def test_the_two_agree(name, tmp_path):
     config = resolve(Config, ROOT / f"configs/{name}.yaml", [f"run_dir={tmp_path}", "device=cpu"])
     differences = bench.largest_difference(config)
@@ -69,6 +69,6 @@ def test_summary_of_known_times():
 
 
 def test_what_has_no_equal_is_refused():
-    config = resolve(Config, Path(ROOT / "configs/ppo_acrobot.yaml"), ["run_dir=unused", "device=cpu"])
-    with pytest.raises(SystemExit, match="normalised"):
+    config = resolve(Config, ROOT / "configs/ppo_acrobot.yaml", ["run_dir=unused", "device=cpu", "model.shared=true"])
+    with pytest.raises(SystemExit, match="separate networks"):
         bench.make_peer(config)
