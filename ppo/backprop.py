@@ -84,7 +84,7 @@ class Backprop:
     """
 
     def __init__(self, model: ActorCritic, distribution: Distribution, settings: TrainConfig) -> None:
-        self.settings, self.gaussian, self.log_std = settings, isinstance(distribution, Gaussian), None
+        self.settings, self.gaussian = settings, isinstance(distribution, Gaussian)
         parameters = list(model.parameters())
         self.weights = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
         self.weights.grad = torch.zeros_like(self.weights)
@@ -101,11 +101,8 @@ class Backprop:
     def act(self, observations: np.ndarray) -> Tensor:
         """As `ActorCritic.act`, without recording anything: parameters of the distribution (B, P)."""
         x = observations.reshape(len(observations), -1).astype(self.actor.layers[0].weight.dtype, copy=False)
-        return torch.from_numpy(self.parameters(self.actor.forward(x)[-1]))
-
-    def parameters(self, out: np.ndarray) -> np.ndarray:
-        """The network's output (B, P), for a Gaussian with the log standard deviations beside the means."""
-        return np.concatenate([out, np.broadcast_to(self.log_std, out.shape)], axis=1) if self.gaussian else out
+        out = self.actor.forward(x)[-1]
+        return torch.from_numpy(np.concatenate([out, np.broadcast_to(self.log_std, out.shape)], axis=1) if self.gaussian else out)
 
     def gradients(self, observations: Tensor, actions: Tensor, numbers: Tensor, rows: Tensor, clip: float) -> tuple[Tensor, Tensor]:
         """Fill `weights.grad` for the minibatch `rows` (B,).

@@ -16,6 +16,7 @@ from common.config import require
 from ppo.config import ModelConfig
 from ppo.distributions import Distribution, PolicyHead
 
+SMALLEST_IMAGE = 36  # pixels a side: less than that and nothing is left after the convolutions
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
 
 
@@ -53,8 +54,9 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.kind = config.kind
         if config.kind == "cnn":
-            fits = len(observation_shape) == 3 and min(observation_shape[1:]) >= 36
-            require(fits, "model.kind", f"cnn reads images (C, H, W) of at least 36 x 36 pixels, not shape {observation_shape}")
+            fits = len(observation_shape) == 3 and min(observation_shape[1:]) >= SMALLEST_IMAGE
+            require(fits, "model.kind", f"cnn reads images (C, H, W) of at least {SMALLEST_IMAGE} x {SMALLEST_IMAGE} pixels, not shape "
+                    f"{observation_shape}")
             self.actor_trunk: nn.Module = NatureCNN(*observation_shape)
             features, shared = 512, True
         else:

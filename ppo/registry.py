@@ -17,12 +17,12 @@ from common.config import ConfigError
 from common.errors import ProjectError
 from ppo.config import EnvConfig
 from ppo.envs import GymVector, LocalVector, PoolVector, Vector
+from ppo.model import SMALLEST_IMAGE
 
 EXTRAS = {"box2d": 'pip install "gymnasium[box2d]"', "mujoco": 'pip install "gymnasium[mujoco]"', "ale_py": "pip install ale-py",
           "pygame": "pip install pygame", "cv2": "pip install opencv-python", "envpool": "pip install envpool"}
 NATIVE = "vector_entry_point"
 NO_LIMIT = 2**31 - 1  # what envpool calls it
-SMALLEST_IMAGE = 36  # pixels a side that the convolutional network needs
 
 
 def make_vector(config: EnvConfig, seed: int, count: int, first: int = 0, training: bool = True) -> Vector:

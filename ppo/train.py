@@ -34,7 +34,7 @@ from ppo.rollout import Rollout, gae, minibatches
 ACTION_STREAM, ORDER_STREAM = 1, 2  # keep the generators of actions and of minibatches apart
 WATCHED = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")  # as in `Terms`
 KL = 3
-PART = 512  # rows a forward pass when a whole rollout is read: pixels of all of them would need gigabytes of activations
+PART = 512  # rows a forward pass when a whole rollout is read: more need gigabytes for pixels, and break up the heap for small networks
 
 
 @exits_cleanly
