@@ -21,7 +21,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+import ppo.train
 from common.config import Options, resolve
 from ppo.backprop import Backprop
 from ppo.collect import Collector
 from ppo.config import Config
 from ppo.distributions import distribution_for
-from ppo.envs import GymVector, LocalVector
 from ppo.model import ActorCritic
 from ppo.registry import make_vector, observation_shape
 from ppo.rollout import gae
@@ -172,38 +172,45 @@ def theirs(config: Config, threads: int) -> float:
 
 
 @contextlib.contextmanager
-def stopwatch(seconds: dict[str, float]) -> Iterator[None]:
-    """Add up the time inside environments and inside the choice of actions."""
-    patched: list[tuple[type, str, Any]] = []
+def stopwatch() -> Iterator[dict[str, float]]:
+    """Add up the seconds inside environments and inside the choice of actions; and count the threads that the environments have brought."""
+    spent = {"environment": 0.0, "collect": 0.0, "threads": 0.0}
 
-    def watch(owner: type, name: str, label: str) -> None:
-        original = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
+    def timed(function: Callable[..., Any], label: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
-                return original(*args, **kwargs)
+                return function(*args, **kwargs)
             finally:
-                seconds[label] = seconds.get(label, 0.0) + time.perf_counter() - start
+                spent[label] += time.perf_counter() - start
 
-        setattr(owner, name, timed)
-        patched.append((owner, name, original))
+        return call
 
-    for vector in (LocalVector, GymVector):
-        watch(vector, "step", "environment")
-    watch(Collector, "collect", "collect")
+    def make_vector(*args: Any, **kwargs: Any) -> Any:
+        before = num_threads()
+        vector = original[0](*args, **kwargs)
+        spent["threads"] = num_threads() - before
+        vector.step = timed(vector.step, "environment")
+        return vector
+
+    original = ppo.train.make_vector, Collector.collect
+    ppo.train.make_vector, Collector.collect = make_vector, timed(Collector.collect, "collect")
     try:
-        yield
+        yield spent
     finally:
-        for owner, name, original in patched:
-            setattr(owner, name, original)
+        ppo.train.make_vector, Collector.collect = original
+
+
+def num_threads() -> int:
+    """Threads of this process (Linux; 0 elsewhere)."""
+    folder = Path("/proc/self/task")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
 def split(config: Config, folder: Path) -> dict[str, float]:
     """Shares of a run's time: environments, choosing actions and keeping books, learning."""
-    seconds: dict[str, float] = {}
     start = time.perf_counter()
-    with stopwatch(seconds):
+    with stopwatch() as seconds:
         ours(config, folder)
     total = time.perf_counter() - start
     shares = {"environment": seconds["environment"], "inference": seconds["collect"] - seconds["environment"],

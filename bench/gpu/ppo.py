@@ -21,7 +21,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,12 @@ from safetensors import safe_open
 
 import ppo.train
 from bench.gpu import campaign
+from bench.ppo import stopwatch
 from common.config import Options, resolve
 from common.errors import ProjectError, exits_cleanly
 from common.files import atomic_open, write_json
 from common.logging import read_metrics
 from common.runtime import choose_device
-from ppo.collect import Collector
 from ppo.config import Config
 
 ROLLOUT = 128  # steps of each environment between two updates, as in configs/ppo_pong.yaml
@@ -132,42 +131,6 @@ def timed_run(args: argparse.Namespace, words: list[str]) -> tuple[list[dict[str
         for number, handler in handlers.items():  # those of the run would swallow a signal
             signal.signal(number, handler)
     return read_metrics(Path(config.run_dir) / "metrics.jsonl"), spent
-
-
-@contextlib.contextmanager
-def stopwatch() -> Iterator[dict[str, float]]:
-    """Add up the seconds inside environments and inside the choice of actions; and count the threads that the environments have brought."""
-    spent = {"environment": 0.0, "collect": 0.0, "threads": 0.0}
-
-    def timed(function: Callable[..., Any], label: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                spent[label] += time.perf_counter() - start
-
-        return call
-
-    def make_vector(*args: Any, **kwargs: Any) -> Any:
-        before = num_threads()
-        vector = original[0](*args, **kwargs)
-        spent["threads"] = num_threads() - before
-        vector.step = timed(vector.step, "environment")
-        return vector
-
-    original = ppo.train.make_vector, Collector.collect
-    ppo.train.make_vector, Collector.collect = make_vector, timed(Collector.collect, "collect")
-    try:
-        yield spent
-    finally:
-        ppo.train.make_vector, Collector.collect = original
-
-
-def num_threads() -> int:
-    """Threads of this process (Linux; 0 elsewhere)."""
-    folder = Path("/proc/self/task")
-    return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
 # -- train ---------------------------------------------------------------------------------------------------------------------------------
