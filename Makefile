@@ -26,6 +26,7 @@ test: $(VENV)/.installed      ## run the tests
 
 lint: $(VENV)/.installed      ## check style
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 
 clean:           ## delete .venv and caches; runs/ and data/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

@@ -1,15 +1,19 @@
-"""Our U-Net against diffusers' UNet2DModel: one training step, same weights, same batch.  python -m bench.diffusion --size small
+"""Our U-Net against diffusers' UNet2DModel: one training step, same weights, same batch.:
 
-First the two networks must agree in float32, on outputs and on the gradient of every parameter; otherwise nothing is timed. Then each
-round times ours, the peer, and ours again, in one process: forward, mean squared error, backward and AdamW. The ratio of a round
-compares the peer with the mean of ours before and after it, so that a drift of the machine cancels; the second ours over the first
-is the A/A control, whose spread says which differences are noise. ratio > 1: ours has the higher throughput.
+    python -m bench.diffusion --size small
 
-Ours is timed in the memory format our training script gives it, channels_last on a GPU and the default on a CPU, where PyTorch's bf16
-GroupNorm is several times slower in channels_last; or as --memory-format says. The peer is timed in both, and the ratio is against
-whichever of them is faster.
+First the two networks must agree in float32, on outputs and on the gradient of every parameter; otherwise nothing is
+timed. Then each round times ours, the peer, and ours again, in one process: forward, mean squared error, backward and
+AdamW. The ratio of a round compares the peer with the mean of ours before and after it, so that a drift of the machine
+cancels; the second ours over the first is the A/A control, whose spread says which differences are noise. ratio > 1:
+ours has the higher throughput.
+
+Ours is timed in the memory format our training script gives it, channels_last on a GPU and the default on a CPU, where
+PyTorch's bf16 GroupNorm is several times slower in channels_last; or as --memory-format says. The peer is timed in
+both, and the ratio is against whichever of them is faster.
 Peak memory comes from one fresh process a side: the growth of the resident set on a CPU, the allocator's peak on a GPU.
-The last line of stdout is one JSON object: ratio, aa_ratio, ours and peer (images/s), memory_ratio (ours / peer), and the circumstances.
+The last line of stdout is one JSON object: ratio, aa_ratio, ours and peer (images/s), memory_ratio (ours / peer), and
+the circumstances.
 """
 
 from __future__ import annotations
@@ -40,13 +44,15 @@ SIZES = {  # dropout off: the two would draw different masks
 }
 IMAGE_SIZE = {"tiny": 8, "small": 32, "cifar": 32}
 BATCH = {"tiny": 2, "small": 16, "cifar": 4}
-TOLERANCE = 1e-4  # float32, relative to the largest entry; a wrong padding or split of weights is off by far more than rounding
+# float32, relative to the largest entry; a wrong padding or split of weights is off by far more than rounding
+TOLERANCE = 1e-4
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 PEERS = {"peer": torch.contiguous_format, "peer_channels_last": torch.channels_last}
 
 
 def build_peer(config: ModelConfig, image_size: int) -> nn.Module:
-    """The UNet2DModel with the same architecture as UNet(config, image_size); the settings of google/ddpm-cifar10-32 where they apply.
+    """The UNet2DModel with the same architecture as UNet(config, image_size); the settings of google/ddpm-cifar10-32
+    where they apply.
 
     Raises ValueError for what the peer does not have: patches, and its own Fourier features differ from ours.
     """
@@ -59,20 +65,30 @@ def build_peer(config: ModelConfig, image_size: int) -> nn.Module:
     levels = len(config.multipliers)
     attention = [image_size // 2**level in config.attention for level in range(levels)]
     return UNet2DModel(
-        sample_size=image_size, in_channels=config.image_channels, out_channels=config.image_channels,
-        block_out_channels=tuple(config.channels * m for m in config.multipliers), layers_per_block=config.blocks,
+        sample_size=image_size,
+        in_channels=config.image_channels,
+        out_channels=config.image_channels,
+        block_out_channels=tuple(config.channels * m for m in config.multipliers),
+        layers_per_block=config.blocks,
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-        attention_head_dim=config.head_channels or None, dropout=config.dropout, norm_num_groups=config.groups,
-        attn_norm_num_groups=config.groups, norm_eps=1e-6,
-        downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
+        attention_head_dim=config.head_channels or None,
+        dropout=config.dropout,
+        norm_num_groups=config.groups,
+        attn_norm_num_groups=config.groups,
+        norm_eps=1e-6,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
         num_class_embeds=config.num_classes + 1 if config.num_classes else None,
         resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
     )
 
 
 def in_peer_names(net: UNet, value: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`value` of each of our parameters (its data, its gradient) under the peer's names, our fused matrices split into the peer's."""
+    """`value` of each of our parameters (its data, its gradient) under the peer's names, our fused matrices split
+    into the peer's.
+    """
     named: dict[str, torch.Tensor] = {}
 
     def put(name: str, module: nn.Module, part: slice = slice(None)) -> None:
@@ -123,7 +139,9 @@ def in_peer_names(net: UNet, value: Callable[[nn.Parameter], torch.Tensor]) -> d
 
 
 def build_pair(config: ModelConfig, image_size: int, seed: int = 0) -> tuple[UNet, nn.Module]:
-    """Ours and the peer with equal random weights, none of them zero: a zero layer would hide every gradient behind it."""
+    """Ours and the peer with equal random weights, none of them zero: a zero layer would hide every gradient behind
+    it.
+    """
     torch.manual_seed(seed)
     ours, peer = UNet(config, image_size), build_peer(config, image_size)
     with torch.no_grad():
@@ -137,8 +155,11 @@ def make_batch(config: ModelConfig, image_size: int, batch: int) -> dict[str, to
     """Random images (B, C, S, S), times (B,) in 0..999 and noise to be predicted, like a training step's."""
     rng = torch.Generator().manual_seed(1)
     shape = (batch, config.image_channels, image_size, image_size)
-    return {"x": torch.randn(shape, generator=rng), "time": torch.randint(1000, (batch,), generator=rng).float(),
-            "target": torch.randn(shape, generator=rng)}
+    return {
+        "x": torch.randn(shape, generator=rng),
+        "time": torch.randint(1000, (batch,), generator=rng).float(),
+        "target": torch.randn(shape, generator=rng),
+    }
 
 
 def predict(net: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -147,7 +168,9 @@ def predict(net: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def largest_difference(ours: UNet, peer: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Largest difference of the outputs, and of the gradients of any parameter, as a share of the largest entry of the peer's."""
+    """Largest difference of the outputs, and of the gradients of any parameter, as a share of the largest entry of
+    the peer's.
+    """
     outputs = []
     for net in (ours, peer):
         net.zero_grad(set_to_none=True)
@@ -157,7 +180,8 @@ def largest_difference(ours: UNet, peer: nn.Module, batch: dict[str, torch.Tenso
     scale = max(g.abs().max() for g in peer_grads.values())
     worst = 0.0
     for name, grad in in_peer_names(ours, lambda p: p.grad).items():
-        # The gradient of a key's bias is zero in theory (softmax ignores a constant), rounding in practice: hence the second term.
+        # The gradient of a key's bias is zero in theory (softmax ignores a constant), rounding in practice: hence the
+        # second term.
         worst = max(worst, float((grad - peer_grads[name]).abs().max() / (peer_grads[name].abs().max() + 1e-4 * scale)))
     a, b = (out.detach() for out in outputs)
     return {"output": float((a - b).abs().max() / b.abs().max()), "gradient": worst}
@@ -180,7 +204,9 @@ class Side:
         self.optimizer.zero_grad(set_to_none=True)
 
     def seconds(self, batch: dict[str, torch.Tensor]) -> float:
-        """Time of one step: wall time, or CPU time when it runs on one CPU thread, which other processes disturb less."""
+        """Time of one step: wall time, or CPU time when it runs on one CPU thread, which other processes disturb
+        less.
+        """
         clock = time.process_time if self.args.device == "cpu" and self.args.threads == 1 else time.perf_counter
         synchronise(self.args.device)
         start = clock()
@@ -203,7 +229,10 @@ def interleave(sides: dict[str, Side], batch: dict[str, torch.Tensor], rounds: i
     for index in range(rounds):
         for name, seconds in times.items():
             seconds.append(sides["ours" if name == "again" else name].seconds(batch))
-        print(f"round {index + 1}/{rounds}  " + "  ".join(f"{name} {t[-1]:.3f} s" for name, t in times.items()), flush=True)
+        print(
+            f"round {index + 1}/{rounds}  " + "  ".join(f"{name} {t[-1]:.3f} s" for name, t in times.items()),
+            flush=True,
+        )
     return times
 
 
@@ -214,10 +243,14 @@ def summarise(times: dict[str, list[float]], batch_size: int) -> dict[str, objec
     ratios = [peer / own for peer, own in zip(times[fastest], ours, strict=True)]
     control = [again / first for again, first in zip(times["again"], times["ours"], strict=True)]
     return {
-        "ratio": round(statistics.median(ratios), 4), "ratio_iqr": quartiles(ratios),
-        "aa_ratio": round(statistics.median(control), 4), "aa_iqr": quartiles(control),
-        "ours": round(batch_size / statistics.median(ours), 3), "peer": round(batch_size / statistics.median(times[fastest]), 3),
-        "unit": "images/s", "peer_format": fastest,
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_iqr": quartiles(ratios),
+        "aa_ratio": round(statistics.median(control), 4),
+        "aa_iqr": quartiles(control),
+        "ours": round(batch_size / statistics.median(ours), 3),
+        "peer": round(batch_size / statistics.median(times[fastest]), 3),
+        "unit": "images/s",
+        "peer_format": fastest,
         "all": {name: round(batch_size / statistics.median(values), 3) for name, values in times.items()},
     }
 
@@ -264,10 +297,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile both")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=0, help="images a step; 0 = the size's own")
-    parser.add_argument("--memory-format", choices=FORMATS, help="of ours; default: as common.run chooses for the device")
+    parser.add_argument(
+        "--memory-format", choices=FORMATS, help="of ours; default: as common.run chooses for the device"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--memory-of", choices=("ours", *PEERS), help=argparse.SUPPRESS)  # used by the program on itself
+    # used by the program on itself
+    parser.add_argument("--memory-of", choices=("ours", *PEERS), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -300,12 +336,22 @@ def main(argv: list[str]) -> None:
     result["memory_ratio"] = round(memory["ours"] / memory[result["peer_format"]], 4)
     result["memory_mib"] = {name: round(mib) for name, mib in memory.items()}
     result |= {
-        "size": args.size, "precision": args.precision, "compile": args.compile, "memory_format": args.memory_format,
-        "batch": args.batch, "rounds": args.rounds, "threads": args.threads,
-        "difference": differences, "load": [round(load, 2), round(os.getloadavg()[0], 2)],
+        "size": args.size,
+        "precision": args.precision,
+        "compile": args.compile,
+        "memory_format": args.memory_format,
+        "batch": args.batch,
+        "rounds": args.rounds,
+        "threads": args.threads,
+        "difference": differences,
+        "load": [round(load, 2), round(os.getloadavg()[0], 2)],
         "clock": "cpu time" if args.device == "cpu" and args.threads == 1 else "wall time",
         "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
-        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
     }
     print(json.dumps(result))
 

@@ -2,9 +2,9 @@
 
     python -m bench.diffusion_variations --config configs/ddpm_digits.yaml --seeds 3 --jobs 2
 
-Every variation differs from the config in the keys shown and is sampled with (almost) the same number of network evaluations. Writes
-a table to docs/results/diffusion/variations.json, prints it as Markdown; the last line of stdout is the JSON. Finished runs are kept
-under runs/variations/ and not repeated.
+Every variation differs from the config in the keys shown and is sampled with (almost) the same number of network
+evaluations. Writes a table to docs/results/diffusion/variations.json, prints it as Markdown; the last line of stdout is
+the JSON. Finished runs are kept under runs/variations/ and not repeated.
 """
 
 from __future__ import annotations
@@ -27,11 +27,19 @@ VARIATIONS: dict[str, list[str]] = {
     "x0, cosine": ["objective.prediction=x0", "objective.schedule=cosine"],
     "v, cosine": ["objective.prediction=v", "objective.schedule=cosine"],
     "v, linear": ["objective.prediction=v", "objective.schedule=linear"],
-    "v, linear, zero terminal SNR": ["objective.prediction=v", "objective.schedule=linear", "objective.zero_terminal_snr=true"],
+    "v, linear, zero terminal SNR": [
+        "objective.prediction=v",
+        "objective.schedule=linear",
+        "objective.zero_terminal_snr=true",
+    ],
     "EDM, Heun": ["objective.kind=edm", "sample.sampler=heun", "sample.steps=10"],
     "flow, uniform t": ["objective.kind=flow", "objective.flow_time=uniform", "sample.sampler=euler"],
     "flow, logit-normal t": ["objective.kind=flow", "objective.flow_time=logit_normal", "sample.sampler=euler"],
-    "eps, cosine, time added instead of scale-shift": ["objective.prediction=eps", "objective.schedule=cosine", "model.scale_shift=false"],
+    "eps, cosine, time added instead of scale-shift": [
+        "objective.prediction=eps",
+        "objective.schedule=cosine",
+        "model.scale_shift=false",
+    ],
 }
 
 
@@ -44,19 +52,33 @@ def run_one(name: str, seed: int, config: str, threads: int) -> dict[str, float]
         if not kept.exists():
             settings = [f"seed={seed}", *VARIATIONS[name]]
             if not (folder / "model.safetensors").exists():
-                command("train", ["--config", config, "--overwrite", f"run_dir={folder}", "train.sample_every=0", *settings], threads)
+                command(
+                    "train",
+                    ["--config", config, "--overwrite", f"run_dir={folder}", "train.sample_every=0", *settings],
+                    threads,
+                )
             last = command("eval", ["--run", str(folder), f"sample.weights={weights}", "eval.neighbours=0"], threads)
             write_json(kept, json.loads(last))
         results[weights] = json.loads(kept.read_text())["metrics"]
     distance = next(key for key in results["ema"] if key.startswith(("fd_", "fid")) and key != "fd_floor")
-    return {"fd": results["ema"][distance], "fd_raw": results["raw"][distance], "fd_floor": results["ema"]["fd_floor"],
-            "conditional_accuracy": results["ema"]["conditional_accuracy"], "recall": results["ema"]["recall"]}
+    return {
+        "fd": results["ema"][distance],
+        "fd_raw": results["raw"][distance],
+        "fd_floor": results["ema"]["fd_floor"],
+        "conditional_accuracy": results["ema"]["conditional_accuracy"],
+        "recall": results["ema"]["recall"],
+    }
 
 
 def command(program: str, arguments: list[str], threads: int) -> str:
     """Run `python -m diffusion.<program>`; the last line of its output."""
-    done = subprocess.run([sys.executable, "-m", f"diffusion.{program}", *arguments], capture_output=True, text=True, check=False,
-                          env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    done = subprocess.run(
+        [sys.executable, "-m", f"diffusion.{program}", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+    )
     if done.returncode:
         raise SystemExit(f"diffusion.{program} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
@@ -90,8 +112,11 @@ def main() -> None:
     write_json(Path(args.out), table)
     print("| variation | Fréchet distance | without EMA | conditional accuracy | recall |\n|---|---|---|---|---|")
     for row in rows:
-        print(f"| {row['variation']} | {row['fd']:.2f} ± {row['fd_std']:.2f} | {row['fd_raw']:.2f} ± {row['fd_raw_std']:.2f} "
-              f"| {row['conditional_accuracy']:.3f} ± {row['conditional_accuracy_std']:.3f} | {row['recall']:.3f} |")
+        print(
+            f"| {row['variation']} | {row['fd']:.2f} ± {row['fd_std']:.2f} | {row['fd_raw']:.2f} ± "
+            f"{row['fd_raw_std']:.2f} "
+            f"| {row['conditional_accuracy']:.3f} ± {row['conditional_accuracy_std']:.3f} | {row['recall']:.3f} |"
+        )
     print(json.dumps(table))
 
 

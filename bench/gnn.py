@@ -1,14 +1,16 @@
 """Our GCN against PyTorch Geometric's: the same run on Cora, same weights.  python -m bench.gnn --data data
 
-Both train the two-layer network of Kipf & Welling 2017 and evaluate it after every epoch. First the two must agree, on outputs and on
-the gradient of every weight, or nothing is timed. Then each round times some epochs of ours, of the peer in two forms, and of ours
-again, in one process, by CPU time on one thread. `peer` is the usual program: GCNConv with its normalisation cached, an edge list, and
-the features as a dense matrix. `peer_sparse` hands PyTorch Geometric a sparse adjacency matrix instead of the edge list, its own
-advice for speed. The ratio is peer / ours; the second ours over the first is the A/A control, whose spread says which differences are
-noise. Without the data (--data), a random graph of Cora's size takes its place.
+Both train the two-layer network of Kipf & Welling 2017 and evaluate it after every epoch. First the two must agree, on
+outputs and on the gradient of every weight, or nothing is timed. Then each round times some epochs of ours, of the peer
+in two forms, and of ours again, in one process, by CPU time on one thread. `peer` is the usual program: GCNConv with
+its normalisation cached, an edge list, and the features as a dense matrix. `peer_sparse` hands PyTorch Geometric a
+sparse adjacency matrix instead of the edge list, its own advice for speed. The ratio is peer / ours; the second ours
+over the first is the A/A control, whose spread says which differences are noise. Without the data (--data), a random
+graph of Cora's size takes its place.
 
 With --layers, each layer's forward and backward pass on the same graph is compared in the same way.
-The last line of stdout is one JSON object: ratio, aa_ratio, ours and peer (CPU-seconds for 200 epochs), and the circumstances.
+The last line of stdout is one JSON object: ratio, aa_ratio, ours and peer (CPU-seconds for 200 epochs), and the
+circumstances.
 """
 
 from __future__ import annotations
@@ -49,9 +51,16 @@ class Random(NodeTask):
         rng = torch.Generator().manual_seed(0)
         x = (torch.rand(2708, 1433, generator=rng) < 49216 / (2708 * 1433)).float()
         order = torch.randperm(2708, generator=rng)
-        self.whole = self.graph = build_graph(torch.randint(0, 2708, (2, 5278), generator=rng), 2708, choose_storage(x),
-                                              torch.randint(0, 7, (2708,), generator=rng), name="random", train=order[:140],
-                                              val=order[140:640], test=order[640:1640])
+        self.whole = self.graph = build_graph(
+            torch.randint(0, 2708, (2, 5278), generator=rng),
+            2708,
+            choose_storage(x),
+            torch.randint(0, 7, (2708,), generator=rng),
+            name="random",
+            train=order[:140],
+            val=order[140:640],
+            test=order[640:1640],
+        )
         self.random, self.structure = False, self.graph.structure()
 
 
@@ -88,15 +97,22 @@ class Peer:
         self.graph, widths = graph, [graph.num_features, ours.task.config.model.hidden, graph.num_classes]
         self.convs = nn.ModuleList(GCNConv(a, b, cached=True) for a, b in pairwise(widths))
         edges = graph.edges().flip(0)
-        self.edges = to_torch_csr_tensor(edges, size=(graph.num_nodes,) * 2).transpose(0, 1).to_sparse_csr() if sparse else edges
+        self.edges = (
+            to_torch_csr_tensor(edges, size=(graph.num_nodes,) * 2).transpose(0, 1).to_sparse_csr() if sparse else edges
+        )
         self.x = graph.features.dense() if isinstance(graph.features, SparseFeatures) else graph.features
         with torch.no_grad():
             for mine, theirs in zip(ours.net.layers, self.convs, strict=True):
                 theirs.lin.weight.copy_(mine.weight.T)
                 theirs.bias.copy_(mine.bias)
         train = ours.task.config.train
-        self.optimizer = torch.optim.Adam([{"params": self.convs[0].parameters(), "weight_decay": train.weight_decay},
-                                           {"params": self.convs[1].parameters(), "weight_decay": 0.0}], lr=train.lr)
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": self.convs[0].parameters(), "weight_decay": train.weight_decay},
+                {"params": self.convs[1].parameters(), "weight_decay": 0.0},
+            ],
+            lr=train.lr,
+        )
         self.p = ours.task.config.model.dropout
 
     def logits(self, p: float) -> Tensor:
@@ -171,7 +187,9 @@ def bench_run(args: argparse.Namespace) -> dict:
     if max(differences.values()) > TOLERANCE:
         raise SystemExit(f"the networks differ by {differences}; nothing was timed")
     print(f"largest relative difference of outputs and gradients: {differences}")
-    times = interleave({"ours": ours.epoch, **{name: peer.epoch for name, peer in peers.items()}}, args.rounds, args.repeats)
+    times = interleave(
+        {"ours": ours.epoch, **{name: peer.epoch for name, peer in peers.items()}}, args.rounds, args.repeats
+    )
     aa = statistics.quantiles([b / a for a, b in zip(times["ours"], times["again"], strict=True)], n=4)
     result = {"bench": f"GCN on {task.graph.name}, {EPOCHS} epochs with evaluation", "unit": "CPU-seconds a run"}
     for name in peers:
@@ -182,7 +200,9 @@ def bench_run(args: argparse.Namespace) -> dict:
 
 
 def compare_accuracy(args: argparse.Namespace) -> dict:
-    """Whole runs of both for some seeds, from equal weights, each tested where its validation loss was lowest: mean and std in percent."""
+    """Whole runs of both for some seeds, from equal weights, each tested where its validation loss was lowest: mean
+    and std in percent.
+    """
     config = resolve(Config, Path("configs/gcn_cora.yaml"), [f"data_root={args.data}", *args.overrides])
     task, found = NodeTask(config, torch.device("cpu")), {"ours": [], "peer": []}
     for seed in range(args.seeds):
@@ -195,13 +215,17 @@ def compare_accuracy(args: argparse.Namespace) -> dict:
                 loss = side.epoch()
                 best = min(best, (loss, side.test()))
             found[name].append(100 * best[1])
-    result = {name: [round(statistics.fmean(values), 2), round(statistics.stdev(values), 2)] for name, values in found.items()}
+    result = {
+        name: [round(statistics.fmean(values), 2), round(statistics.stdev(values), 2)] for name, values in found.items()
+    }
     print(f"test accuracy over {args.seeds} seeds, mean and std: {result}", flush=True)
     return {"accuracy": result, "accuracy_seeds": args.seeds}
 
 
 def bench_layers(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Quartiles of peer / ours for a forward and backward pass of each layer, width 64 to 64, on the graph of the run."""
+    """Quartiles of peer / ours for a forward and backward pass of each layer, width 64 to 64, on the graph of the
+    run.
+    """
     root = Path(args.data)
     config = resolve(Config, Path("configs/gcn_cora.yaml"), [f"data_root={args.data}"])
     graph = (NodeTask if (root / "planetoid/Cora/raw").is_dir() else Random)(config, torch.device("cpu")).graph
@@ -209,24 +233,37 @@ def bench_layers(args: argparse.Namespace) -> dict[str, list[float]]:
     for kind in ("gcn", "sage", "gin", "gat", "gatv2"):
         both = pair(kind, 64, 64)
         x = torch.randn(graph.num_nodes, 64, requires_grad=True)
-        sides = {"ours": lambda both=both, x=x: both.ours(x, structure).sum().backward(),
-                 "peer": lambda both=both, x=x: both.peer(x, edges).sum().backward()}
+        sides = {
+            "ours": lambda both=both, x=x: both.ours(x, structure).sum().backward(),
+            "peer": lambda both=both, x=x: both.peer(x, edges).sum().backward(),
+        }
         a, b = both.ours(x, structure), both.peer(x, edges)
         if float((a - b).abs().max() / b.abs().max()) > TOLERANCE:
             raise SystemExit(f"{kind}: the layers differ; nothing was timed")
         table[kind] = compare(interleave(sides, args.rounds, 5), "ours", "peer")
-        print(f"{kind:6} forward + backward, 64 to 64: peer / ours {table[kind][1]} ({table[kind][0]} to {table[kind][2]})")
+        print(
+            f"{kind:6} forward + backward, 64 to 64: peer / ours {table[kind][1]} ({table[kind][0]} to "
+            f"{table[kind][2]})"
+        )
     return table
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gnn", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=os.environ.get("DATA_ROOT", "data"), help="data_root with planetoid/Cora (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gnn", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data",
+        default=os.environ.get("DATA_ROOT", "data"),
+        help="data_root with planetoid/Cora (default: %(default)s)",
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--repeats", type=int, default=10, help="epochs a side and round")
     parser.add_argument("--layers", action="store_true", help="also compare each layer")
-    parser.add_argument("--seeds", type=int, default=0, help="also train so many seeds of both to the end (16 CPU-seconds each)")
+    parser.add_argument(
+        "--seeds", type=int, default=0, help="also train so many seeds of both to the end (16 CPU-seconds each)"
+    )
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -238,9 +275,17 @@ def main() -> None:
         result["layers"] = bench_layers(args)
     if args.seeds > 1:
         result |= compare_accuracy(args)
-    result |= {"rounds": args.rounds, "epochs_a_round": args.repeats, "threads": 1, "dtype": "float32", "torch": torch.__version__,
-               "torch_geometric": sys.modules["torch_geometric"].__version__, "python": platform.python_version(),
-               "cpu": cpu_name(), "load": [round(x, 2) for x in os.getloadavg()]}
+    result |= {
+        "rounds": args.rounds,
+        "epochs_a_round": args.repeats,
+        "threads": 1,
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "torch_geometric": sys.modules["torch_geometric"].__version__,
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "load": [round(x, 2) for x in os.getloadavg()],
+    }
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
@@ -252,7 +297,9 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 if __name__ == "__main__":

@@ -43,19 +43,53 @@ def pair(kind: str, a: int, b: int) -> Pair:
     if kind == "gcn":
         return Pair(GCN(a, b), pyg.GCNConv(a, b), {"weight": ("lin.weight", True), "bias": ("bias", False)})
     if kind == "sage":
-        return Pair(SAGE(a, b), pyg.SAGEConv(a, b), {"weight_neighbours": ("lin_l.weight", True), "bias": ("lin_l.bias", False),
-                                                     "weight_self": ("lin_r.weight", True)})
+        return Pair(
+            SAGE(a, b),
+            pyg.SAGEConv(a, b),
+            {
+                "weight_neighbours": ("lin_l.weight", True),
+                "bias": ("lin_l.bias", False),
+                "weight_self": ("lin_r.weight", True),
+            },
+        )
     if kind == "gin":
         mlp = nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU(), nn.Linear(b, b))
-        return Pair(GIN(a, b), pyg.GINConv(mlp, train_eps=True), {
-            "eps": ("eps", False), "weight": ("nn.0.weight", True), "bias": ("nn.0.bias", False), "norm.weight": ("nn.1.weight", False),
-            "norm.bias": ("nn.1.bias", False), "second.weight": ("nn.3.weight", False), "second.bias": ("nn.3.bias", False)})
+        return Pair(
+            GIN(a, b),
+            pyg.GINConv(mlp, train_eps=True),
+            {
+                "eps": ("eps", False),
+                "weight": ("nn.0.weight", True),
+                "bias": ("nn.0.bias", False),
+                "norm.weight": ("nn.1.weight", False),
+                "norm.bias": ("nn.1.bias", False),
+                "second.weight": ("nn.3.weight", False),
+                "second.bias": ("nn.3.bias", False),
+            },
+        )
     if kind in ("gat", "gat_mean"):
         heads, concat = 4, kind == "gat"
-        return Pair(GAT(a, b, heads, concat), pyg.GATConv(a, b // heads if concat else b, heads, concat), {
-            "weight": ("lin.weight", True), "att_src": ("att_src", False), "att_dst": ("att_dst", False), "bias": ("bias", False)})
+        return Pair(
+            GAT(a, b, heads, concat),
+            pyg.GATConv(a, b // heads if concat else b, heads, concat),
+            {
+                "weight": ("lin.weight", True),
+                "att_src": ("att_src", False),
+                "att_dst": ("att_dst", False),
+                "bias": ("bias", False),
+            },
+        )
     if kind == "gatv2":
-        return Pair(GATv2(a, b, 4), pyg.GATv2Conv(a, b // 4, 4), {
-            "weight": ("lin_l.weight", True), "bias_src": ("lin_l.bias", False), "weight_dst": ("lin_r.weight", True),
-            "bias_dst": ("lin_r.bias", False), "att": ("att", False), "bias": ("bias", False)})
+        return Pair(
+            GATv2(a, b, 4),
+            pyg.GATv2Conv(a, b // 4, 4),
+            {
+                "weight": ("lin_l.weight", True),
+                "bias_src": ("lin_l.bias", False),
+                "weight_dst": ("lin_r.weight", True),
+                "bias_dst": ("lin_r.bias", False),
+                "att": ("att", False),
+                "bias": ("bias", False),
+            },
+        )
     raise ValueError(kind)

@@ -2,9 +2,10 @@
 
     python -m bench.gnn_planted [--nodes 4000 --seeds 3]
 
-Symmetric stochastic blocks: q groups of N / q nodes, mean degree c, an edge within a group c_in / c_out times as likely as one between
-two. Below |c_in - c_out| = q sqrt(c) no method that runs in reasonable time is known to do better than chance, and for q <= 4 groups
-that are assortative none can (Decelle et al. 2011). Every method gets the edges; all but Louvain and Leiden are told q as well.
+Symmetric stochastic blocks: q groups of N / q nodes, mean degree c, an edge within a group c_in / c_out times as likely
+as one between two. Below |c_in - c_out| = q sqrt(c) no method that runs in reasonable time is known to do better than
+chance, and for q <= 4 groups that are assortative none can (Decelle et al. 2011). Every method gets the edges; all but
+Louvain and Leiden are told q as well.
 
 Writes docs/results/gnn/planted.json and planted.png; the last line of stdout is the JSON.
 """
@@ -32,8 +33,13 @@ from gnn.pictures import COLOURS, MARKERS, canvas
 from gnn.sparse import Pattern, SparseFeatures
 from gnn.spectral import bethe_hessian_communities, spectral_communities
 
-TITLES = {"bethe_hessian": "Bethe-Hessian", "spectral": "spectral, regularised", "dmon": "DMoN, edges only", "leiden": "Leiden",
-          "louvain": "Louvain"}
+TITLES = {
+    "bethe_hessian": "Bethe-Hessian",
+    "spectral": "spectral, regularised",
+    "dmon": "DMoN, edges only",
+    "leiden": "Leiden",
+    "louvain": "Louvain",
+}
 TOLD = ("bethe_hessian", "spectral", "dmon")  # methods that know q
 
 
@@ -58,9 +64,16 @@ def planted_blocks(nodes: int, groups: int, degree: float, ratio: float, seed: i
 def dmon(graph: Graph, groups: int, seed: int, steps: int = 150) -> NDArray[np.int64]:
     """Deep modularity network whose only features are the node ids."""
     torch.manual_seed(seed)
-    x = SparseFeatures(Pattern(torch.arange(graph.num_nodes + 1), torch.arange(graph.num_nodes), (graph.num_nodes,) * 2),
-                       torch.ones(graph.num_nodes))
-    model = DMoN(ModelConfig(hidden=32, layers=1, activation="selu", dropout=0.0), CommunityConfig(dropout=0.0), graph.num_nodes, groups)
+    x = SparseFeatures(
+        Pattern(torch.arange(graph.num_nodes + 1), torch.arange(graph.num_nodes), (graph.num_nodes,) * 2),
+        torch.ones(graph.num_nodes),
+    )
+    model = DMoN(
+        ModelConfig(hidden=32, layers=1, activation="selu", dropout=0.0),
+        CommunityConfig(dropout=0.0),
+        graph.num_nodes,
+        groups,
+    )
     structure, optimizer = graph.structure(), torch.optim.Adam(model.parameters(), 0.01)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -73,13 +86,19 @@ def dmon(graph: Graph, groups: int, seed: int, steps: int = 150) -> NDArray[np.i
 def run_all(graph: Graph, groups: int, seed: int) -> dict[str, NDArray[np.int64]]:
     """Labels int64 (N,) by method."""
     csr = graph.indptr.numpy(), graph.indices.numpy()
-    return {"louvain": louvain(*csr, seed=seed, restarts=5).labels, "leiden": leiden(*csr, seed=seed, restarts=5).labels,
-            "spectral": spectral_communities(*csr, groups, seed), "bethe_hessian": bethe_hessian_communities(*csr, groups, seed),
-            "dmon": dmon(graph, groups, seed)}
+    return {
+        "louvain": louvain(*csr, seed=seed, restarts=5).labels,
+        "leiden": leiden(*csr, seed=seed, restarts=5).labels,
+        "spectral": spectral_communities(*csr, groups, seed),
+        "bethe_hessian": bethe_hessian_communities(*csr, groups, seed),
+        "dmon": dmon(graph, groups, seed),
+    }
 
 
 def overlap(labels: NDArray[np.int64], truth: NDArray[np.int64], groups: int) -> float:
-    """Share of nodes in their group under the best matching of q communities to groups, rescaled: 0 = a constant guess, 1 = exact."""
+    """Share of nodes in their group under the best matching of q communities to groups, rescaled: 0 = a constant
+    guess, 1 = exact.
+    """
     table = contingency(labels, truth)
     counts = np.zeros((len(table.left), len(table.right)))
     counts[table.rows, table.columns] = table.cells
@@ -88,7 +107,9 @@ def overlap(labels: NDArray[np.int64], truth: NDArray[np.int64], groups: int) ->
 
 
 def sweep(nodes: int, groups: int, degree: float, seeds: int, ratios: list[float]) -> list[dict[str, object]]:
-    """One row for each ratio and method: mean and standard deviation of NMI and overlap, number of communities, CPU-seconds."""
+    """One row for each ratio and method: mean and standard deviation of NMI and overlap, number of communities,
+    CPU-seconds.
+    """
     rows = []
     for ratio in ratios:
         found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in TITLES}
@@ -98,9 +119,22 @@ def sweep(nodes: int, groups: int, degree: float, seeds: int, ratios: list[float
                 found[name].append((nmi(labels, truth), overlap(labels, truth, groups), len(np.unique(labels))))
         for name, values in found.items():
             mean, spread = np.mean(values, axis=0), np.std(values, axis=0, ddof=min(1, seeds - 1))
-            rows.append({"ratio": ratio, "method": name, "nmi": mean[0], "nmi_std": spread[0], "overlap": mean[1],
-                         "overlap_std": spread[1], "num_communities": mean[2]})
-        print(f"c_out/c_in {ratio:.3f}  " + "  ".join(f"{row['method']} {row['nmi']:.3f}" for row in rows[-len(TITLES) :]), flush=True)
+            rows.append(
+                {
+                    "ratio": ratio,
+                    "method": name,
+                    "nmi": mean[0],
+                    "nmi_std": spread[0],
+                    "overlap": mean[1],
+                    "overlap_std": spread[1],
+                    "num_communities": mean[2],
+                }
+            )
+        print(
+            f"c_out/c_in {ratio:.3f}  "
+            + "  ".join(f"{row['method']} {row['nmi']:.3f}" for row in rows[-len(TITLES) :]),
+            flush=True,
+        )
     return rows
 
 
@@ -114,14 +148,28 @@ def draw(path: Path, rows: list[dict], critical: float, title: str) -> None:
             for i, name in enumerate(TITLES):
                 if name in methods:
                     part = [row for row in rows if row["method"] == name]
-                    x, y, error = (np.array([row[key] for row in part], float) for key in ("ratio", metric, f"{metric}_std"))
+                    x, y, error = (
+                        np.array([row[key] for row in part], float) for key in ("ratio", metric, f"{metric}_std")
+                    )
                     axes.fill_between(x, y - error, y + error, color=COLOURS[i], alpha=0.15, linewidth=0)
-                    axes.plot(x, y, color=COLOURS[i], marker=MARKERS[i], markersize=4.5, linewidth=1.6, label=TITLES[name])
-            axes.set(xlabel="$c_{out}/c_{in}$", ylabel=label, ylim=(-0.03, 1.03), xlim=(0, max(row["ratio"] for row in rows)))
+                    axes.plot(
+                        x, y, color=COLOURS[i], marker=MARKERS[i], markersize=4.5, linewidth=1.6, label=TITLES[name]
+                    )
+            axes.set(
+                xlabel="$c_{out}/c_{in}$", ylabel=label, ylim=(-0.03, 1.03), xlim=(0, max(row["ratio"] for row in rows))
+            )
             axes.text(critical + 0.01, 0.97, "undetectable", color="#64748B", fontsize=9, va="top")
             axes.grid(axis="y", linewidth=0.6)
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(TITLES), frameon=False, fontsize=9.5, columnspacing=1.2)
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=len(TITLES),
+            frameon=False,
+            fontsize=9.5,
+            columnspacing=1.2,
+        )
         figure.suptitle(title, fontsize=12)
 
 
@@ -138,12 +186,25 @@ def main() -> None:
     torch.set_num_threads(1)
     started, critical = time.perf_counter(), threshold(groups, degree)
     rows = sweep(nodes, groups, degree, arguments.seeds, np.linspace(0.02, 0.5, arguments.points).round(4).tolist())
-    result = {"project": "gnn", "command": "python -m bench.gnn_planted", "nodes": nodes, "groups": groups, "mean_degree": degree,
-              "seeds": list(range(arguments.seeds)), "threshold": critical, "seconds": round(time.perf_counter() - started, 1),
-              "rows": rows}
+    result = {
+        "project": "gnn",
+        "command": "python -m bench.gnn_planted",
+        "nodes": nodes,
+        "groups": groups,
+        "mean_degree": degree,
+        "seeds": list(range(arguments.seeds)),
+        "threshold": critical,
+        "seconds": round(time.perf_counter() - started, 1),
+        "rows": rows,
+    }
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "planted.json", result)
-    draw(arguments.out / "planted.png", rows, critical, f"Planted groups: N = {nodes:,}, q = {groups}, mean degree {degree:g}")
+    draw(
+        arguments.out / "planted.png",
+        rows,
+        critical,
+        f"Planted groups: N = {nodes:,}, q = {groups}, mean degree {degree:g}",
+    )
     print(json.dumps(result), flush=True)
 
 

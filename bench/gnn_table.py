@@ -1,9 +1,11 @@
-"""Train and evaluate the configs behind the tables of gnn/README.md:  python -m bench.gnn_table [--only gcn_cora] [--quick] [--write]
+"""Train and evaluate the configs behind the tables of gnn/README.md:
 
-Each row is `python -m gnn.train --config ... train.seeds=N` and `python -m gnn.eval`, in a run folder of its own under runs/gnn_table.
-A row that is finished is not repeated, one that was stopped goes on (delete its folder to start afresh). Writes
-docs/results/gnn/<config>.json (the evaluation with machine, versions, commit and seconds) and <config>.csv (a line a seed), and with
---write puts the tables between the markers in gnn/README.md.
+    python -m bench.gnn_table [--only gcn_cora] [--quick] [--write]
+
+Each row is `python -m gnn.train --config ... train.seeds=N` and `python -m gnn.eval`, in a run folder of its own under
+runs/gnn_table. A row that is finished is not repeated, one that was stopped goes on (delete its folder to start
+afresh). Writes docs/results/gnn/<config>.json (the evaluation with machine, versions, commit and seconds) and
+<config>.csv (a line a seed), and with --write puts the tables between the markers in gnn/README.md.
 """
 
 from __future__ import annotations
@@ -33,32 +35,60 @@ class Row:
 
 
 TABLES: dict[str, tuple[tuple[str, ...], tuple[Row, ...]]] = {
-    "nodes": (("test_accuracy", "test_macro_f1", "val_accuracy"), (
-        Row("gcn_cora", 100, "81.5 (Kipf & Welling 2017)"), Row("gat_cora", 20, "83.0 ± 0.7 (Veličković et al. 2018)"),
-        Row("sage_cora", 20), Row("gcnii_cora", 10, "85.5 ± 0.5 (Chen et al. 2020)"),
-        Row("grand_cora", 10, "85.4 ± 0.4 (Feng et al. 2020)"),
-        Row("gcn_citeseer", 100, "70.3 (Kipf & Welling 2017)"), Row("gat_citeseer", 20, "72.5 ± 0.7 (Veličković et al. 2018)"),
-        Row("sage_citeseer", 20), Row("gcnii_citeseer", 5, "73.4 ± 0.6 (Chen et al. 2020)"),
-        Row("grand_citeseer", 10, "75.4 ± 0.4 (Feng et al. 2020)"))),
-    "links": (("auc", "ap", "mrr", "auc_hard", "ap_hard", "mrr_hard"), (
-        Row("vgae_cora", 10, "AUC 91.4, AP 92.6 (Kipf & Welling 2016)"), Row("maskgae_cora", 10),
-        Row("vgae_citeseer", 10, "AUC 90.8, AP 92.0 (Kipf & Welling 2016)"),
-        Row("maskgae_citeseer", 10))),
-    "communities": (("modularity", "nmi", "ari", "conductance"), (
-        Row("dmon_cora", 10, "modularity 76.5, NMI 48.8 (Tsitsulin et al. 2023)"), Row("dmon_email", 10))),
-    "graphs": (("test_accuracy", "test_macro_f1"), (
-        Row("gin_proteins", 1, "76.2 ± 2.8, best epoch of the test folds (Xu et al. 2019); 73.3 ± 4.0, honest (Errica et al. 2020)"),
-        Row("gin_mutag", 1, "89.4 ± 5.6, best epoch of the test folds (Xu et al. 2019)"))),
+    "nodes": (
+        ("test_accuracy", "test_macro_f1", "val_accuracy"),
+        (
+            Row("gcn_cora", 100, "81.5 (Kipf & Welling 2017)"),
+            Row("gat_cora", 20, "83.0 ± 0.7 (Veličković et al. 2018)"),
+            Row("sage_cora", 20),
+            Row("gcnii_cora", 10, "85.5 ± 0.5 (Chen et al. 2020)"),
+            Row("grand_cora", 10, "85.4 ± 0.4 (Feng et al. 2020)"),
+            Row("gcn_citeseer", 100, "70.3 (Kipf & Welling 2017)"),
+            Row("gat_citeseer", 20, "72.5 ± 0.7 (Veličković et al. 2018)"),
+            Row("sage_citeseer", 20),
+            Row("gcnii_citeseer", 5, "73.4 ± 0.6 (Chen et al. 2020)"),
+            Row("grand_citeseer", 10, "75.4 ± 0.4 (Feng et al. 2020)"),
+        ),
+    ),
+    "links": (
+        ("auc", "ap", "mrr", "auc_hard", "ap_hard", "mrr_hard"),
+        (
+            Row("vgae_cora", 10, "AUC 91.4, AP 92.6 (Kipf & Welling 2016)"),
+            Row("maskgae_cora", 10),
+            Row("vgae_citeseer", 10, "AUC 90.8, AP 92.0 (Kipf & Welling 2016)"),
+            Row("maskgae_citeseer", 10),
+        ),
+    ),
+    "communities": (
+        ("modularity", "nmi", "ari", "conductance"),
+        (Row("dmon_cora", 10, "modularity 76.5, NMI 48.8 (Tsitsulin et al. 2023)"), Row("dmon_email", 10)),
+    ),
+    "graphs": (
+        ("test_accuracy", "test_macro_f1"),
+        (
+            Row(
+                "gin_proteins",
+                1,
+                "76.2 ± 2.8, best epoch of the test folds (Xu et al. 2019); 73.3 ± 4.0, honest (Errica et al. 2020)",
+            ),
+            Row("gin_mutag", 1, "89.4 ± 5.6, best epoch of the test folds (Xu et al. 2019)"),
+        ),
+    ),
 }
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gnn_table", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gnn_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", action="append", default=[], metavar="CONFIG", help="only this row; may be repeated")
-    parser.add_argument("--quick", action="store_true", help="two seeds of two steps each, into runs/gnn_quick: does everything run?")
-    parser.add_argument("--write", action="store_true", help="put the tables into gnn/README.md; with --only none, of what is there")
+    parser.add_argument(
+        "--quick", action="store_true", help="two seeds of two steps each, into runs/gnn_quick: does everything run?"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="put the tables into gnn/README.md; with --only none, of what is there"
+    )
     args = parser.parse_args()
     rows = [row for _, table in TABLES.values() for row in table if not args.only or row.config in args.only]
     failed = [row.config for row in rows if not run_row(row, args.quick)]
@@ -74,14 +104,25 @@ def run_row(row: Row, quick: bool) -> bool:
     short = ["train.steps=2", "eval.figures=false", "eval.tables=false"] if quick else []
     if not (folder / "eval.json").exists():
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-        train = [sys.executable, "-m", "gnn.train", "--config", f"configs/{row.config}.yaml", f"run_dir={folder}",
-                 f"train.seeds={min(row.seeds, 2) if quick else row.seeds}", *short, "--overwrite" if quick else "--resume"]
+        train = [
+            sys.executable,
+            "-m",
+            "gnn.train",
+            "--config",
+            f"configs/{row.config}.yaml",
+            f"run_dir={folder}",
+            f"train.seeds={min(row.seeds, 2) if quick else row.seeds}",
+            *short,
+            "--overwrite" if quick else "--resume",
+        ]
         print(" ".join(train[1:]), flush=True)
         if subprocess.run(train, stderr=subprocess.DEVNULL if not quick else None, check=False).returncode:
             return False
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cost = {"train_cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
-                "train_seconds": round(time.perf_counter() - started, 1)}
+        cost = {
+            "train_cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+            "train_seconds": round(time.perf_counter() - started, 1),
+        }
         if subprocess.run([sys.executable, "-m", "gnn.eval", "--run", str(folder), *short], check=False).returncode:
             return False
         if not quick:
@@ -92,7 +133,9 @@ def run_row(row: Row, quick: bool) -> bool:
 def record(row: Row, folder: Path, cost: dict[str, float]) -> None:
     """Copy what the README shows of a run to docs/results."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    result, environment = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("eval.json", "env.json"))
+    result, environment = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("eval.json", "env.json")
+    )
     machine = {key: environment[key] for key in ("commit", "device_name", "versions") if key in environment}
     command = f"python -m gnn.train --config configs/{row.config}.yaml train.seeds={row.seeds}"
     text = json.dumps({**result, **cost, "command": command, "cpu_count": os.cpu_count(), **machine}, indent=1)
@@ -104,7 +147,10 @@ def table_of(name: str) -> str:
     """A table in Markdown, from what has been recorded; a blank cell means "not run"."""
     columns, rows = TABLES[name]
     counted = "folds" if name == "graphs" else "seeds"
-    lines = [f"| config | {counted} | {' | '.join(columns)} | CPU-s each | published |", "|---" * (len(columns) + 4) + "|"]
+    lines = [
+        f"| config | {counted} | {' | '.join(columns)} | CPU-s each | published |",
+        "|---" * (len(columns) + 4) + "|",
+    ]
     for row in rows:
         path = RESULTS / f"{row.config}.json"
         result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"metrics": {}, "seeds": []}

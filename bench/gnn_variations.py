@@ -1,8 +1,8 @@
 """What each choice is worth on Cora:  python -m bench.gnn_variations [--seeds 5] [--only depth]
 
-Every variation is gcn_cora.yaml (or gcnii_cora.yaml) with one thing changed, trained and evaluated by the project's own commands in
-runs/gnn_variations; what is finished is not repeated. Writes docs/results/gnn/variations.json, variations.md (the tables of
-gnn/README.md) and depth.png.
+Every variation is gcn_cora.yaml (or gcnii_cora.yaml) with one thing changed, trained and evaluated by the project's own
+commands in runs/gnn_variations; what is finished is not repeated. Writes docs/results/gnn/variations.json,
+variations.md (the tables of gnn/README.md) and depth.png.
 """
 
 from __future__ import annotations
@@ -22,9 +22,15 @@ WIDE = "model.hidden=64"
 GROUPS: dict[str, dict[str, str]] = {  # group -> label -> overrides of gcn_cora.yaml, or "config: overrides"
     "depth": {
         **{f"GCN, {n} layers": f"{WIDE} model.layers={n} model.dropout=0.5" for n in DEPTHS},
-        **{f"GCN with residuals, {n} layers": f"{WIDE} model.layers={n} model.dropout=0.5 model.residual=true" for n in DEPTHS},
-        **{f"GCN with residuals and layer norm, {n} layers":
-           f"{WIDE} model.layers={n} model.dropout=0.5 model.residual=true model.norm=layer" for n in DEPTHS},
+        **{
+            f"GCN with residuals, {n} layers": f"{WIDE} model.layers={n} model.dropout=0.5 model.residual=true"
+            for n in DEPTHS
+        },
+        **{
+            f"GCN with residuals and layer norm, {n} layers": f"{WIDE} model.layers={n} model.dropout=0.5 "
+            "model.residual=true model.norm=layer"
+            for n in DEPTHS
+        },
         **{f"GCNII, {n} layers": f"gcnii_cora: model.layers={n} train.steps=300" for n in DEPTHS},
         **{f"APPNP, {n} hops": f"model.layer=appnp {WIDE} model.hops={n} model.dropout=0.5" for n in DEPTHS},
     },
@@ -32,7 +38,9 @@ GROUPS: dict[str, dict[str, str]] = {  # group -> label -> overrides of gcn_cora
     "dropout": {f"dropout {p}": f"model.dropout={p}" for p in (0.0, 0.2, 0.5, 0.7, 0.8, 0.9)},
     "penalty": {f"weight decay {w}": f"train.weight_decay={w}" for w in ("0", "1e-4", "5e-4", "1e-3", "5e-3")},
     "normalisation": {
-        "none between layers": "model.norm=none", "batch norm": "model.norm=batch", "layer norm": "model.norm=layer",
+        "none between layers": "model.norm=none",
+        "batch norm": "model.norm=batch",
+        "layer norm": "model.norm=layer",
         "features as they are": "data.normalize=false",
     },
     "layer": {kind: f"model.layer={kind}" for kind in ("mlp", "gcn", "sage", "gin", "gat", "gatv2", "appnp")},
@@ -42,8 +50,9 @@ GROUPS: dict[str, dict[str, str]] = {  # group -> label -> overrides of gcn_cora
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gnn_variations", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gnn_variations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", action="append", choices=list(GROUPS), help="only this group; may be repeated")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every variation, such as data_root=...")
@@ -71,10 +80,19 @@ def run(group: str, label: str, change: str, args: argparse.Namespace) -> None:
     if (folder / "done.json").exists():
         return
     config, _, overrides = change.rpartition(": ")
-    words = [f"run_dir={folder}", f"train.seeds={args.seeds}", "eval.figures=false", *overrides.split(), *args.overrides]
+    words = [
+        f"run_dir={folder}",
+        f"train.seeds={args.seeds}",
+        "eval.figures=false",
+        *overrides.split(),
+        *args.overrides,
+    ]
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "gnn.train", "--config", f"configs/{config or 'gcn_cora'}.yaml", "--resume", *words],
-                   stderr=subprocess.DEVNULL, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "gnn.train", "--config", f"configs/{config or 'gcn_cora'}.yaml", "--resume", *words],
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )
     seconds = time.perf_counter() - started
     subprocess.run([sys.executable, "-m", "gnn.eval", "--run", str(folder)], stdout=subprocess.DEVNULL, check=True)
     (folder / "done.json").write_text(json.dumps({"change": change, "seconds": round(seconds, 1)}), encoding="utf-8")
@@ -88,7 +106,9 @@ def collect() -> dict[str, dict[str, dict]]:
         for label in variations:
             folder = folder_of(group, label)
             if (folder / "done.json").exists():
-                result, note = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("eval.json", "done.json"))
+                result, note = (
+                    json.loads((folder / name).read_text(encoding="utf-8")) for name in ("eval.json", "done.json")
+                )
                 found.setdefault(group, {})[label] = {"metrics": result["metrics"], "seeds": result["seeds"], **note}
     return found
 
@@ -100,7 +120,10 @@ def tables(results: dict[str, dict[str, dict]]) -> str:
         lines += [f"| {group} | test accuracy | validation accuracy | seeds |", "|---|---|---|---|"]
         for label, row in rows.items():
             m = row["metrics"]
-            cells = [f"{100 * m[name]:.1f} ± {100 * m.get(f'{name}_std', 0):.1f}" for name in ("test_accuracy", "val_accuracy")]
+            cells = [
+                f"{100 * m[name]:.1f} ± {100 * m.get(f'{name}_std', 0):.1f}"
+                for name in ("test_accuracy", "val_accuracy")
+            ]
             lines.append(f"| {label} | {' | '.join(cells)} | {len(row['seeds'])} |")
         lines.append("")
     return "\n".join(lines)
@@ -112,7 +135,10 @@ def curves(rows: dict[str, dict]) -> dict[str, dict[int, tuple[float, float]]]:
     for label, row in rows.items():
         method, _, rest = label.rpartition(", ")
         metrics = row["metrics"]
-        found.setdefault(method, {})[int(rest.split()[0])] = (metrics["test_accuracy"], metrics.get("test_accuracy_std", 0.0))
+        found.setdefault(method, {})[int(rest.split()[0])] = (
+            metrics["test_accuracy"],
+            metrics.get("test_accuracy_std", 0.0),
+        )
     return found
 
 

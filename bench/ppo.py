@@ -1,11 +1,14 @@
-"""Our PPO against stable-baselines3's: whole training loops, same environments, network and settings.  python -m bench.ppo
+"""Our PPO against stable-baselines3's: whole training loops, same environments, network and settings.:
 
-First the two must agree: with copied weights, on values, log-probabilities, entropies, the gradients of a minibatch, and the advantages
-of one rollout. Then each round trains ours, the peer as it comes (with PyTorch's own choice of threads), the peer on one thread, and ours
-again, for some updates from scratch, in one process, by CPU time, environments included. `ratio` is steps per CPU-second, ours over the
-peer's as it comes; `ratio_one_thread` is ours over the peer's on one thread, which is what ours uses. Ours again over ours is the A/A
-control, whose spread says which differences are noise. How ours spends its time is measured in a last run of its own.
-The last line of stdout is one JSON object: the ratios, ours and peer (environment steps per CPU-second), split, circumstances.
+    python -m bench.ppo
+
+First the two must agree: with copied weights, on values, log-probabilities, entropies, the gradients of a minibatch,
+and the advantages of one rollout. Then each round trains ours, the peer as it comes (with PyTorch's own choice of
+threads), the peer on one thread, and ours again, for some updates from scratch, in one process, by CPU time,
+environments included. `ratio` is steps per CPU-second, ours over the peer's as it comes; `ratio_one_thread` is ours
+over the peer's on one thread, which is what ours uses. Ours again over ours is the A/A control, whose spread says which
+differences are noise. How ours spends its time is measured in a last run of its own. The last line of stdout is one
+JSON object: the ratios, ours and peer (environment steps per CPU-second), split, circumstances.
 """
 
 from __future__ import annotations
@@ -62,20 +65,43 @@ def make_peer(config: Config) -> Any:
     extra = {"continuous": True} if e.continuous else {}
     vector = make_vec_env(e.id, e.count, seed=config.seed, env_kwargs=extra)
     if e.normalize_observations or e.normalize_rewards:
-        vector = VecNormalize(vector, norm_obs=e.normalize_observations, norm_reward=e.normalize_rewards, clip_obs=e.clip_observations,
-                              clip_reward=e.clip_rewards, gamma=t.gamma)
+        vector = VecNormalize(
+            vector,
+            norm_obs=e.normalize_observations,
+            norm_reward=e.normalize_rewards,
+            clip_obs=e.clip_observations,
+            clip_reward=e.clip_rewards,
+            gamma=t.gamma,
+        )
     activation = {"tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[config.model.activation]
     hidden = list(config.model.hidden)
-    return PPO("MlpPolicy", vector, n_steps=t.rollout, batch_size=t.batch_size, n_epochs=t.epochs, gamma=t.gamma,
-               gae_lambda=t.gae_lambda, ent_coef=t.entropy_weight, vf_coef=t.value_weight / 2, max_grad_norm=t.max_grad_norm,
-               learning_rate=schedule(t.lr, t.lr_decay), clip_range=schedule(t.clip, t.clip_decay), seed=config.seed, device="cpu",
-               policy_kwargs={"net_arch": {"pi": hidden, "vf": hidden}, "activation_fn": activation})
+    return PPO(
+        "MlpPolicy",
+        vector,
+        n_steps=t.rollout,
+        batch_size=t.batch_size,
+        n_epochs=t.epochs,
+        gamma=t.gamma,
+        gae_lambda=t.gae_lambda,
+        ent_coef=t.entropy_weight,
+        vf_coef=t.value_weight / 2,
+        max_grad_norm=t.max_grad_norm,
+        learning_rate=schedule(t.lr, t.lr_decay),
+        clip_range=schedule(t.clip, t.clip_decay),
+        seed=config.seed,
+        device="cpu",
+        policy_kwargs={"net_arch": {"pi": hidden, "vf": hidden}, "activation_fn": activation},
+    )
 
 
 def copy_weights(model: ActorCritic, policy: Any) -> None:
     """Ours into the peer's policy."""
-    pairs = [(model.actor_trunk, policy.mlp_extractor.policy_net), (model.critic_trunk, policy.mlp_extractor.value_net),
-             (model.policy.linear, policy.action_net), (model.value, policy.value_net)]
+    pairs = [
+        (model.actor_trunk, policy.mlp_extractor.policy_net),
+        (model.critic_trunk, policy.mlp_extractor.value_net),
+        (model.policy.linear, policy.action_net),
+        (model.value, policy.value_net),
+    ]
     with torch.no_grad():
         for mine, theirs in pairs:
             for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
@@ -100,11 +126,19 @@ def largest_difference(config: Config) -> dict[str, float]:
     their_values, their_log_prob, their_entropy = peer.policy.evaluate_actions(x, actions)
     returns, advantages = torch.randn(64), torch.randn(64)
     old = log_prob.detach() + 0.3 * torch.randn(64)
-    gradients = (ours_gradients(config, model, distribution, x, actions, old, advantages, returns),
-                 peer_gradients(peer, x, actions, old, advantages, returns))
+    gradients = (
+        ours_gradients(config, model, distribution, x, actions, old, advantages, returns),
+        peer_gradients(peer, x, actions, old, advantages, returns),
+    )
     T, N, rng = 40, 3, np.random.default_rng(0)
-    buffer = RolloutBuffer(T, peer.observation_space, peer.action_space, gamma=config.train.gamma, gae_lambda=config.train.gae_lambda,
-                           n_envs=N)
+    buffer = RolloutBuffer(
+        T,
+        peer.observation_space,
+        peer.action_space,
+        gamma=config.train.gamma,
+        gae_lambda=config.train.gae_lambda,
+        n_envs=N,
+    )
     buffer.reset()
     buffer.rewards[:], buffer.values[:] = rng.normal(size=(T, N)), rng.normal(size=(T, N))
     done = rng.random((T, N)) < 0.1
@@ -112,16 +146,37 @@ def largest_difference(config: Config) -> dict[str, float]:
     last = rng.normal(size=N).astype(np.float32)
     buffer.compute_returns_and_advantage(torch.from_numpy(last), done[-1])
     flags, own = torch.from_numpy(done), torch.from_numpy(buffer.values.copy())
-    found, _ = gae(torch.from_numpy(buffer.rewards.copy()), own, torch.cat([own[1:], torch.from_numpy(last)[None]]), flags, flags,
-                        torch.ones_like(flags), config.train.gamma, config.train.gae_lambda)
+    found, _ = gae(
+        torch.from_numpy(buffer.rewards.copy()),
+        own,
+        torch.cat([own[1:], torch.from_numpy(last)[None]]),
+        flags,
+        flags,
+        torch.ones_like(flags),
+        config.train.gamma,
+        config.train.gae_lambda,
+    )
     vector.close()
-    pairs = {"values": (values, their_values.flatten()), "log_prob": (log_prob, their_log_prob), "entropy": (entropy, their_entropy),
-             "gradients": gradients, "advantages": (found, torch.from_numpy(buffer.advantages))}
+    pairs = {
+        "values": (values, their_values.flatten()),
+        "log_prob": (log_prob, their_log_prob),
+        "entropy": (entropy, their_entropy),
+        "gradients": gradients,
+        "advantages": (found, torch.from_numpy(buffer.advantages)),
+    }
     return {name: float((a - b).detach().abs().max() / b.detach().abs().max()) for name, (a, b) in pairs.items()}
 
 
-def ours_gradients(config: Config, model: ActorCritic, distribution: Any, x: torch.Tensor, actions: torch.Tensor, old: torch.Tensor,
-                   advantages: torch.Tensor, returns: torch.Tensor) -> torch.Tensor:
+def ours_gradients(
+    config: Config,
+    model: ActorCritic,
+    distribution: Any,
+    x: torch.Tensor,
+    actions: torch.Tensor,
+    old: torch.Tensor,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+) -> torch.Tensor:
     """All gradients of a minibatch (64 rows) in one vector, actor before critic, by ppo.backprop."""
     model = copy.deepcopy(model)
     manual = Backprop(model, distribution, config.train)
@@ -133,8 +188,14 @@ def ours_gradients(config: Config, model: ActorCritic, distribution: Any, x: tor
     return torch.cat([parts[name] for name in sorted(parts)])
 
 
-def peer_gradients(peer: Any, x: torch.Tensor, actions: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor,
-                   returns: torch.Tensor) -> torch.Tensor:
+def peer_gradients(
+    peer: Any,
+    x: torch.Tensor,
+    actions: torch.Tensor,
+    old: torch.Tensor,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+) -> torch.Tensor:
     """The same by the loss that the peer's `train` writes down, with its autograd."""
     values, log_prob, entropy = peer.policy.evaluate_actions(x, actions)
     advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -143,8 +204,13 @@ def peer_gradients(peer: Any, x: torch.Tensor, actions: torch.Tensor, old: torch
     value_loss = torch.nn.functional.mse_loss(returns, values.flatten())
     peer.policy.zero_grad()
     (policy_loss + peer.vf_coef * value_loss - peer.ent_coef * entropy.mean()).backward()
-    names = {"mlp_extractor.policy_net": "actor_trunk", "mlp_extractor.value_net": "critic_trunk", "action_net": "policy.linear",
-             "value_net": "value", "log_std": "policy.log_std"}
+    names = {
+        "mlp_extractor.policy_net": "actor_trunk",
+        "mlp_extractor.value_net": "critic_trunk",
+        "action_net": "policy.linear",
+        "value_net": "value",
+        "log_std": "policy.log_std",
+    }
     parts = {}
     for name, parameter in peer.policy.named_parameters():
         prefix = next(prefix for prefix in names if name.startswith(prefix))
@@ -173,7 +239,9 @@ def theirs(config: Config, threads: int) -> float:
 
 @contextlib.contextmanager
 def stopwatch() -> Iterator[dict[str, float]]:
-    """Add up the seconds inside environments and inside the choice of actions; and count the threads that the environments have brought."""
+    """Add up the seconds inside environments and inside the choice of actions; and count the threads that the
+    environments have brought.
+    """
     spent = {"environment": 0.0, "collect": 0.0, "threads": 0.0}
 
     def timed(function: Callable[..., Any], label: str) -> Callable[..., Any]:
@@ -213,28 +281,41 @@ def split(config: Config, folder: Path) -> dict[str, float]:
     with stopwatch() as seconds:
         ours(config, folder)
     total = time.perf_counter() - start
-    shares = {"environment": seconds["environment"], "inference": seconds["collect"] - seconds["environment"],
-              "update": total - seconds["collect"]}
+    shares = {
+        "environment": seconds["environment"],
+        "inference": seconds["collect"] - seconds["environment"],
+        "update": total - seconds["collect"],
+    }
     return {name: round(value / total, 3) for name, value in shares.items()}
 
 
 def summarise(rounds: list[tuple[float, float, float, float]], steps: int) -> dict[str, Any]:
-    """Ratios and rates of rounds (ours, peer, peer on one thread, ours again) in CPU-seconds: medians, with quartiles of the ratios."""
+    """Ratios and rates of rounds (ours, peer, peer on one thread, ours again) in CPU-seconds: medians, with
+    quartiles of the ratios.
+    """
     mine = [(first + again) / 2 for first, _, _, again in rounds]
     result: dict[str, Any] = {}
-    for name, values in (("ratio", [row[1] / own for row, own in zip(rounds, mine)]),
-                         ("ratio_one_thread", [row[2] / own for row, own in zip(rounds, mine)]),
-                         ("aa_ratio", [row[3] / row[0] for row in rounds])):
+    for name, values in (
+        ("ratio", [row[1] / own for row, own in zip(rounds, mine)]),
+        ("ratio_one_thread", [row[2] / own for row, own in zip(rounds, mine)]),
+        ("aa_ratio", [row[3] / row[0] for row in rounds]),
+    ):
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
         result |= {name: round(middle, 3), f"{name.replace('aa_ratio', 'aa')}_iqr": [round(low, 3), round(high, 3)]}
-    for name, seconds in (("ours", mine), ("peer", [row[1] for row in rounds]), ("peer_one_thread", [row[2] for row in rounds])):
+    for name, seconds in (
+        ("ours", mine),
+        ("peer", [row[1] for row in rounds]),
+        ("peer_one_thread", [row[2] for row in rounds]),
+    ):
         result[name] = round(steps / statistics.median(seconds), 1)
     return result | {"unit": "environment steps per CPU-second"}
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.ppo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ppo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=Path("configs/ppo_lunarlander.yaml"))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--updates", type=int, default=4, help="of each run (default: %(default)s)")
@@ -246,7 +327,9 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(temporary) / "run"
         config = resolve(Config, args.config, [f"run_dir={folder}", "device=cpu", *args.overrides])
         steps = args.updates * config.env.count * config.train.rollout
-        config = resolve(Config, args.config, [f"run_dir={folder}", "device=cpu", *args.overrides, f"train.steps={steps}"])
+        config = resolve(
+            Config, args.config, [f"run_dir={folder}", "device=cpu", *args.overrides, f"train.steps={steps}"]
+        )
         differences = largest_difference(config)
         if max(differences.values()) > TOLERANCE:
             raise SystemExit(f"the two differ by {differences}; nothing was timed")
@@ -257,12 +340,25 @@ def main(argv: list[str] | None = None) -> None:
         for number in range(args.rounds):
             rounds.append((ours(config, folder), theirs(config, threads), theirs(config, 1), ours(config, folder)))
             first, peer, single, again = rounds[-1]
-            print(f"round {number + 1}: ours {first:.2f}, peer {peer:.2f}, peer on one thread {single:.2f}, ours again {again:.2f} CPU-s",
-                  flush=True)
+            print(
+                f"round {number + 1}: ours {first:.2f}, peer {peer:.2f}, peer on one thread {single:.2f}, ours again "
+                f"{again:.2f} CPU-s",
+                flush=True,
+            )
         shares = split(config, folder)
-    result = {"bench": f"PPO on {config.env.id}, {steps} steps from scratch", **summarise(rounds, steps), "split": shares,
-              "rounds": args.rounds, "threads": 1, "peer_threads": threads, "dtype": "float32", "torch": torch.__version__,
-              "gymnasium": gym.__version__, "python": platform.python_version(), "load": [round(x, 2) for x in os.getloadavg()]}
+    result = {
+        "bench": f"PPO on {config.env.id}, {steps} steps from scratch",
+        **summarise(rounds, steps),
+        "split": shares,
+        "rounds": args.rounds,
+        "threads": 1,
+        "peer_threads": threads,
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "gymnasium": gym.__version__,
+        "python": platform.python_version(),
+        "load": [round(x, 2) for x in os.getloadavg()],
+    }
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))

@@ -1,8 +1,10 @@
-"""What each implementation detail is worth:  python -m bench.ppo_ablations --env cartpole [--seeds 5] [--jobs 2] [--only "no clipping"]
+"""What each implementation detail is worth:
 
-Each row is the config with one thing changed, trained and evaluated by `python -m ppo.sweep` in runs/ppo_ablations; what is finished is not
-repeated, what was stopped goes on. Writes docs/results/ppo/ablations_<env>.json and .md: the return of the last policy over the seeds as
-interquartile mean with its 95 % interval, and the worst seed.
+    python -m bench.ppo_ablations --env cartpole [--seeds 5] [--jobs 2] [--only "no clipping"]
+
+Each row is the config with one thing changed, trained and evaluated by `python -m ppo.sweep` in runs/ppo_ablations;
+what is finished is not repeated, what was stopped goes on. Writes docs/results/ppo/ablations_<env>.json and .md: the
+return of the last policy over the seeds as interquartile mean with its 95 % interval, and the worst seed.
 """
 
 from __future__ import annotations
@@ -42,25 +44,50 @@ CHANGES = {
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bench.ppo_ablations", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ppo_ablations", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--env", choices=list(CONFIGS), default="cartpole")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", action="append", choices=list(CHANGES), help="only this row; may be repeated")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every row; a row's own change comes after")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for every row; a row's own change comes after"
+    )
     args = parser.parse_args()
     rows: dict[str, dict] = {}
     for number, (label, change) in enumerate(CHANGES.items()):
         folder = RUNS / args.env / f"{number:02d}"
         if not args.only or label in args.only:
-            subprocess.run([sys.executable, "-m", "ppo.sweep", "--config", CONFIGS[args.env], "--seeds", str(args.seeds), "--jobs",
-                            str(args.jobs), "--folder", str(folder), "eval.video=false", *args.overrides, *change.split()],
-                           stdout=subprocess.DEVNULL, check=True)
+            subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "ppo.sweep",
+                    "--config",
+                    CONFIGS[args.env],
+                    "--seeds",
+                    str(args.seeds),
+                    "--jobs",
+                    str(args.jobs),
+                    "--folder",
+                    str(folder),
+                    "eval.video=false",
+                    *args.overrides,
+                    *change.split(),
+                ],
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
             print(label, flush=True)
         if (folder / "sweep.json").exists():
             result = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-            rows[label] = {"change": change, "command": result["command"], "metrics": result["metrics"], "seeds": result["seeds"]}
+            rows[label] = {
+                "change": change,
+                "command": result["command"],
+                "metrics": result["metrics"],
+                "seeds": result["seeds"],
+            }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"ablations_{args.env}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (RESULTS / f"ablations_{args.env}.md").write_text(table(rows), encoding="utf-8")
@@ -68,13 +95,24 @@ def main() -> None:
 
 def table(rows: dict[str, dict]) -> str:
     """The rows in Markdown; a blank cell means that no seed had the figure."""
-    lines = ["| change | return, most likely action | worst seed | return, drawn actions | steps to solve (seeds that did) | seeds |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        "| change | return, most likely action | worst seed | return, drawn actions | steps to solve (seeds that did) "
+        "| seeds |",
+        "|---|---|---|---|---|---|",
+    ]
     for label, row in rows.items():
         m, count = row["metrics"], len(row["seeds"])
-        spread = [f"{m[f'{name}_iqm']:.1f} ({m[f'{name}_iqm_low']:.1f} to {m[f'{name}_iqm_high']:.1f})" if f"{name}_iqm" in m else ""
-                  for name in ("return_mean_last", "return_mean_stochastic_last")]
-        solved = f"{m['steps_to_solve_median']:,.0f} ({m.get('steps_to_solve_seeds', count):.0f})" if "steps_to_solve" in m else "never"
+        spread = [
+            f"{m[f'{name}_iqm']:.1f} ({m[f'{name}_iqm_low']:.1f} to {m[f'{name}_iqm_high']:.1f})"
+            if f"{name}_iqm" in m
+            else ""
+            for name in ("return_mean_last", "return_mean_stochastic_last")
+        ]
+        solved = (
+            f"{m['steps_to_solve_median']:,.0f} ({m.get('steps_to_solve_seeds', count):.0f})"
+            if "steps_to_solve" in m
+            else "never"
+        )
         lines.append(f"| {label} | {spread[0]} | {m['return_mean_last_min']:.1f} | {spread[1]} | {solved} | {count} |")
     return "\n".join(lines) + "\n"
 

@@ -1,9 +1,9 @@
 """Checkpoints that are whole or are not used.
 
-A checkpoint is two files: `<step>.pt`, written by `torch.save`, and `<step>.json`, its manifest with the SHA-256 of the first,
-written last. A checkpoint without a manifest is an interrupted save; one whose hash differs is damaged. Either is passed over
-with one warning and the newest whole one is used. (`torch.load` alone notices hardly any flipped bit: a zip archive's CRC is not
-checked when tensors are read.)
+A checkpoint is two files: `<step>.pt`, written by `torch.save`, and `<step>.json`, its manifest with the SHA-256 of the
+first, written last. A checkpoint without a manifest is an interrupted save; one whose hash differs is damaged. Either
+is passed over with one warning and the newest whole one is used. (`torch.load` alone notices hardly any flipped bit: a
+zip archive's CRC is not checked when tensors are read.)
 """
 
 from __future__ import annotations
@@ -60,8 +60,15 @@ class Checkpoints:
                 torch.save(state, writer)
             except RuntimeError as error:  # torch reports a failed write() in its own words
                 raise writer.error or error from None
-        manifest = {"file": path.name, "step": step, "bytes": writer.count, "sha256": writer.digest.hexdigest(), "best": best,
-                    "torch": torch.__version__, "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        manifest = {
+            "file": path.name,
+            "step": step,
+            "bytes": writer.count,
+            "sha256": writer.digest.hexdigest(),
+            "best": best,
+            "torch": torch.__version__,
+            "saved": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
         try:
             write_text(_manifest(path), json.dumps(manifest | {"manifest_sha256": _digest(manifest)}, indent=2) + "\n")
         except ProjectError:
@@ -81,7 +88,9 @@ class Checkpoints:
 
     @staticmethod
     def load(path: Path) -> dict[str, Any]:
-        """Verify a checkpoint against its manifest and read it onto the CPU. `CheckpointError` where it is not whole."""
+        """Verify a checkpoint against its manifest and read it onto the CPU. `CheckpointError` where it is not
+        whole.
+        """
         verify(path)
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -103,7 +112,8 @@ class Checkpoints:
         return steps[-1] if steps else None
 
     def _prune(self, newest: int) -> None:
-        older = [p for p in self.list() if int(p.stem) <= newest]  # a later one is broken: the run fell back to before it
+        # a later one is broken: the run fell back to before it
+        older = [p for p in self.list() if int(p.stem) <= newest]
         whole = [p for p in older if _manifest(p).exists()]
         best = [p for p in whole if _read_manifest(p).get("best")]
         keep = {*whole[-self.keep_last :], *best[-1:]}
@@ -120,7 +130,9 @@ def verify(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}")
     if not _manifest(path).is_file():
-        raise CheckpointError(f"checkpoint {path} has no manifest {_manifest(path).name}: its save was interrupted, or it is not ours")
+        raise CheckpointError(
+            f"checkpoint {path} has no manifest {_manifest(path).name}: its save was interrupted, or it is not ours"
+        )
     manifest = _read_manifest(path)
     if manifest.pop("manifest_sha256", None) != _digest(manifest):
         raise CheckpointError(f"manifest {_manifest(path)} is damaged")

@@ -1,7 +1,7 @@
 """Typed configs: YAML over dataclass defaults, `key=value` over the YAML, checked by OmegaConf.
 
-A mistake in a config is a person's mistake, so it ends the program with one line on stderr, exit status 2 and no traceback.
-Nothing here imports PyTorch: the line appears before anything slow has started.
+A mistake in a config is a person's mistake, so it ends the program with one line on stderr, exit status 2 and no
+traceback. Nothing here imports PyTorch: the line appears before anything slow has started.
 """
 
 from __future__ import annotations
@@ -45,9 +45,11 @@ class BaseConfig:
     run_dir: str = ""  # where everything of this run goes; default runs/<config name>
     data_root: str = ""  # where datasets are looked for and downloaded to; default $DATA_ROOT, else data/
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it, fp16 on older GPUs, else fp32
+    # auto: bf16 where the device has it, fp16 on older GPUs, else fp32
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False  # torch.compile: slower to start, faster to run
-    deterministic: bool = False  # also on a GPU: same bits every run, at some cost in speed (a CPU always repeats itself)
+    # also on a GPU: same bits every run, at some cost in speed (a CPU always repeats itself)
+    deterministic: bool = False
     keep_last: int = 2  # checkpoints kept beside the best one
     keep_every: int = 0  # also keep every checkpoint whose step is a multiple of this; 0 = none
     tensorboard: bool = False  # also write TensorBoard event files (pip install tensorboard)
@@ -66,14 +68,15 @@ class Options:
 
 
 C = TypeVar("C", bound=BaseConfig)
-UNUSABLE = (ConfigError, OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError, TypeError)  # `resolve` raises these
+# `resolve` raises these
+UNUSABLE = (ConfigError, OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError, TypeError)
 
 
 def load(schema: type[C], project: str, mode: Mode = "train", argv: list[str] | None = None) -> tuple[C, Options]:
     """Read the command line of `python -m <project>.<mode>` into a checked config.
 
-    mode "train" takes `--config FILE`; "eval" and "sample" take `--run DIR` and read the config that the run was started with.
-    Any mistake prints one line on stderr and exits with status 2.
+    mode "train" takes `--config FILE`; "eval" and "sample" take `--run DIR` and read the config that the run was
+    started with. Any mistake prints one line on stderr and exits with status 2.
     """
     args = _parse(project, mode, sys.argv[1:] if argv is None else argv)
     if mode == "train":
@@ -90,7 +93,9 @@ def load(schema: type[C], project: str, mode: Mode = "train", argv: list[str] | 
         config = resolve(schema, path, args.overrides, run_dir)
     except UNUSABLE as error:
         _fail(explain(error, schema, path))
-    options = {name: getattr(args, name) for name in ("resume", "dry_run", "overwrite", "checkpoint") if hasattr(args, name)}
+    options = {
+        name: getattr(args, name) for name in ("resume", "dry_run", "overwrite", "checkpoint") if hasattr(args, name)
+    }
     return config, Options(mode, **options)
 
 
@@ -108,7 +113,8 @@ def resolve(schema: type[C], path: Path | None, overrides: list[str] = [], run_d
         except yaml.MarkedYAMLError as error:
             raise ConfigError(key, str(error.problem)) from None
         merged = _merge(merged, node)
-    if not merged.run_dir or (path is not None and path.name == "config.yaml"):  # a run folder may have been moved since
+    # a run folder may have been moved since
+    if not merged.run_dir or (path is not None and path.name == "config.yaml"):
         merged.run_dir = run_dir if not any(item.startswith("run_dir=") for item in overrides) else merged.run_dir
     if not merged.data_root:
         merged.data_root = os.environ.get("DATA_ROOT", "data")
@@ -119,7 +125,9 @@ def read_yaml(path: Path) -> DictConfig:
     """A YAML mapping as an OmegaConf node. `ConfigError` for a missing, empty or unreadable file."""
     name = str(path)
     if not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [], n=1)
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [], n=1
+        )
         raise ConfigError(name, f"no such file{f'; did you mean {path.parent / near[0]}?' if near else ''}")
     require(path.is_file(), name, "is a folder, not a YAML file")
     try:
@@ -135,7 +143,9 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def _merge(merged: DictConfig, node: DictConfig) -> DictConfig:
-    """`node` over `merged`. Of a value in a list, or in place of a section, OmegaConf does not say which key it is; this does."""
+    """`node` over `merged`. Of a value in a list, or in place of a section, OmegaConf does not say which key it is;
+    this does.
+    """
     try:
         return OmegaConf.merge(merged, node)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -155,7 +165,9 @@ def _merge(merged: DictConfig, node: DictConfig) -> DictConfig:
 
 def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in node.items():  # type: ignore[attr-defined]
-        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", value)]
+        yield from (
+            _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", value)]
+        )
 
 
 def to_yaml(config: BaseConfig) -> str:
@@ -168,14 +180,20 @@ def flatten(config: object, prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for item in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, item.name)
-        flat |= flatten(value, f"{prefix}{item.name}.") if dataclasses.is_dataclass(value) else {prefix + item.name: value}
+        flat |= (
+            flatten(value, f"{prefix}{item.name}.") if dataclasses.is_dataclass(value) else {prefix + item.name: value}
+        )
     return flat
 
 
 def list_configs(project: str, folder: Path = Path("configs")) -> list[str]:
     """The configs of a project: those whose opening comment gives its training command."""
     command = f"python -m {project}.train"
-    return [str(path) for path in sorted(folder.glob("*.yaml")) if command in path.read_text(encoding="utf-8", errors="replace")]
+    return [
+        str(path)
+        for path in sorted(folder.glob("*.yaml"))
+        if command in path.read_text(encoding="utf-8", errors="replace")
+    ]
 
 
 def explain(error: Exception, schema: type[BaseConfig], path: Path) -> str:
@@ -201,14 +219,24 @@ def explain(error: Exception, schema: type[BaseConfig], path: Path) -> str:
 def _parse(project: str, mode: Mode, argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {project}.{mode}", allow_abbrev=False)
     if mode == "train":
-        parser.add_argument("--config", help="YAML file: " + (", ".join(list_configs(project)) or "configs/<name>.yaml"))
-        parser.add_argument("--resume", action="store_true", help="continue from the newest valid checkpoint of the run folder")
+        parser.add_argument(
+            "--config", help="YAML file: " + (", ".join(list_configs(project)) or "configs/<name>.yaml")
+        )
+        parser.add_argument(
+            "--resume", action="store_true", help="continue from the newest valid checkpoint of the run folder"
+        )
         parser.add_argument("--overwrite", action="store_true", help="delete an earlier run in the same folder")
-        parser.add_argument("--dry-run", action="store_true", help="print the resolved config, parameter count and shapes, then stop")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="print the resolved config, parameter count and shapes, then stop"
+        )
     else:
         parser.add_argument("--run", help="a run folder, such as runs/<config name>")
-        parser.add_argument("--checkpoint", default="", help="a file in its checkpoints/ (default: the newest valid one)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the YAML, dotted: train.lr=1e-4")
+        parser.add_argument(
+            "--checkpoint", default="", help="a file in its checkpoints/ (default: the newest valid one)"
+        )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings over the YAML, dotted: train.lr=1e-4"
+    )
     parser.error = _fail  # type: ignore[method-assign]  # one line, without the usage
     return parser.parse_intermixed_args(argv)
 

@@ -1,8 +1,11 @@
-"""Train and evaluate every project at its smallest size, then write one report:  python -m common.demo [--only diffusion] [key=value ...]
+"""Train and evaluate every project at its smallest size, then write one report:
 
-This is what `make demo` runs. Nothing is downloaded. Each stage is a program of its own, so a project that fails does not stop the
-others; the exit status is then 1 and the report says what went wrong. Ctrl-C or SIGTERM goes to the running stage, which leaves
-cleanly, and the report of what there is by then is still written; `--resume` goes on from there.
+    python -m common.demo [--only diffusion] [key=value ...]
+
+This is what `make demo` runs. Nothing is downloaded. Each stage is a program of its own, so a project that fails does
+not stop the others; the exit status is then 1 and the report says what went wrong. Ctrl-C or SIGTERM goes to the
+running stage, which leaves cleanly, and the report of what there is by then is still written; `--resume` goes on from
+there.
 """
 
 from __future__ import annotations
@@ -42,8 +45,11 @@ class Demo:
     overrides: tuple[str, ...] = ()
 
 
-DEMOS = (Demo("diffusion", "configs/ddpm_digits.yaml", 90), Demo("gnn", "configs/gcn_karate.yaml", 20),
-         Demo("ppo", "configs/ppo_cartpole_tiny.yaml", 30))
+DEMOS = (
+    Demo("diffusion", "configs/ddpm_digits.yaml", 90),
+    Demo("gnn", "configs/gcn_karate.yaml", 20),
+    Demo("ppo", "configs/ppo_cartpole_tiny.yaml", 30),
+)
 
 
 @dataclass
@@ -63,13 +69,18 @@ def main(argv: list[str] | None = None) -> int:
     console, runner, folder = Console(highlight=False), Runner(), args.folder
     demos = [demo for demo in DEMOS if not args.only or demo.project in args.only]
     expected = duration(sum(demo.seconds for demo in demos))
-    console.print(f"[bold]{', '.join(demo.project for demo in demos)}[/]: about {expected} on two CPU cores. Ctrl-C stops cleanly.")
+    console.print(
+        f"[bold]{', '.join(demo.project for demo in demos)}[/]: about {expected} on two CPU cores. Ctrl-C stops "
+        "cleanly."
+    )
     notes, results = read_notes(folder / "demo.json"), {}
     for demo in demos:
         results[demo.project] = stages = []
         for stage in run_project(demo, args, runner, console):
             stages.append(stage)
-            write_json(folder / "demo.json", notes | {name: [asdict(s) for s in done] for name, done in results.items()})
+            write_json(
+                folder / "demo.json", notes | {name: [asdict(s) for s in done] for name, done in results.items()}
+            )
     shown = [folder / demo.project for demo in DEMOS if demo in demos or (folder / demo.project).is_dir()]
     report = build(shown, folder / "report.html", "Demo report")
     summarise(console, results)
@@ -88,7 +99,9 @@ def run_project(demo: Demo, args: argparse.Namespace, runner: Runner, console: C
         started = time.perf_counter()
         status, messages = runner.run([sys.executable, "-m", *command])
         seconds = round(time.perf_counter() - started, 1)
-        yield Stage(name, status, seconds, stopped=bool(runner.received and status), tail=tail(messages) if status else "")
+        yield Stage(
+            name, status, seconds, stopped=bool(runner.received and status), tail=tail(messages) if status else ""
+        )
         if status and name == "train":
             return
 
@@ -96,9 +109,13 @@ def run_project(demo: Demo, args: argparse.Namespace, runner: Runner, console: C
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; a mistake ends the program with status 2."""
     parser = argparse.ArgumentParser(prog="python -m common.demo", allow_abbrev=False)
-    parser.add_argument("--only", action="append", choices=[demo.project for demo in DEMOS], help="run this project; may be repeated")
+    parser.add_argument(
+        "--only", action="append", choices=[demo.project for demo in DEMOS], help="run this project; may be repeated"
+    )
     parser.add_argument("--resume", action="store_true", help="continue the last demo instead of starting afresh")
-    parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="where everything goes (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/demo"), help="where everything goes (default: %(default)s)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings passed to every training")
     args = parser.parse_intermixed_args(argv)
     if wrong := [item for item in args.overrides if "=" not in item]:
@@ -136,8 +153,9 @@ class Runner:
     def run(self, command: list[str]) -> tuple[int, str]:
         """Exit status and everything that was written to stderr.
 
-        stderr passes through here to be remembered; where ours is a terminal, so is the child's, and progress bars stay alive. The
-        child is a process group of its own: a Ctrl-C reaches it from here, once, for a second one would mean "leave at once".
+        stderr passes through here to be remembered; where ours is a terminal, so is the child's, and progress bars stay
+        alive. The child is a process group of its own: a Ctrl-C reaches it from here, once, for a second one would mean
+        "leave at once".
         """
         source, sink = pty.openpty() if sys.stderr.isatty() else os.pipe()
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -148,7 +166,8 @@ class Runner:
             self.child.send_signal(self.received)
         messages = b""
         while True:
-            ended = self.child.poll() is not None  # asked before reading, so that nothing written before the end is lost
+            # asked before reading, so that nothing written before the end is lost
+            ended = self.child.poll() is not None
             if select.select([source], [], [], 0.0 if ended else 0.2)[0]:
                 try:
                     chunk = os.read(source, 65536)
@@ -168,7 +187,9 @@ class Runner:
 
 
 def tail(messages: str) -> str:
-    """The end of a program's messages as it would stand on a screen: without escape codes and overwritten progress bars."""
+    """The end of a program's messages as it would stand on a screen: without escape codes and overwritten progress
+    bars.
+    """
     text = re.sub(r"\x1b\[[0-?]*[ -/]*[@-~]", "", messages)
     lines = [line.rstrip("\r").rsplit("\r", 1)[-1].rstrip() for line in text.split("\n")]
     return "\n".join(line for line in lines if line)[-TAIL:]
@@ -189,8 +210,15 @@ def summarise(console: Console, results: dict[str, list[Stage]]) -> None:
     table.add_column("total", justify="right")
     for project, stages in results.items():
         bad = next((stage for stage in stages if stage.status), None)
-        result = "[yellow]not run" if not stages else "[green]ok" if not bad else \
-            f"[yellow]{bad.stage} stopped" if bad.stopped else f"[red]{bad.stage} failed (exit status {bad.status})"
+        result = (
+            "[yellow]not run"
+            if not stages
+            else "[green]ok"
+            if not bad
+            else f"[yellow]{bad.stage} stopped"
+            if bad.stopped
+            else f"[red]{bad.stage} failed (exit status {bad.status})"
+        )
         times = ", ".join(f"{stage.stage} {duration(stage.seconds)}" for stage in stages)
         table.add_row(project, result, times, duration(sum(stage.seconds for stage in stages)))
     console.print(table)

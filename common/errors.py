@@ -17,7 +17,9 @@ class ProjectError(RuntimeError):
 
 
 def exits_cleanly(function: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a program's main function: `ProjectError` becomes `error: ...` and exit status 1, `ConfigError` the same with 2."""
+    """Wrap a program's main function: `ProjectError` becomes `error: ...` and exit status 1, `ConfigError` the same
+    with 2.
+    """
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:

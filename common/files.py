@@ -21,8 +21,9 @@ TEMPORARY = ".tmp-"  # prefix of unfinished files
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing that takes the place of `path` only once all of it is on the disk.
 
-    The bytes go to a temporary file in the same folder, then fsync, then `os.replace`, then fsync of the folder. After a crash
-    at any moment `path` holds either its old content or its new one. `ProjectError` for a full disk or a read-only folder.
+    The bytes go to a temporary file in the same folder, then fsync, then `os.replace`, then fsync of the folder. After
+    a crash at any moment `path` holds either its old content or its new one. `ProjectError` for a full disk or a
+    read-only folder.
     """
     temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{path.name}"
     try:
@@ -69,7 +70,9 @@ def sha256(path: Path) -> str:
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Rows as comma-separated values under one header, whole or not at all; what a row lacks stays empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n", restval="")
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n", restval=""
+    )
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())

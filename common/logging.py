@@ -23,7 +23,8 @@ class MetricLog:
 
     Args:
         folder: the run folder.
-        first_step: lines of this step and later are dropped: they were written after the checkpoint that a resumed run continues from.
+        first_step: lines of this step and later are dropped: they were written after the checkpoint that a resumed run
+            continues from.
         tensorboard: also write TensorBoard events into the folder.
         wandb: also log to this Weights & Biases project, if not empty.
     """
@@ -79,7 +80,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Display:
-    """A `rich` progress bar on a terminal; one plain line a logged step, or every few seconds, where output goes to a file."""
+    """A `rich` progress bar on a terminal; one plain line a logged step, or every few seconds, where output goes to
+    a file.
+    """
 
     def __init__(self, enabled: bool) -> None:
         self.console = Console(file=sys.stderr, quiet=not enabled)
@@ -94,8 +97,14 @@ class Display:
     def track(self, items: Iterable[T], total: int, label: str, done: int = 0, every: float = 10.0) -> Iterator[T]:
         """Iterate with a bar; without a terminal, a line about every `every` seconds (0 = none)."""
         if self.live:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-                       TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             with Progress(*columns, console=self.console, transient=True) as bar:
                 self.bar, self.task = bar, bar.add_task(label, total=total, completed=done, note="")
                 for item in items:

@@ -1,7 +1,7 @@
 """Mathematics that more than one project measures itself with. No networks, no files, no plots.
 
-Shape legend: N samples, D feature dimensions. Statistics are float64 throughout: a covariance of 2048 features has eigenvalues over
-more orders of magnitude than float32 has digits.
+Shape legend: N samples, D feature dimensions. Statistics are float64 throughout: a covariance of 2048 features has
+eigenvalues over more orders of magnitude than float32 has digits.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 class FeatureStatistics:
     """Mean and covariance of a stream of feature vectors, seen in batches of any size and in any order.
 
-    Only count, mean and scatter matrix S = sum_i (x_i - mean)(x_i - mean)^T are kept, on the CPU in float64, so that a million
-    vectors cost no more memory than one. Two such summaries merge exactly (Chan, Golub & LeVeque 1979), and a batch is merged the
-    same way. Unlike E[x x^T] - mean mean^T, this subtracts no two large, nearly equal numbers.
+    Only count, mean and scatter matrix S = sum_i (x_i - mean)(x_i - mean)^T are kept, on the CPU in float64, so that a
+    million vectors cost no more memory than one. Two such summaries merge exactly (Chan, Golub & LeVeque 1979), and a
+    batch is merged the same way. Unlike E[x x^T] - mean mean^T, this subtracts no two large, nearly equal numbers.
     """
 
     def __init__(self) -> None:
@@ -25,9 +25,13 @@ class FeatureStatistics:
         self._scatter: Tensor | None = None  # (D, D)
 
     def update(self, features: Tensor) -> FeatureStatistics:
-        """Add `features` (N, D) of any floating dtype on any device; returns self. ValueError on another shape or on NaN and infinity."""
+        """Add `features` (N, D) of any floating dtype on any device; returns self. ValueError on another shape or on
+        NaN and infinity.
+        """
         if features.ndim != 2 or not features.is_floating_point():
-            raise ValueError(f"features must be floating point of shape (N, D), got {features.dtype} {tuple(features.shape)}")
+            raise ValueError(
+                f"features must be floating point of shape (N, D), got {features.dtype} {tuple(features.shape)}"
+            )
         if len(features) == 0:
             return self
         features = features.detach()
@@ -50,7 +54,10 @@ class FeatureStatistics:
             self.count, self._mean, self._scatter = count, mean.clone(), scatter.clone()
             return
         if len(mean) != len(self._mean):
-            raise ValueError(f"features have {len(mean)} dimensions, but {len(self._mean)} before: use one feature extractor throughout")
+            raise ValueError(
+                f"features have {len(mean)} dimensions, but {len(self._mean)} before: use one feature extractor "
+                "throughout"
+            )
         total = self.count + count
         delta = mean - self._mean
         # Chan et al. 1979: each part's scatter about its own mean, plus that of the two means about the common one
@@ -99,13 +106,16 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
         |mean1 - mean2|^2 + tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2))
 
     Args: means (D,), covariances (D, D), symmetric and positive semi-definite; singular ones are fine.
-    cov1 cov2 is not symmetric, but has the eigenvalues of the symmetric cov1^(1/2) cov2 cov1^(1/2), so the trace of its root is the
-    sum of their square roots. Computed in float64 on the CPU. Not negative: rounding of identical inputs may dip below zero and is cut.
+    cov1 cov2 is not symmetric, but has the eigenvalues of the symmetric cov1^(1/2) cov2 cov1^(1/2), so the trace of its
+    root is the sum of their square roots. Computed in float64 on the CPU. Not negative: rounding of identical inputs
+    may dip below zero and is cut.
     """
     mean1, cov1, mean2, cov2 = (t.detach().cpu().double() for t in (mean1, cov1, mean2, cov2))
     if not (mean1.shape == mean2.shape and cov1.shape == cov2.shape == (len(mean1), len(mean1))):
-        raise ValueError(f"two Gaussians of one dimension expected, got means {tuple(mean1.shape)}, {tuple(mean2.shape)} "
-                         f"and covariances {tuple(cov1.shape)}, {tuple(cov2.shape)}")
+        raise ValueError(
+            f"two Gaussians of one dimension expected, got means {tuple(mean1.shape)}, {tuple(mean2.shape)} "
+            f"and covariances {tuple(cov1.shape)}, {tuple(cov2.shape)}"
+        )
     root = matrix_sqrt(cov1)
     product = root @ cov2 @ root
     eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)  # (D,)
@@ -117,28 +127,34 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
 def frechet_between(reference: FeatureStatistics, generated: FeatureStatistics, num_samples: int) -> float:
     """Frechet distance between two sets of features, provided that at least `num_samples` were generated.
 
-    The estimate is biased upwards by an amount that shrinks with the number of samples (Chong & Forsyth 2020), so a distance from
-    fewer samples than reported does not compare with anything: that is a ValueError, never a number.
+    The estimate is biased upwards by an amount that shrinks with the number of samples (Chong & Forsyth 2020), so a
+    distance from fewer samples than reported does not compare with anything: that is a ValueError, never a number.
     """
     if generated.count < num_samples:
-        raise ValueError(f"asked for {num_samples} generated samples, got {generated.count}: "
-                         "generate the rest, or ask for fewer (and report that number)")
+        raise ValueError(
+            f"asked for {num_samples} generated samples, got {generated.count}: "
+            "generate the rest, or ask for fewer (and report that number)"
+        )
     return frechet_distance(reference.mean, reference.cov, generated.mean, generated.cov)
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
-    """Mean of the middle half along the last axis: neither a lucky nor a failed run decides it (Agarwal et al. 2021). (..., N) -> (...).
+    """Mean of the middle half along the last axis: neither a lucky nor a failed run decides it (Agarwal et al. 2021).
+    (..., N) -> (...).
 
     A quarter of N rarely is a whole number: the runs at the cut count by the part of them that lies inside.
     """
     ordered = np.sort(np.asarray(values, dtype=np.float64), axis=-1)
     count = ordered.shape[-1]
     place = np.arange(count)
-    weight = np.clip(np.minimum(place + 1, 0.75 * count) - np.maximum(place, 0.25 * count), 0.0, 1.0)  # of each in the middle half
+    # of each in the middle half
+    weight = np.clip(np.minimum(place + 1, 0.75 * count) - np.maximum(place, 0.25 * count), 0.0, 1.0)
     return (ordered * weight).sum(axis=-1) / weight.sum()
 
 
-def bootstrap_interval(values, level: float = 0.95, seed: int = 0, num_resamples: int = 10_000, statistic=np.mean) -> tuple[float, float]:
+def bootstrap_interval(
+    values, level: float = 0.95, seed: int = 0, num_resamples: int = 10_000, statistic=np.mean
+) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of a statistic of `values`, a 1-D sequence of numbers (Efron 1979).
 
     `level` is the coverage in (0, 1); `statistic` takes a 1-D array. The same seed gives the same interval.

@@ -12,8 +12,15 @@ from typing import Any
 
 from PIL import Image
 
-COLUMNS = {"lr": "Learning rate", "grad_norm": "Gradient norm", "mfu": "Model FLOPs utilisation"}  # shown after everything else
-PICTURES = {".png": "image/png", ".gif": "image/gif", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+# shown after everything else
+COLUMNS = {"lr": "Learning rate", "grad_norm": "Gradient norm", "mfu": "Model FLOPs utilisation"}
+PICTURES = {
+    ".png": "image/png",
+    ".gif": "image/gif",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".webp": "image/webp",
+}
 MAX_PICTURE = 12 * 2**20  # bytes; a larger file would make the page slow to open
 THEMES = {"light": ("#2563eb", "#475569", "#e2e8f0"), "dark": ("#7dabff", "#a8b3c7", "#2a3446")}  # line, text, grid
 MAX_POINTS = 600  # of a curve; a screen shows no more
@@ -32,10 +39,13 @@ class Picture:
 
 def pictures_in(folder: Path) -> list[Path]:
     """Picture files of a folder, by the numbers in their names."""
+
     def natural(path: Path) -> list[Any]:
         return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
-    return sorted((p for p in folder.glob("*") if p.suffix.lower() in PICTURES and p.is_file() and p.name[0] != "."), key=natural)
+    return sorted(
+        (p for p in folder.glob("*") if p.suffix.lower() in PICTURES and p.is_file() and p.name[0] != "."), key=natural
+    )
 
 
 def spread(items: list[Path], count: int) -> list[Path]:
@@ -67,7 +77,9 @@ def data_uri(data: bytes, kind: str) -> str:
 
 
 def draw_curves(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
-    """One small SVG for each numeric column, in a light and a dark version: losses first, then results, then how the training went."""
+    """One small SVG for each numeric column, in a light and a dark version: losses first, then results, then how the
+    training went.
+    """
     columns: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for name, value in row.items():
@@ -75,14 +87,28 @@ def draw_curves(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
                 columns.setdefault(name, []).append((row["step"], float(value)))
 
     def order(name: str) -> int:
-        return 0 if name == "loss" else 1 if "loss" in name else 3 if name in COLUMNS else 4 if name.endswith("_per_second") else 2
+        return (
+            0
+            if name == "loss"
+            else 1
+            if "loss" in name
+            else 3
+            if name in COLUMNS
+            else 4
+            if name.endswith("_per_second")
+            else 2
+        )
 
-    return [(COLUMNS.get(name, words(name)), *(draw(columns[name], theme, noisy=name != "lr") for theme in THEMES.values()))
-            for name in sorted(columns, key=order)]
+    return [
+        (COLUMNS.get(name, words(name)), *(draw(columns[name], theme, noisy=name != "lr") for theme in THEMES.values()))
+        for name in sorted(columns, key=order)
+    ]
 
 
 def draw(points: list[tuple[int, float]], theme: tuple[str, str, str], noisy: bool) -> str:
-    """A curve as an SVG data URI: raw values faint, their moving average strong; a log axis where values span decades."""
+    """A curve as an SVG data URI: raw values faint, their moving average strong; a log axis where values span
+    decades.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -90,8 +116,19 @@ def draw(points: list[tuple[int, float]], theme: tuple[str, str, str], noisy: bo
 
     line, text, grid = theme
     steps, values = zip(*points[:: math.ceil(len(points) / MAX_POINTS)], strict=True)
-    with matplotlib.rc_context({"svg.hashsalt": "report", "font.size": 9, "text.color": text, "axes.edgecolor": grid, "xtick.color": text,
-                                "ytick.color": text, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False}):
+    with matplotlib.rc_context(
+        {
+            "svg.hashsalt": "report",
+            "font.size": 9,
+            "text.color": text,
+            "axes.edgecolor": grid,
+            "xtick.color": text,
+            "ytick.color": text,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.spines.left": False,
+        }
+    ):
         figure = Figure(figsize=(3.6, 2.1), layout="constrained")
         axes = figure.subplots()
         smooth = moving_average(values) if noisy and len(values) >= 8 else None
@@ -100,7 +137,11 @@ def draw(points: list[tuple[int, float]], theme: tuple[str, str, str], noisy: bo
         if smooth:
             axes.plot(steps, smooth, color=line, linewidth=1.8)
         ordered = sorted(values)
-        if noisy and ordered[0] > 0 and ordered[int(0.98 * (len(ordered) - 1))] > 20 * ordered[int(0.02 * len(ordered))]:
+        if (
+            noisy
+            and ordered[0] > 0
+            and ordered[int(0.98 * (len(ordered) - 1))] > 20 * ordered[int(0.02 * len(ordered))]
+        ):
             axes.set_yscale("log")
         axes.grid(color=grid, linewidth=0.8)
         axes.set_axisbelow(True)
@@ -113,7 +154,9 @@ def draw(points: list[tuple[int, float]], theme: tuple[str, str, str], noisy: bo
 
 
 def moving_average(values: tuple[float, ...]) -> list[float]:
-    """Exponential moving average over about a twentieth of the curve, without the bias of its start (Kingma & Ba 2015, section 3)."""
+    """Exponential moving average over about a twentieth of the curve, without the bias of its start (Kingma & Ba
+    2015, section 3).
+    """
     decay = 1 - 1 / max(3.0, len(values) / 20)
     total, weight, smooth = 0.0, 0.0, []
     for value in values:

@@ -1,7 +1,8 @@
 """One HTML page about any runs:  python -m common.report runs/demo/* --out runs/demo/report.html [--title "..."]
 
-The page is a single file: curves and pictures are embedded, and it asks nothing of the network. Whatever is missing or damaged in a
-run folder is named on the page instead of stopping it, so that a report can be made of a run that is still going on, or has failed.
+The page is a single file: curves and pictures are embedded, and it asks nothing of the network. Whatever is missing or
+damaged in a run folder is named on the page instead of stopping it, so that a report can be made of a run that is still
+going on, or has failed.
 """
 
 from __future__ import annotations
@@ -27,30 +28,68 @@ from common.pictures import Picture, draw_curves, embed, number, pictures_in, sp
 
 # name in eval.json -> (words, which way is better); names that are not here show as they are
 METRICS = {
-    "fid": ("FID", "lower"), "fd_floor": ("Fréchet distance of held-out images", "floor"),
-    "inception_score": ("Inception score", "higher"), "classifier_score": ("Classifier score", "higher"),
+    "fid": ("FID", "lower"),
+    "fd_floor": ("Fréchet distance of held-out images", "floor"),
+    "inception_score": ("Inception score", "higher"),
+    "classifier_score": ("Classifier score", "higher"),
     "conditional_accuracy": ("Accuracy of the requested class", "higher"),
-    "classifier_test_accuracy": ("Test accuracy of the judging classifier", ""), "precision": ("Precision", "higher"),
-    "recall": ("Recall", "higher"), "density": ("Density", "higher"), "coverage": ("Coverage", "higher"),
-    "nearest_train_rms": ("Distance to the nearest training image", ""), "test_accuracy": ("Test accuracy", "higher"),
-    "val_accuracy": ("Validation accuracy", "higher"), "test_macro_f1": ("Test macro-F1", "higher"),
-    "ari": ("Adjusted Rand index", "higher"), "conductance": ("Conductance", "lower"),
-    "auc": ("AUC", "higher"), "ap": ("Average precision", "higher"),
-    "mrr": ("Mean reciprocal rank", "higher"), "modularity": ("Modularity", "higher"), "nmi": ("Normalised mutual information", "higher"),
-    "return_mean": ("Mean return", "higher"), "return_mean_stochastic": ("Mean return, sampled actions", "higher"),
-    "episodes_to_solve": ("Episodes to solve", "lower"), "elbo": ("ELBO (nats)", "higher"),
-    "log_likelihood": ("Log-likelihood (nats)", "higher"), "bits_per_dim": ("Bits per dimension", "lower"),
-    "mig": ("Mutual information gap", "higher"), "dci": ("DCI disentanglement", "higher"),
-    "zero_shot_top1": ("Zero-shot accuracy", "higher"), "r1_t2i": ("Recall@1, text to image", "higher"),
-    "r1_i2t": ("Recall@1, image to text", "higher"), "mrr_at_10": ("MRR@10", "higher"), "ndcg_at_10": ("nDCG@10", "higher"),
-    "em_closed_book": ("Exact match, closed book", "higher"), "em_retrieved": ("Exact match, retrieved passages", "higher"),
-    "em_gold": ("Exact match, gold passages", "higher"), "accuracy": ("Accuracy", "higher"),
-    "matthews": ("Matthews correlation", "higher"), "bleu": ("BLEU", "higher"), "perplexity": ("Perplexity", "lower"),
+    "classifier_test_accuracy": ("Test accuracy of the judging classifier", ""),
+    "precision": ("Precision", "higher"),
+    "recall": ("Recall", "higher"),
+    "density": ("Density", "higher"),
+    "coverage": ("Coverage", "higher"),
+    "nearest_train_rms": ("Distance to the nearest training image", ""),
+    "test_accuracy": ("Test accuracy", "higher"),
+    "val_accuracy": ("Validation accuracy", "higher"),
+    "test_macro_f1": ("Test macro-F1", "higher"),
+    "ari": ("Adjusted Rand index", "higher"),
+    "conductance": ("Conductance", "lower"),
+    "auc": ("AUC", "higher"),
+    "ap": ("Average precision", "higher"),
+    "mrr": ("Mean reciprocal rank", "higher"),
+    "modularity": ("Modularity", "higher"),
+    "nmi": ("Normalised mutual information", "higher"),
+    "return_mean": ("Mean return", "higher"),
+    "return_mean_stochastic": ("Mean return, sampled actions", "higher"),
+    "episodes_to_solve": ("Episodes to solve", "lower"),
+    "elbo": ("ELBO (nats)", "higher"),
+    "log_likelihood": ("Log-likelihood (nats)", "higher"),
+    "bits_per_dim": ("Bits per dimension", "lower"),
+    "mig": ("Mutual information gap", "higher"),
+    "dci": ("DCI disentanglement", "higher"),
+    "zero_shot_top1": ("Zero-shot accuracy", "higher"),
+    "r1_t2i": ("Recall@1, text to image", "higher"),
+    "r1_i2t": ("Recall@1, image to text", "higher"),
+    "mrr_at_10": ("MRR@10", "higher"),
+    "ndcg_at_10": ("nDCG@10", "higher"),
+    "em_closed_book": ("Exact match, closed book", "higher"),
+    "em_retrieved": ("Exact match, retrieved passages", "higher"),
+    "em_gold": ("Exact match, gold passages", "higher"),
+    "accuracy": ("Accuracy", "higher"),
+    "matthews": ("Matthews correlation", "higher"),
+    "bleu": ("BLEU", "higher"),
+    "perplexity": ("Perplexity", "lower"),
     "nearest_train_rms_test_images": ("The same distance for held-out images", ""),
 }
 # the first two of these that a run has lead; a name with _ at its end is a prefix
-HEADLINES = ("fid", "fd_", "conditional_accuracy", "test_accuracy", "auc", "return_mean", "elbo", "bits_per_dim", "zero_shot_top1",
-             "r1_t2i", "recall_at_", "em_retrieved", "accuracy", "matthews", "bleu", "perplexity")
+HEADLINES = (
+    "fid",
+    "fd_",
+    "conditional_accuracy",
+    "test_accuracy",
+    "auc",
+    "return_mean",
+    "elbo",
+    "bits_per_dim",
+    "zero_shot_top1",
+    "r1_t2i",
+    "recall_at_",
+    "em_retrieved",
+    "accuracy",
+    "matthews",
+    "bleu",
+    "perplexity",
+)
 
 
 @dataclass
@@ -101,9 +140,13 @@ class RunView:
 @exits_cleanly
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m common.report", description="One self-contained HTML page about runs.")
+    parser = argparse.ArgumentParser(
+        prog="python -m common.report", description="One self-contained HTML page about runs."
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="run folders; files among them are passed over")
-    parser.add_argument("--out", type=Path, default=Path("runs/report.html"), help="where to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/report.html"), help="where to write (default: %(default)s)"
+    )
     parser.add_argument("--title", default="Training report")
     args = parser.parse_args()
     folders = [path for path in args.runs if not path.is_file()]
@@ -118,12 +161,14 @@ def build(folders: list[Path], out: Path, title: str = "Training report") -> Pat
     templates = FileSystemLoader(Path(__file__).parent / "templates")
     environment = Environment(loader=templates, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"duration": duration, "thousands": lambda n: f"{n:,}"}
-    page = environment.get_template("report.html.j2").render(title=title, runs=runs, written=time.strftime("%Y-%m-%d %H:%M"))
+    page = environment.get_template("report.html.j2").render(
+        title=title, runs=runs, written=time.strftime("%Y-%m-%d %H:%M")
+    )
     write_text(out, page)
     return out
 
 
-# -- reading a run folder ------------------------------------------------------------------------------------------------------------------
+# -- reading a run folder ----------------------------------------------------------------------------------------------
 
 
 def read_run(folder: Path) -> RunView:
@@ -136,13 +181,18 @@ def read_run(folder: Path) -> RunView:
     view.settings = read(folder / "config.yaml", lambda path: path.read_text(encoding="utf-8"), "", view)
     lines = read(folder / "metrics.jsonl", read_metrics, [], view)
     rows = [row for row in lines if isinstance(row, dict) and isinstance(row.get("step"), int)]
-    view.total, view.done = int(env.get("total_steps") or total_steps(view.settings)), max((row["step"] for row in rows), default=0)
+    view.total, view.done = (
+        int(env.get("total_steps") or total_steps(view.settings)),
+        max((row["step"] for row in rows), default=0),
+    )
     view.curves = draw_curves(rows)
     if rows and not view.curves:
         view.missing.append("metrics.jsonl holds no numbers to draw")
     values = evaluation.get("metrics")
     view.metrics, view.headlines = metric_rows(values if isinstance(values, dict) else {})
-    view.evaluation = [(words(key), plain(value)) for key, value in evaluation.items() if key not in ("project", "config", "metrics")]
+    view.evaluation = [
+        (words(key), plain(value)) for key, value in evaluation.items() if key not in ("project", "config", "metrics")
+    ]
     view.samples = embed_all(spread(pictures_in(folder / "samples"), 7), view)
     view.figures = embed_all(pictures_in(folder / "figures"), view)
     if not view.samples and not view.figures:
@@ -204,7 +254,9 @@ def total_steps(settings: str) -> int:
 
 
 def read_stages(folder: Path, evaluation: dict[str, Any]) -> tuple[list[tuple[str, float]], dict[str, Any] | None]:
-    """Seconds by stage and the failed stage, as `common.demo` noted them beside the run; else from the run folder's own files."""
+    """Seconds by stage and the failed stage, as `common.demo` noted them beside the run; else from the run folder's
+    own files.
+    """
     noted = read_json(folder.parent / "demo.json", RunView("")).get(folder.name)
     if isinstance(noted, list) and all(isinstance(stage, dict) for stage in noted):
         times = [(str(stage.get("stage")), float(number(stage.get("seconds")) or 0)) for stage in noted]
@@ -219,11 +271,12 @@ def read_stages(folder: Path, evaluation: dict[str, Any]) -> tuple[list[tuple[st
 def environment_rows(env: dict[str, Any]) -> list[tuple[str, str]]:
     """env.json as rows of text; the versions of packages become one row each."""
     versions = env.get("versions") if isinstance(env.get("versions"), dict) else {}
-    return [(words(key), plain(value)) for key, value in env.items() if key != "versions" and value is not None] + \
-           [(str(key), plain(value)) for key, value in versions.items()]
+    return [(words(key), plain(value)) for key, value in env.items() if key != "versions" and value is not None] + [
+        (str(key), plain(value)) for key, value in versions.items()
+    ]
 
 
-# -- numbers and words ---------------------------------------------------------------------------------------------------------------------
+# -- numbers and words -------------------------------------------------------------------------------------------------
 
 
 def metric_rows(metrics: dict[str, Any]) -> tuple[list[Metric], list[Metric]]:
@@ -237,17 +290,27 @@ def metric_rows(metrics: dict[str, Any]) -> tuple[list[Metric], list[Metric]]:
         spread_of = number(metrics.get(f"{name}_std"))
         text = numeral(value, percent) + (f" ± {numeral(spread_of, percent)}" if spread_of is not None else "")
         rows[name] = Metric(label, text, better)
-    leading = [name for key in HEADLINES for name in rows
-               if name == key or (key.endswith("_") and name.startswith(key) and name != "fd_floor")]
+    leading = [
+        name
+        for key in HEADLINES
+        for name in rows
+        if name == key or (key.endswith("_") and name.startswith(key) and name != "fd_floor")
+    ]
     return list(rows.values()), [rows[name] for name in (leading or list(rows))[:2]]
 
 
 def describe(name: str) -> tuple[str, str]:
-    """Words for a metric's name, and which way is better: "lower", "higher", "floor" (what nothing can beat) or nothing."""
+    """Words for a metric's name, and which way is better: "lower", "higher", "floor" (what nothing can beat) or
+    nothing.
+    """
     if name in METRICS:
         return METRICS[name]
-    for pattern, text, better in ((r"fd_(\w+)", "Fréchet distance, {}", "lower"), (r"recall_at_(\d+)", "Recall@{}", "higher"),
-                                  (r"r(\d+_\w2\w)", "Recall@{}", "higher"), (r"f1_(\w+)", "F1, {}", "higher")):
+    for pattern, text, better in (
+        (r"fd_(\w+)", "Fréchet distance, {}", "lower"),
+        (r"recall_at_(\d+)", "Recall@{}", "higher"),
+        (r"r(\d+_\w2\w)", "Recall@{}", "higher"),
+        (r"f1_(\w+)", "F1, {}", "higher"),
+    ):
         if match := re.fullmatch(pattern, name):
             return text.format(match.group(1).replace("_", " ")), better
     return words(name), ""

@@ -27,7 +27,8 @@ from common.logging import Display, MetricLog
 from common.signals import Stopped, StopSignals
 
 T = TypeVar("T")
-FREE_KEYS = ("run_dir", "data_root", "device", "compile", "keep_last", "keep_every", "tensorboard", "wandb")  # may differ on resume
+# may differ on resume
+FREE_KEYS = ("run_dir", "data_root", "device", "compile", "keep_last", "keep_every", "tensorboard", "wandb")
 FREE_SECTIONS = ("sample", "eval")
 
 
@@ -49,7 +50,12 @@ class Run:
         self.config, self.options = config, options
         self.folder = Path(config.run_dir)
         self.machine = runtime.start(config)
-        self.device, self.rank, self.world, self.is_main = self.machine.device, self.machine.rank, self.machine.world, self.machine.is_main
+        self.device, self.rank, self.world, self.is_main = (
+            self.machine.device,
+            self.machine.rank,
+            self.machine.world,
+            self.machine.is_main,
+        )
         self.signals = StopSignals()
         self.display = Display(self.is_main)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_last, config.keep_every)
@@ -66,7 +72,9 @@ class Run:
 
     @classmethod
     def start(cls, config: BaseConfig, options: Options) -> Run:
-        """Open the run folder: a new one, or with --resume an old one. Refuses to write over an earlier run unless told to."""
+        """Open the run folder: a new one, or with --resume an old one. Refuses to write over an earlier run unless
+        told to.
+        """
         run = cls(config, options)
         problem = ""
         if run.is_main:
@@ -76,8 +84,11 @@ class Run:
                 problem = str(error)
         if run.machine.any(bool(problem)):
             raise ProjectError(problem or "the main process could not open the run folder")
-        run.display.say(f"{run.folder}: {run.device}, {str(run.machine.amp_dtype or torch.get_default_dtype()).removeprefix('torch.')}"
-                        + (f", {run.world} processes" if run.world > 1 else ""))
+        run.display.say(
+            f"{run.folder}: {run.device}, "
+            f"{str(run.machine.amp_dtype or torch.get_default_dtype()).removeprefix('torch.')}"
+            + (f", {run.world} processes" if run.world > 1 else "")
+        )
         return run
 
     def __enter__(self) -> Run:
@@ -93,32 +104,43 @@ class Run:
             self.display.say(f"stopped by {self.signals.received}{after}")
             sys.exit(self.signals.exit_code)
 
-    # -- models and randomness ---------------------------------------------------------------------------------------------------
+    # -- models and randomness -----------------------------------------------------------------------------------------
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model to call in the loop: the same weights, wrapped for several processes and compiled as the config asks."""
+        """The model to call in the loop: the same weights, wrapped for several processes and compiled as the config
+        asks.
+        """
         net: nn.Module = model
         if self.world > 1:
-            net = nn.parallel.DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+            net = nn.parallel.DistributedDataParallel(
+                model, device_ids=[self.device] if self.device.type == "cuda" else None
+            )
         return torch.compile(net) if self.config.compile else net
 
     def generator(self, *numbers: int) -> torch.Generator:
-        """A generator on the device whose stream depends on the run's seed and these numbers only; equal in every process."""
+        """A generator on the device whose stream depends on the run's seed and these numbers only; equal in every
+        process.
+        """
         return torch.Generator(self.device).manual_seed(runtime.fold(self.config.seed, *numbers))
 
     def shard(self, batch: Tensor) -> Tensor:
-        """This process's rows of a batch that every process has drawn alike. `ConfigError` if it cannot be divided evenly."""
+        """This process's rows of a batch that every process has drawn alike. `ConfigError` if it cannot be divided
+        evenly.
+        """
         size, rest = divmod(len(batch), self.world)
         if rest:
-            raise ConfigError("train.batch_size", f"{len(batch)} must be divisible by the number of processes, {self.world}")
+            raise ConfigError(
+                "train.batch_size", f"{len(batch)} must be divisible by the number of processes, {self.world}"
+            )
         return batch[self.rank * size : (self.rank + 1) * size]
 
-    # -- the loop ----------------------------------------------------------------------------------------------------------------
+    # -- the loop ------------------------------------------------------------------------------------------------------
 
     def steps(self, done: int, total: int) -> Iterator[int]:
         """Step numbers done+1 to total. After a stop signal it ends as soon as the loop has saved.
 
-        The global generators are seeded anew from (seed, step, process) before each step, so that dropout does not depend on history.
+        The global generators are seeded anew from (seed, step, process) before each step, so that dropout does not
+        depend on history.
         """
         self.total, self.step, self.saved_step = total, done, done
         if self.is_main and self.log_file:  # what the report compares the last logged step with
@@ -135,11 +157,15 @@ class Run:
 
     @property
     def stopping(self) -> bool:
-        """Whether a stop signal has arrived; with several processes, whether they have all seen that one of them got it."""
+        """Whether a stop signal has arrived; with several processes, whether they have all seen that one of them got
+        it.
+        """
         return self._agreed_to_stop if self.world > 1 else self.signals.received is not None
 
     def due(self, step: int, every: int) -> bool:
-        """Whether something that happens every so many steps happens at this one; the last step counts, 0 means never."""
+        """Whether something that happens every so many steps happens at this one; the last step counts, 0 means
+        never.
+        """
         return every > 0 and (step % every == 0 or step == self.total)
 
     def save_due(self, step: int, every: int) -> bool:
@@ -149,8 +175,9 @@ class Run:
     def optimize(self, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float = 0.0) -> Tensor:
         """Clip the gradients and step, unless the loss or a gradient is not finite.
 
-        On a CPU that raises `NonFinite` at once. On a GPU asking would make the host wait for the device at every step, so a fused
-        optimizer is told to skip from the first bad step on, and the error is raised when a line is logged or a checkpoint is due.
+        On a CPU that raises `NonFinite` at once. On a GPU asking would make the host wait for the device at every step,
+        so a fused optimizer is told to skip from the first bad step on, and the error is raised when a line is logged
+        or a checkpoint is due.
 
         Args:
             loss: the loss of this step, detached or not; only looked at.
@@ -161,15 +188,18 @@ class Run:
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-        self._agreed_to_stop = self.machine.any(self.signals.received is not None)  # no need to agree on `bad`: gradients are shared
-        if self.device.type == "cpu" and not self.scaler.is_enabled():  # numbers at hand: asking them costs less than keeping books
+        # no need to agree on `bad`: gradients are shared
+        self._agreed_to_stop = self.machine.any(self.signals.received is not None)
+        # numbers at hand: asking them costs less than keeping books
+        if self.device.type == "cpu" and not self.scaler.is_enabled():
             if not (math.isfinite(norm) and math.isfinite(loss.detach())):
                 self._bad.fill_(float(self.step))
                 self._check_finite(loss, norm)
             optimizer.step()
             return norm
         bad = ~torch.isfinite(loss.detach())
-        if not self.scaler.is_enabled():  # under fp16 an overflow is the scaler's business: it skips the step and halves its factor
+        # under fp16 an overflow is the scaler's business: it skips the step and halves its factor
+        if not self.scaler.is_enabled():
             bad |= ~torch.isfinite(norm)
         self._bad = torch.where((self._bad == 0) & bad, float(self.step), self._bad)
         if self.device.type == "cuda" and optimizer.defaults.get("fused"):
@@ -183,13 +213,18 @@ class Run:
     def _check_finite(self, loss: Tensor | None = None, norm: Tensor | None = None) -> None:
         bad = int(self._bad)
         if bad:
-            values = f" (loss {float(loss.detach()):.4g}, gradient norm {float(norm):.4g})" if loss is not None and norm is not None else ""
+            values = (
+                f" (loss {float(loss.detach()):.4g}, gradient norm {float(norm):.4g})"
+                if loss is not None and norm is not None
+                else ""
+            )
             last = self.checkpoints.newest_step()
             good = f"last good checkpoint: {self.checkpoints.path(last)} (step {last})" if last else "no checkpoint yet"
             raise NonFinite(f"loss or gradient is not finite at step {bad}{values}; nothing was updated; {good}")
 
     def log(self, step: int, every: int, units: dict[str, int] | None = None, **values: Tensor | float) -> None:
-        """Write a line of metrics if one is due. Tensors are read from the device, and averaged over the processes, only then.
+        """Write a line of metrics if one is due. Tensors are read from the device, and averaged over the processes,
+        only then.
 
         Args:
             units: work a step, such as {"images": 128}; logged as `images_per_second` since the last line.
@@ -197,7 +232,8 @@ class Run:
         if not self.due(step, every):
             return
         self._check_finite()
-        row = {name: self._mean(value) for name, value in values.items()}  # reading waits for the device, so the clock comes after
+        # reading waits for the device, so the clock comes after
+        row = {name: self._mean(value) for name, value in values.items()}
         (last_step, last_time), now = self._last_log, time.perf_counter()
         rate = (step - last_step) / max(now - last_time, 1e-9)
         row |= {f"{name}_per_second": rate * amount for name, amount in (units or {}).items()}
@@ -221,11 +257,13 @@ class Run:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A part of a step, such as drawing samples, that a stop signal may cut short; the loop goes on to its checkpoint."""
+        """A part of a step, such as drawing samples, that a stop signal may cut short; the loop goes on to its
+        checkpoint.
+        """
         with contextlib.suppress(Stopped):
             yield
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------------------
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self, step: int, best: bool = False, **parts: Any) -> None:
         """Write a checkpoint of everything that has a `state_dict`, and of plain values; the main process writes."""
@@ -233,13 +271,24 @@ class Run:
         self.saved_step = step
         if self.is_main:
             state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
-            self.checkpoints.save(step, {"step": step, "config": to_yaml(self.config), "rng": runtime.rng_state(),
-                                         "scaler": self.scaler.state_dict(), "parts": state}, best)
+            self.checkpoints.save(
+                step,
+                {
+                    "step": step,
+                    "config": to_yaml(self.config),
+                    "rng": runtime.rng_state(),
+                    "scaler": self.scaler.state_dict(),
+                    "parts": state,
+                },
+                best,
+            )
 
     def resume(self, **parts: Any) -> int:
-        """With --resume, load the newest whole checkpoint into `parts`; returns the number of steps done, 0 for a fresh start.
+        """With --resume, load the newest whole checkpoint into `parts`; returns the number of steps done, 0 for a fresh
+        start.
 
-        An optimizer gets its moments back; its learning rate, betas and so on stay those of the config, which may have changed.
+        An optimizer gets its moments back; its learning rate, betas and so on stay those of the config, which may have
+        changed.
         """
         state = self.checkpoints.load_newest() if self.options.resume else None
         if self.options.resume and state is None and self.checkpoints.list():
@@ -252,7 +301,9 @@ class Run:
                         saved = {**saved, "param_groups": part.state_dict()["param_groups"]}
                     part.load_state_dict(saved)
                 except (KeyError, ValueError, RuntimeError) as error:
-                    raise CheckpointError(f"{self.checkpoints.folder}: {name} does not fit: {str(error).splitlines()[0]}") from None
+                    raise CheckpointError(
+                        f"{self.checkpoints.folder}: {name} does not fit: {str(error).splitlines()[0]}"
+                    ) from None
             if state["scaler"]:  # empty unless the run was in fp16
                 self.scaler.load_state_dict(state["scaler"])
             runtime.set_rng_state(state["rng"])
@@ -273,12 +324,17 @@ class Run:
                 raise ProjectError(f"cannot delete {self.folder}: {error.strerror}") from error
         if self.checkpoints.list() and not self.options.resume:
             step = self.checkpoints.newest_step()
-            raise ProjectError(f"{self.folder} holds a run at step {step}: add --resume to go on, --overwrite to delete it, or run_dir=...")
+            raise ProjectError(
+                f"{self.folder} holds a run at step {step}: add --resume to go on, --overwrite to delete it, or "
+                "run_dir=..."
+            )
         if self.options.resume and earlier.exists():
             try:
                 old = resolve(type(self.config), earlier)
             except UNUSABLE as error:
-                raise ProjectError(f"cannot compare with the config of the run: {explain(error, type(self.config), earlier)}") from error
+                raise ProjectError(
+                    f"cannot compare with the config of the run: {explain(error, type(self.config), earlier)}"
+                ) from error
             refuse_changes(old, self.config, self.display.say)
         try:
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
@@ -293,11 +349,15 @@ class Run:
 def refuse_changes(old: BaseConfig, new: BaseConfig, say: Any) -> None:
     """Compare the config a run was started with to the one it is resumed with.
 
-    `ProjectError` showing the difference if the model section changed; a line for each other change that alters the training.
+    `ProjectError` showing the difference if the model section changed; a line for each other change that alters the
+    training.
     """
     before, after = flatten(old), flatten(new)
-    model = [difflib.ndiff([f"{key}: {before.get(key)}"], [f"{key}: {value}"]) for key, value in after.items()
-             if key.startswith("model.") and before.get(key) != value]
+    model = [
+        difflib.ndiff([f"{key}: {before.get(key)}"], [f"{key}: {value}"])
+        for key, value in after.items()
+        if key.startswith("model.") and before.get(key) != value
+    ]
     if model:
         lines = "\n".join(line for pair in model for line in pair if line[0] in "-+")
         raise ProjectError(f"the checkpoints in {new.run_dir} are of another model; nothing was changed\n{lines}")

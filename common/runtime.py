@@ -19,7 +19,13 @@ import torch.distributed as dist
 from common.config import BaseConfig, ConfigError
 
 PEAK_BF16_FLOPS = {  # dense bf16 tensor-core peak, FLOP/s, from NVIDIA's data sheets (SXM variants)
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
 }
 
 
@@ -110,8 +116,12 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU has bfloat16 dot products (AVX512-BF16 or AMX), so that bf16 is faster and not merely emulated."""
-    return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    """Whether this CPU has bfloat16 dot products (AVX512-BF16 or AMX), so that bf16 is faster and not merely
+    emulated.
+    """
+    return any(
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    )
 
 
 def use_threads(count: int) -> None:
@@ -134,8 +144,8 @@ def fold(*numbers: int) -> int:
 def seed_generators(device: torch.device, *numbers: int) -> None:
     """Seed PyTorch's global generators of the CPU and of `device` from these integers.
 
-    `torch.manual_seed` gives the CPU the same stream, but notes a stack trace for each GPU library that is not in use yet: half a
-    millisecond, more than a training step of a small graph network.
+    `torch.manual_seed` gives the CPU the same stream, but notes a stack trace for each GPU library that is not in use
+    yet: half a millisecond, more than a training step of a small graph network.
     """
     seed = fold(*numbers)
     torch.default_generator.manual_seed(seed)
@@ -173,17 +183,33 @@ def environment(runtime: Runtime) -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = {"python": platform.python_version()}
-    for package in ("torch", "torchvision", "numpy", "omegaconf", "torchmetrics", "torch-fidelity", "torch-geometric", "numba",
-                    "gymnasium", "ale-py", "envpool"):
+    for package in (
+        "torch",
+        "torchvision",
+        "numpy",
+        "omegaconf",
+        "torchmetrics",
+        "torch-fidelity",
+        "torch-geometric",
+        "numba",
+        "gymnasium",
+        "ale-py",
+        "envpool",
+    ):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
     name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else _cpu_name()
     return {
         "command": " ".join([sys.orig_argv[0].rsplit("/", 1)[-1], *sys.orig_argv[1:]]),
         "commit": _commit(),
-        "device": str(runtime.device), "device_name": name, "threads": torch.get_num_threads(), "processes": runtime.world,
+        "device": str(runtime.device),
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "processes": runtime.world,
         "precision": str(runtime.amp_dtype or torch.get_default_dtype()).removeprefix("torch."),
-        "platform": platform.platform(), "versions": versions, "cuda": torch.version.cuda if runtime.device.type == "cuda" else None,
+        "platform": platform.platform(),
+        "versions": versions,
+        "cuda": torch.version.cuda if runtime.device.type == "cuda" else None,
     }
 
 

@@ -1,8 +1,9 @@
-"""Classifiers whose features measure generated images where the Inception network is absent or says little (digits, for instance).
+"""Classifiers whose features measure generated images where the Inception network is absent or says little (digits, for
+instance).
 
-`ResNet20` is the CIFAR-10 network of He et al. 2016 and loads a public checkpoint. `SmallCNN` is trained on the spot, in about a minute
-on one CPU core for MNIST, and kept in a cache. Both map uint8 images to (features, log-probabilities), and judge only: nothing here is
-trained together with the diffusion model.
+`ResNet20` is the CIFAR-10 network of He et al. 2016 and loads a public checkpoint. `SmallCNN` is trained on the spot,
+in about a minute on one CPU core for MNIST, and kept in a cache. Both map uint8 images to (features,
+log-probabilities), and judge only: nothing here is trained together with the diffusion model.
 
 Shape legend: B images, C channels, H x W pixels, D features, K classes.
 """
@@ -27,11 +28,17 @@ from common.runtime import choose_precision
 
 logger = logging.getLogger(__name__)
 
-RECIPE = {"architecture": "small-cnn-1", "widths": [32, 64, 128],
-          "images_seen": 240_000, "epochs": [4, 20], "lr": 0.01, "weight_decay": 0.02}
+RECIPE = {
+    "architecture": "small-cnn-1",
+    "widths": [32, 64, 128],
+    "images_seen": 240_000,
+    "epochs": [4, 20],
+    "lr": 0.01,
+    "weight_decay": 0.02,
+}
 
 
-# -- ResNet-20 -----------------------------------------------------------------------------------------------------------------------
+# -- ResNet-20 ---------------------------------------------------------------------------------------------------------
 
 
 class ResidualBlock(nn.Module):
@@ -48,15 +55,20 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, channels, H / stride, W / stride)
         h = F.relu(self.bn1(self.conv1(x)))
         h = self.bn2(self.conv2(h))
-        # option A: every stride-th pixel, and zeros for the new channels, half of them before the old ones and half after
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.new_channels // 2, self.new_channels // 2))
+        # option A: every stride-th pixel, and zeros for the new channels, half of them before the old ones and half
+        # after
+        shortcut = F.pad(
+            x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.new_channels // 2, self.new_channels // 2)
+        )
         return F.relu(h + shortcut)
 
 
 class ResNet20(nn.Module):
-    """The 0.27M parameter CIFAR-10 network of He et al. 2016, section 4.2. uint8 (B, 1 or 3, H, W) -> features (B, 64), log-probs (B, 10).
+    """The 0.27M parameter CIFAR-10 network of He et al. 2016, section 4.2. uint8 (B, 1 or 3, H, W) -> features (B, 64),
+    log-probs (B, 10).
 
-    The features are the averages that the last linear layer reads. Greyscale images are repeated over the three channels.
+    The features are the averages that the last linear layer reads. Greyscale images are repeated over the three
+    channels.
     """
 
     name = "fd_resnet20"
@@ -76,8 +88,11 @@ class ResNet20(nn.Module):
 
     @staticmethod
     def _stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(ResidualBlock(in_channels, channels, stride), ResidualBlock(channels, channels, 1),
-                             ResidualBlock(channels, channels, 1))
+        return nn.Sequential(
+            ResidualBlock(in_channels, channels, stride),
+            ResidualBlock(channels, channels, 1),
+            ResidualBlock(channels, channels, 1),
+        )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = images.expand(-1, 3, -1, -1)  # (B, 1 or 3, H, W) -> (B, 3, H, W)
@@ -91,34 +106,43 @@ class ResNet20(nn.Module):
 def load_resnet20(path: Path) -> ResNet20:
     """The network with the weights at `path`, in evaluation mode.
 
-    `path` is a file, or a folder that holds resnet20*.th: a checkpoint {"state_dict": ...} of github.com/akamaster/pytorch_resnet_cifar10,
-    whose keys carry the prefix "module." of a data-parallel wrapper. `ProjectError` when it is missing or something else.
+    `path` is a file, or a folder that holds resnet20*.th: a checkpoint {"state_dict": ...} of
+    github.com/akamaster/pytorch_resnet_cifar10, whose keys carry the prefix "module." of a data-parallel wrapper.
+    `ProjectError` when it is missing or something else.
     """
     files = sorted(path.glob("resnet20*.th")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise ProjectError(f"no ResNet-20 weights at {path}: put resnet20-12fca82f.th of github.com/akamaster/pytorch_resnet_cifar10 "
-                           "there, or choose eval.features=classifier")
+        raise ProjectError(
+            f"no ResNet-20 weights at {path}: put resnet20-12fca82f.th of github.com/akamaster/pytorch_resnet_cifar10 "
+            "there, or choose eval.features=classifier"
+        )
     network, checkpoint = ResNet20(), load_tensors(files[0])
     try:
-        network.load_state_dict({name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()})
+        network.load_state_dict(
+            {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
+        )
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ProjectError(f"{files[0]} is not a ResNet-20 checkpoint: other tensors than expected") from error
     return network.eval().requires_grad_(False)
 
 
 def load_tensors(path: Path) -> Any:
-    """What `torch.save` wrote to `path`. `ProjectError` when it is damaged or holds anything but tensors, which could run code."""
+    """What `torch.save` wrote to `path`. `ProjectError` when it is damaged or holds anything but tensors, which
+    could run code.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # anything from EOFError to UnpicklingError, depending on where the damage is
         raise ProjectError(f"{path} is damaged, or holds more than tensors: {type(error).__name__}") from error
 
 
-# -- a classifier trained on the spot ------------------------------------------------------------------------------------------------
+# -- a classifier trained on the spot ----------------------------------------------------------------------------------
 
 
 class SmallCNN(nn.Module):
-    """A 0.13M parameter network for images of any size. uint8 (B, C, H, W) -> features (B, 128), log-probabilities (B, K)."""
+    """A 0.13M parameter network for images of any size. uint8 (B, C, H, W) -> features (B, 128), log-probabilities
+    (B, K).
+    """
 
     def __init__(self, name: str, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -126,7 +150,8 @@ class SmallCNN(nn.Module):
         self.name = name
         self.test_accuracy: float | None = None
         self.body = nn.Sequential(
-            nn.PixelUnshuffle(2),  # (B, C, H, W) -> (B, 4 C, H / 2, W / 2): most of the cost of a network is at full resolution
+            # (B, C, H, W) -> (B, 4 C, H / 2, W / 2): most of the cost of a network is at full resolution
+            nn.PixelUnshuffle(2),
             self._block(4 * channels, narrow, stride=1),
             self._block(narrow, middle, stride=2),
             self._block(middle, middle, stride=1),
@@ -136,7 +161,9 @@ class SmallCNN(nn.Module):
 
     @staticmethod
     def _block(in_channels: int, channels: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+        return nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()
+        )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features, logits = self.classify(self.normalise(images))
@@ -158,24 +185,34 @@ class SmallCNN(nn.Module):
 
 
 def augment(x: Tensor, rng: torch.Generator) -> Tensor:
-    """A random affine map an image: rotation to 11 degrees, scale and shear to 10 and 15 percent, shifts to 1/14 of the size.
+    """A random affine map an image: rotation to 11 degrees, scale and shear to 10 and 15 percent, shifts to 1/14 of the
+    size.
 
     x: (B, C, H, W) on any device; the random numbers come from `rng`, a CPU generator.
     """
-    angle, scale, shear, right, down = (torch.rand(5, len(x), generator=rng) * 2 - 1).to(x.device)  # five times (B,), in [-1, 1)
-    angle, scale, shear, right, down = 0.2 * angle, 1 + 0.1 * scale, 0.15 * shear, right / 7, down / 7  # the image is 2 units wide
-    matrix = torch.stack([scale * angle.cos(), shear - angle.sin(), right,
-                          angle.sin(), scale * angle.cos(), down], dim=1).view(-1, 2, 3)  # (B, 6) -> (B, 2, 3)
+    # five times (B,), in [-1, 1)
+    angle, scale, shear, right, down = (torch.rand(5, len(x), generator=rng) * 2 - 1).to(x.device)
+    # the image is 2 units wide
+    angle, scale, shear, right, down = 0.2 * angle, 1 + 0.1 * scale, 0.15 * shear, right / 7, down / 7
+    matrix = torch.stack(
+        [scale * angle.cos(), shear - angle.sin(), right, angle.sin(), scale * angle.cos(), down], dim=1
+    ).view(-1, 2, 3)  # (B, 6) -> (B, 2, 3)
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)  # (B, H, W, 2)
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def train_classifier(network: SmallCNN, images: Tensor, labels: Tensor, seed: int, device: torch.device | str = "cpu",
-                     track: Callable[[Iterable[int]], Iterable[int]] = iter) -> SmallCNN:
+def train_classifier(
+    network: SmallCNN,
+    images: Tensor,
+    labels: Tensor,
+    seed: int,
+    device: torch.device | str = "cpu",
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> SmallCNN:
     """Train `network` on uint8 images (N, C, H, W) and int64 labels (N,); returns it in evaluation mode, on `device`.
 
-    Order and augmentation are functions of `seed`. A one-cycle learning rate (Smith & Topin 2018) reaches in 4 epochs what takes tens
-    otherwise. `track` wraps the loop over steps.
+    Order and augmentation are functions of `seed`. A one-cycle learning rate (Smith & Topin 2018) reaches in 4 epochs
+    what takes tens otherwise. `track` wraps the loop over steps.
     """
     rng = torch.Generator().manual_seed(seed)
     device = torch.device(device)
@@ -185,8 +222,11 @@ def train_classifier(network: SmallCNN, images: Tensor, labels: Tensor, seed: in
     epochs = min(most, max(fewest, RECIPE["images_seen"] // len(images)))
     steps_per_epoch = len(images) // batch_size
     optimizer = torch.optim.AdamW(network.parameters(), lr=RECIPE["lr"], weight_decay=RECIPE["weight_decay"])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE["lr"], total_steps=epochs * steps_per_epoch, pct_start=0.25)
-    bf16 = choose_precision("auto", device) is torch.bfloat16  # about 1.6 times as fast on a CPU that has it, equally accurate
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RECIPE["lr"], total_steps=epochs * steps_per_epoch, pct_start=0.25
+    )
+    # about 1.6 times as fast on a CPU that has it, equally accurate
+    bf16 = choose_precision("auto", device) is torch.bfloat16
     for step in track(range(epochs * steps_per_epoch)):
         position = step % steps_per_epoch
         if position == 0:
@@ -207,23 +247,39 @@ def train_classifier(network: SmallCNN, images: Tensor, labels: Tensor, seed: in
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
     """Share of uint8 images (N, C, H, W) whose most probable class is their label (N,)."""
     device = next(network.parameters()).device
-    correct = sum((network(x.to(device))[1].argmax(dim=1).cpu() == y.cpu()).sum().item()
-                  for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True))
+    correct = sum(
+        (network(x.to(device))[1].argmax(dim=1).cpu() == y.cpu()).sum().item()
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
+    )
     return correct / len(images)
 
 
-def cached_classifier(dataset: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], cache_dir: Path, seed: int = 0,
-                      device: torch.device | str = "cpu", log: Callable[[str], None] = print,
-                      track: Callable[[Iterable[int]], Iterable[int]] = iter) -> SmallCNN:
+def cached_classifier(
+    dataset: str,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    cache_dir: Path,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    log: Callable[[str], None] = print,
+    track: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> SmallCNN:
     """The classifier of a labelled dataset, from the cache or trained now; `.test_accuracy` is its accuracy on `test`.
 
-    Args: `train` and `test` are pairs of uint8 images (N, C, H, W), preprocessed as the diffusion model sees them, and labels (N,) from
-    0 up. The file name carries a hash of the pixels, the labels, the seed and the recipe, so that a change of any trains anew.
+    Args: `train` and `test` are pairs of uint8 images (N, C, H, W), preprocessed as the diffusion model sees them, and
+    labels (N,) from 0 up. The file name carries a hash of the pixels, the labels, the seed and the recipe, so that a
+    change of any trains anew.
     """
     num_classes = int(train[1].max()) + 1
     network = new_classifier(f"fd_{dataset}", train[0].shape[1], num_classes, seed)
-    identity = {"dataset": dataset, "seed": seed, "recipe": RECIPE, "shape": list(train[0].shape),
-                "train": [checksum(t) for t in train], "test": [checksum(t) for t in test]}
+    identity = {
+        "dataset": dataset,
+        "seed": seed,
+        "recipe": RECIPE,
+        "shape": list(train[0].shape),
+        "train": [checksum(t) for t in train],
+        "test": [checksum(t) for t in test],
+    }
     path = cache_path(cache_dir, f"classifier-{dataset}", identity)
     cached = read_cache(path, identity)
     if cached is None:
@@ -245,7 +301,7 @@ def new_classifier(name: str, channels: int, num_classes: int, seed: int) -> Sma
         return SmallCNN(name, channels, num_classes)
 
 
-# -- a cache of tensors that knows what it holds -------------------------------------------------------------------------------------
+# -- a cache of tensors that knows what it holds -----------------------------------------------------------------------
 
 
 def checksum(tensor: Tensor) -> str:
@@ -266,13 +322,17 @@ def cache_path(folder: Path, name: str, identity: dict[str, Any]) -> Path:
 
 
 def write_cache(path: Path, tensors: dict[str, Tensor], identity: dict[str, Any], **facts: Any) -> None:
-    """Write tensors, what they belong to and facts about them into one file, atomically. The header is JSON, readable by anyone."""
+    """Write tensors, what they belong to and facts about them into one file, atomically. The header is JSON,
+    readable by anyone.
+    """
     checksums = {name: checksum(tensor) for name, tensor in tensors.items()}
     export_weights(path, tensors, {"about": json.dumps({"identity": identity, "facts": facts, "checksums": checksums})})
 
 
 def read_cache(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """(tensors, facts) as they were written, or None when the file is absent or damaged; damage is logged once, as a warning."""
+    """(tensors, facts) as they were written, or None when the file is absent or damaged; damage is logged once, as a
+    warning.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
@@ -281,7 +341,9 @@ def read_cache(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Tensor],
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        if about["identity"] == identity and about["checksums"] == {name: checksum(tensor) for name, tensor in tensors.items()}:
+        if about["identity"] == identity and about["checksums"] == {
+            name: checksum(tensor) for name, tensor in tensors.items()
+        }:
             return tensors, about["facts"]
         reason = "its content does not match its checksum"
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -1,4 +1,5 @@
-"""Every setting of the diffusion project, with its default and its unit. YAML files override these, `key=value` overrides both.
+"""Every setting of the diffusion project, with its default and its unit. YAML files override these, `key=value`
+overrides both.
 
 This module imports nothing heavy, so that a mistake in a config is reported before PyTorch has loaded.
 """
@@ -27,7 +28,9 @@ class DataConfig:
         require(self.image_size >= 4, "data.image_size", "must be at least 4 pixels")
         require(self.workers >= 0, "data.workers", "must not be negative")
         require(self.max_images >= 0, "data.max_images", "must not be negative")
-        require(self.dataset != "folder" or self.folder, "data.folder", "must name a directory when data.dataset=folder")
+        require(
+            self.dataset != "folder" or self.folder, "data.folder", "must name a directory when data.dataset=folder"
+        )
 
 
 @dataclass(frozen=True)
@@ -36,30 +39,41 @@ class ModelConfig:
 
     image_channels: int = 3
     channels: int = 128  # width at the highest resolution
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)  # width of each level, times `channels`; each level halves the resolution
+    # width of each level, times `channels`; each level halves the resolution
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
     blocks: int = 2  # residual blocks a level (the way up has one more)
     attention: tuple[int, ...] = (16,)  # resolutions, in pixels of the network's own grid, with self-attention
     head_channels: int = 0  # channels an attention head; 0 = one head
     dropout: float = 0.1
     groups: int = 32  # GroupNorm groups
-    patch: int = 1  # space-to-depth factor of the input: 2 turns (1, 28, 28) into (4, 14, 14), a 4 times cheaper network
+    # space-to-depth factor of the input: 2 turns (1, 28, 28) into (4, 14, 14), a 4 times cheaper network
+    patch: int = 1
     num_classes: int = 0  # 0 = unconditional; otherwise one more "no label" class is added for guidance
     time_embedding: Literal["sinusoidal", "fourier"] = "sinusoidal"
-    scale_shift: bool = False  # time and class modulate the second GroupNorm (Dhariwal & Nichol 2021) instead of being added
+    # time and class modulate the second GroupNorm (Dhariwal & Nichol 2021) instead of being added
+    scale_shift: bool = False
 
     def __post_init__(self) -> None:
         require(self.image_channels >= 1, "model.image_channels", "must be at least 1")
         require(all(size >= 1 for size in self.attention), "model.attention", "must be resolutions in pixels")
-        require(self.channels > 0 and self.groups > 0 and self.channels % self.groups == 0, "model.channels",
-                f"must be a positive multiple of model.groups={self.groups}")
-        require(len(self.multipliers) > 0 and min(self.multipliers) > 0, "model.multipliers", "must be positive integers")
+        require(
+            self.channels > 0 and self.groups > 0 and self.channels % self.groups == 0,
+            "model.channels",
+            f"must be a positive multiple of model.groups={self.groups}",
+        )
+        require(
+            len(self.multipliers) > 0 and min(self.multipliers) > 0, "model.multipliers", "must be positive integers"
+        )
         require(self.blocks > 0, "model.blocks", "must be at least 1")
         require(0 <= self.dropout < 1, "model.dropout", "must be in [0, 1)")
         require(self.patch in (1, 2, 4), "model.patch", "must be 1, 2 or 4")
         require(self.num_classes >= 0, "model.num_classes", "must not be negative")
         widths = [self.channels * m for m in self.multipliers]
-        require(self.head_channels >= 0 and (self.head_channels == 0 or all(w % self.head_channels == 0 for w in widths)),
-                "model.head_channels", f"must divide every level's width {widths}")
+        require(
+            self.head_channels >= 0 and (self.head_channels == 0 or all(w % self.head_channels == 0 for w in widths)),
+            "model.head_channels",
+            f"must divide every level's width {widths}",
+        )
 
 
 @dataclass(frozen=True)
@@ -84,8 +98,11 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         require(self.timesteps >= 2, "objective.timesteps", "must be at least 2")
-        require(not self.zero_terminal_snr or self.prediction == "v", "objective.zero_terminal_snr",
-                "needs objective.prediction=v: at zero signal, eps says nothing about x_0")
+        require(
+            not self.zero_terminal_snr or self.prediction == "v",
+            "objective.zero_terminal_snr",
+            "needs objective.prediction=v: at zero signal, eps says nothing about x_0",
+        )
         require(self.min_snr_gamma > 0, "objective.min_snr_gamma", "must be positive")
         require(self.p_std > 0, "objective.p_std", "must be positive")
         require(self.sigma_data >= 0, "objective.sigma_data", "must not be negative")
@@ -101,7 +118,8 @@ class TrainConfig:
     microbatch: int = 0  # images a forward pass on one device; 0 = the whole share of the batch at once
     lr: float = 2e-4
     warmup: int = 5000  # steps; at most a tenth of train.steps is used, so that a short run still reaches its full rate
-    decay: Literal["constant", "linear", "cosine"] = "constant"  # shape after the warm-up; linear and cosine end at zero
+    # shape after the warm-up; linear and cosine end at zero
+    decay: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     grad_clip: float = 1.0  # global norm; 0 = off
@@ -124,10 +142,12 @@ class TrainConfig:
 class SampleConfig:
     """How images are drawn: in training, by `diffusion.sample` and by `diffusion.eval`."""
 
-    sampler: Literal["auto", "ddpm", "ddim", "dpmpp", "euler", "heun"] = "auto"  # auto: ddim, heun or euler for ddpm, edm or flow
+    # auto: ddim, heun or euler for ddpm, edm or flow
+    sampler: Literal["auto", "ddpm", "ddim", "dpmpp", "euler", "heun"] = "auto"
     steps: int = 50  # heun makes 2 * steps - 1 network evaluations, the others one a step
     eta: float = 0.0  # ddim: 0 = deterministic, 1 = ancestral
-    variance: Literal["small", "large"] = "small"  # ddpm: beta tilde or beta as the variance of a step (Ho et al. 2020, section 3.2)
+    # ddpm: beta tilde or beta as the variance of a step (Ho et al. 2020, section 3.2)
+    variance: Literal["small", "large"] = "small"
     guidance: float = 1.0  # w in u + w (c - u): 1 = plain conditional, 0 = unconditional
     weights: Literal["ema", "raw"] = "ema"  # raw: the weights of the last step, to see what averaging is worth
     clip: bool = True  # clip each x_0 prediction to [-1, 1] (ddpm and ddim only)
@@ -152,8 +172,10 @@ class EvalConfig:
 
     num_samples: int = 50_000  # generated images; 50,000 is the convention for FID on CIFAR-10
     num_reference: int = 0  # training images to compare with; 0 = all
-    features: Literal["auto", "inception", "resnet20", "classifier"] = "auto"  # auto: FID if its weights can be had, else a classifier
-    classifier_weights: str = ""  # features=resnet20: path of the checkpoint, default data_root/pretrained_resnet_cifar10/
+    # auto: FID if its weights can be had, else a classifier
+    features: Literal["auto", "inception", "resnet20", "classifier"] = "auto"
+    # features=resnet20: path of the checkpoint, default data_root/pretrained_resnet_cifar10/
+    classifier_weights: str = ""
     manifold_samples: int = 5000  # images a side for precision, recall, density, coverage
     neighbours: int = 8  # generated images whose nearest training images are drawn
     nfe_table: tuple[int, ...] = (1, 2, 5, 10, 20, 50)  # network evaluations in the sampler table
@@ -165,7 +187,9 @@ class EvalConfig:
         require(self.nfe_samples == 0 or self.nfe_samples >= 2, "eval.nfe_samples", "must be 0 or at least 2")
         for name in ("manifold_samples", "num_reference", "neighbours"):
             require(getattr(self, name) >= 0, f"eval.{name}", "must not be negative")
-        require(all(n >= 1 for n in self.nfe_table), "eval.nfe_table", "must be numbers of network evaluations, at least 1")
+        require(
+            all(n >= 1 for n in self.nfe_table), "eval.nfe_table", "must be numbers of network evaluations, at least 1"
+        )
 
 
 @dataclass(frozen=True)
@@ -180,8 +204,18 @@ class Config(BaseConfig):
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        require(self.sample.sampler != "ddpm" or self.objective.kind == "ddpm", "sample.sampler", "ddpm needs objective.kind=ddpm")
-        require(self.objective.kind != "ddpm" or self.sample.steps <= self.objective.timesteps, "sample.steps",
-                f"must be at most objective.timesteps={self.objective.timesteps}")
-        require(self.data.image_size % (self.model.patch * 2 ** (len(self.model.multipliers) - 1)) == 0, "data.image_size",
-                "must be divisible by model.patch * 2 ** (levels - 1)")
+        require(
+            self.sample.sampler != "ddpm" or self.objective.kind == "ddpm",
+            "sample.sampler",
+            "ddpm needs objective.kind=ddpm",
+        )
+        require(
+            self.objective.kind != "ddpm" or self.sample.steps <= self.objective.timesteps,
+            "sample.steps",
+            f"must be at most objective.timesteps={self.objective.timesteps}",
+        )
+        require(
+            self.data.image_size % (self.model.patch * 2 ** (len(self.model.multipliers) - 1)) == 0,
+            "data.image_size",
+            "must be divisible by model.patch * 2 ** (levels - 1)",
+        )

@@ -1,7 +1,7 @@
 """Datasets for diffusion, each read in its own public format.
 
-CIFAR-10, MNIST and the scikit-learn digits are small and live on the device as one uint8 tensor; CelebA and folders of images are
-decoded by worker processes (`folder.py`).
+CIFAR-10, MNIST and the scikit-learn digits are small and live on the device as one uint8 tensor; CelebA and folders of
+images are decoded by worker processes (`folder.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def load_images(config: DataConfig, data_root: str, split: Split = "train") -> I
     if config.dataset == "folder":
         folder = root / config.folder
         files = list_images(folder)[: config.max_images or None]
-        return FolderImages.open("folder", folder, files, config.image_size, config.workers) if split == "train" else None
+        return (
+            FolderImages.open("folder", folder, files, config.image_size, config.workers) if split == "train" else None
+        )
     if config.dataset == "celeba":
         folder, files = celeba_files(root, split)
         files = files[: config.max_images or None] if split == "train" else files
@@ -47,12 +49,16 @@ def _cifar10(root: Path, split: Split) -> MemoryImages:
     folder = root / "cifar-10-batches-bin"
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     if not all((folder / name).is_file() for name in names):
-        _download("CIFAR-10", CIFAR_URL, CIFAR_MD5, root, f"{folder}/data_batch_1.bin ... data_batch_5.bin and test_batch.bin")
+        _download(
+            "CIFAR-10", CIFAR_URL, CIFAR_MD5, root, f"{folder}/data_batch_1.bin ... data_batch_5.bin and test_batch.bin"
+        )
     records = []
     for name in names:
         raw = np.fromfile(folder / name, dtype=np.uint8)
         if raw.size == 0 or raw.size % 3073:
-            raise ProjectError(f"{folder / name} is damaged: its size is not a multiple of 3073 bytes, 1 label and 3 x 32 x 32 pixels")
+            raise ProjectError(
+                f"{folder / name} is damaged: its size is not a multiple of 3073 bytes, 1 label and 3 x 32 x 32 pixels"
+            )
         records.append(raw.reshape(-1, 3073))
     table = torch.from_numpy(np.concatenate(records))
     if int(table[:, 0].max()) > 9:
@@ -65,10 +71,13 @@ def _mnist(root: Path, split: Split) -> MemoryImages:
 
     try:
         data = MNIST(str(root), train=split == "train", download=True)
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:  # torchvision asserts what the files' headers say
-        raise ProjectError(f"MNIST: put train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
-                           f"t10k-labels-idx1-ubyte into {root}/MNIST/raw, "
-                           f"or use configs/ddpm_digits.yaml, which needs no download ({_reason(error)})") from None
+    # torchvision asserts what the files' headers say
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        raise ProjectError(
+            f"MNIST: put train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+            f"t10k-labels-idx1-ubyte into {root}/MNIST/raw, "
+            f"or use configs/ddpm_digits.yaml, which needs no download ({_reason(error)})"
+        ) from None
     return MemoryImages("mnist", data.data[:, None], data.targets.long(), tuple("0123456789"))
 
 
@@ -89,8 +98,9 @@ def _download(name: str, url: str, md5: str, root: Path, files: str) -> None:
     try:
         download_and_extract_archive(url, str(root), md5=md5)
     except (OSError, RuntimeError) as error:
-        raise ProjectError(f"{name}: put {files} there, or use configs/ddpm_digits.yaml, which needs no download "
-                           f"({_reason(error)})") from None
+        raise ProjectError(
+            f"{name}: put {files} there, or use configs/ddpm_digits.yaml, which needs no download ({_reason(error)})"
+        ) from None
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,6 @@
-"""An exponential moving average of a model's weights: what is sampled from and evaluated (Ho et al. 2020, appendix B)."""
+"""An exponential moving average of a model's weights: what is sampled from and evaluated (Ho et al. 2020, appendix
+B).
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from torch import Tensor, nn
 class EMA:
     """Averaged copy of a model.
 
-    After update n the average is  d_n * average + (1 - d_n) * weights  with  d_n = min(decay, (1 + n) / (10 + n)),  so that a short
-    run is not dominated by its initial weights. Buffers are copied, not averaged.
+    After update n the average is  d_n * average + (1 - d_n) * weights  with  d_n = min(decay, (1 + n) / (10 + n)),
+    so that a short run is not dominated by its initial weights. Buffers are copied, not averaged.
 
     Args:
         model: what to average; it must be on its device already.

@@ -1,7 +1,10 @@
-"""Measure a trained model:  python -m diffusion.eval --run runs/ddpm_mnist [eval.num_samples=10000 sample.guidance=1.5 ...]
+"""Measure a trained model:
 
-Writes `eval.json`, tables and pictures into the run folder; the last line of stdout is the content of `eval.json`. Generated images
-are kept in `eval_samples/` until the end, batch by batch, so that an evaluation that was stopped goes on where it was.
+    python -m diffusion.eval --run runs/ddpm_mnist [eval.num_samples=10000 sample.guidance=1.5 ...]
+
+Writes `eval.json`, tables and pictures into the run folder; the last line of stdout is the content of `eval.json`.
+Generated images are kept in `eval_samples/` until the end, batch by batch, so that an evaluation that was stopped goes
+on where it was.
 
 Legend: N real images, M generated ones, C channels, H = W pixels, D features, K classes.
 """
@@ -32,8 +35,16 @@ from common.files import atomic_open, write_json
 from common.metrics import FeatureStatistics, frechet_between
 from common.run import Run
 from diffusion.data import load_images
-from diffusion.features import (FeatureExtractor, build_extractor, conditional_accuracy, extract, inception_score, nearest_neighbours,
-                                precision_recall_density_coverage, reference_statistics)
+from diffusion.features import (
+    FeatureExtractor,
+    build_extractor,
+    conditional_accuracy,
+    extract,
+    inception_score,
+    nearest_neighbours,
+    precision_recall_density_coverage,
+    reference_statistics,
+)
 from diffusion.images import Images, MemoryImages, to_uint8
 from diffusion.model import UNet
 from diffusion.sample import Objective, generate_batch, grid_labels, load_model, save_grid
@@ -52,9 +63,11 @@ class Judge:
     held_out: MemoryImages | None
 
     def floor(self, count: int, run: Run) -> float | None:
-        """The distance of `count` held-out images (all, if there are fewer) from the training images: what a perfect model would score.
+        """The distance of `count` held-out images (all, if there are fewer) from the training images: what a perfect
+        model would score.
 
-        It falls with `count`, because a covariance estimated from few images is off; so does the distance of generated images.
+        It falls with `count`, because a covariance estimated from few images is off; so does the distance of generated
+        images.
         """
         if self.held_out is None:
             return None
@@ -72,7 +85,12 @@ def main(config: Config, options: Options) -> None:
         assert train is not None
         judge = build_judge(config, train, test, run)
         name = judge.extractor.name
-        key = {"step": step, "seed": config.seed, "sample": dataclasses.asdict(config.sample), "count": config.eval.num_samples}
+        key = {
+            "step": step,
+            "seed": config.seed,
+            "sample": dataclasses.asdict(config.sample),
+            "count": config.eval.num_samples,
+        }
         labels = grid_labels(config, config.eval.num_samples)
         generated = generate_resumable(model, objective, config, config.eval.num_samples, labels, key, run)
         metrics = measure(generated, labels, judge, config, run)
@@ -82,13 +100,21 @@ def main(config: Config, options: Options) -> None:
             metrics["classifier_test_accuracy"] = judge.extractor.test_accuracy
         metrics |= memorisation(generated, judge.real, test, config, run.folder / "figures/neighbours.png")
         save_grid(generated[:100], run.folder / "figures/samples.png")
-        metrics |= sampler_table(model, objective, config, judge, run) | guidance_table(model, objective, config, judge, run)
+        metrics |= sampler_table(model, objective, config, judge, run) | guidance_table(
+            model, objective, config, judge, run
+        )
         result = {
-            "project": "diffusion", "config": run.folder.name, "checkpoint_step": step, "metrics": metrics,
+            "project": "diffusion",
+            "config": run.folder.name,
+            "checkpoint_step": step,
+            "metrics": metrics,
             "n": {name: len(generated), "reference": judge.statistics.count, "table": config.eval.nfe_samples},
-            "seeds": [config.seed], "seconds": round(time.perf_counter() - started, 1),
-            "sampler": resolve_sampler(config.objective.kind, config.sample.sampler), "sampler_steps": config.sample.steps,
-            "guidance": config.sample.guidance, "weights": config.sample.weights,
+            "seeds": [config.seed],
+            "seconds": round(time.perf_counter() - started, 1),
+            "sampler": resolve_sampler(config.objective.kind, config.sample.sampler),
+            "sampler_steps": config.sample.steps,
+            "guidance": config.sample.guidance,
+            "weights": config.sample.weights,
         }
         write_json(run.folder / "eval.json", result)
         shutil.rmtree(run.folder / "eval_samples", ignore_errors=True)
@@ -97,7 +123,9 @@ def main(config: Config, options: Options) -> None:
 
 
 def build_judge(config: Config, train: Images, test: Images | None, run: Run) -> Judge:
-    """The extractor of `eval.features` and the training images' statistics, from the cache under data_root where possible."""
+    """The extractor of `eval.features` and the training images' statistics, from the cache under data_root where
+    possible.
+    """
     cache = Path(config.data_root) / "diffusion_cache"
     real = train.head(config.eval.num_reference)
     held_out = test.head(0) if test is not None else None
@@ -105,22 +133,37 @@ def build_judge(config: Config, train: Images, test: Images | None, run: Run) ->
     if real.labels is not None and held_out is not None and held_out.labels is not None:
         everything = train.head(0)
         labelled = lambda: ((everything.images, everything.labels), (held_out.images, held_out.labels))  # noqa: E731
-    extractor = build_extractor(config.eval.features, config.data.dataset, Path(config.data_root), cache, labelled,
-                                weights=config.eval.classifier_weights, device=run.device, log=run.display.say, track=run.track)
+    extractor = build_extractor(
+        config.eval.features,
+        config.data.dataset,
+        Path(config.data_root),
+        cache,
+        labelled,
+        weights=config.eval.classifier_weights,
+        device=run.device,
+        log=run.display.say,
+        track=run.track,
+    )
     identity = {"dataset": config.data.dataset, "folder": config.data.folder, "image_size": config.data.image_size}
     statistics = reference_statistics(extractor, real.images, cache, {**identity, "split": "train"}, track=run.track)
     return Judge(extractor, real, statistics, held_out)
 
 
-def generate_resumable(model: UNet, objective: Objective, config: Config, count: int, labels: Tensor | None, key: dict, run: Run) -> Tensor:
-    """As `sample.generate`, keeping each finished batch on disk until the evaluation is over. uint8 (count, C, H, W)."""
+def generate_resumable(
+    model: UNet, objective: Objective, config: Config, count: int, labels: Tensor | None, key: dict, run: Run
+) -> Tensor:
+    """As `sample.generate`, keeping each finished batch on disk until the evaluation is over. uint8 (count, C, H,
+    W).
+    """
     folder = run.folder / "eval_samples" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     size, parts = config.sample.batch_size, []
     for b in run.display.track(range(0, count, size), -(-count // size), "generating"):
         path = folder / f"{b:08d}.npy"
         chunk = None if labels is None else labels[b : b + size]
         if not path.exists():
-            drawn = to_uint8(generate_batch(model, objective, config, b // size, min(size, count - b), chunk, config.seed, run)).cpu()
+            drawn = to_uint8(
+                generate_batch(model, objective, config, b // size, min(size, count - b), chunk, config.seed, run)
+            ).cpu()
             with atomic_open(path) as file:
                 np.save(file, drawn.numpy(), allow_pickle=False)
         parts.append(torch.from_numpy(np.load(path, allow_pickle=False)))
@@ -130,7 +173,9 @@ def generate_resumable(model: UNet, objective: Objective, config: Config, count:
 def measure(generated: Tensor, labels: Tensor | None, judge: Judge, config: Config, run: Run) -> dict[str, float]:
     """Every metric of generated images uint8 (M, C, H, W) with the labels (M,) they were asked for."""
     features, log_probs = extract(judge.extractor, generated, track=run.track)
-    metrics = {judge.extractor.name: frechet_between(judge.statistics, FeatureStatistics().update(features), len(generated))}
+    metrics = {
+        judge.extractor.name: frechet_between(judge.statistics, FeatureStatistics().update(features), len(generated))
+    }
     if log_probs is not None:
         kind = "inception_score" if judge.extractor.name == "fid" else "classifier_score"
         metrics[kind], metrics[f"{kind}_std"] = inception_score(log_probs.exp(), splits=min(10, len(generated)))
@@ -139,15 +184,21 @@ def measure(generated: Tensor, labels: Tensor | None, judge: Judge, config: Conf
     if config.eval.manifold_samples > 5:  # fewer have no fifth neighbour
         side = config.eval.manifold_samples
         chosen = torch.randperm(len(judge.real), generator=torch.Generator().manual_seed(config.seed))[:side]
-        real_features, _ = extract(judge.extractor, judge.real.images[chosen.to(judge.real.images.device)], track=run.track)
+        real_features, _ = extract(
+            judge.extractor, judge.real.images[chosen.to(judge.real.images.device)], track=run.track
+        )
         metrics |= precision_recall_density_coverage(real_features, features[:side])
     return metrics
 
 
-def memorisation(generated: Tensor, real: MemoryImages, test: Images | None, config: Config, path: Path) -> dict[str, float]:
-    """Are samples copies of training images? Mean pixel distance to the nearest one, beside that of held-out images, and a picture.
+def memorisation(
+    generated: Tensor, real: MemoryImages, test: Images | None, config: Config, path: Path
+) -> dict[str, float]:
+    """Are samples copies of training images? Mean pixel distance to the nearest one, beside that of held-out images,
+    and a picture.
 
-    Each row of the picture starts with a generated image; its nearest training images follow. Distances are root mean square in [0, 255].
+    Each row of the picture starts with a generated image; its nearest training images follow. Distances are root mean
+    square in [0, 255].
     """
     if not config.eval.neighbours:
         return {}
@@ -187,24 +238,38 @@ def sampler_table(model: UNet, objective: Objective, config: Config, judge: Judg
     floor, rows = judge.floor(config.eval.nfe_samples, run), {}
     for sampler in SAMPLERS[config.objective.kind]:
         for nfe in config.eval.nfe_table:
-            steps = (nfe + 1) // 2 if sampler == "heun" else nfe  # heun: 2 * steps - 1 evaluations, so never more than nfe
+            # heun: 2 * steps - 1 evaluations, so never more than nfe
+            steps = (nfe + 1) // 2 if sampler == "heun" else nfe
             if steps > config.objective.timesteps and config.objective.kind == "ddpm":
                 continue
             changed = with_sampling(config, sampler=sampler, steps=steps, eta=0.0)
-            rows.setdefault(sampler, {})[str(nfe)] = quick_distance(model, objective, changed, judge, run)[judge.extractor.name]
-    write_json(run.folder / "figures/samplers.json",
-               {"metric": judge.extractor.name, "n": config.eval.nfe_samples, "floor": floor, "rows": rows})
+            rows.setdefault(sampler, {})[str(nfe)] = quick_distance(model, objective, changed, judge, run)[
+                judge.extractor.name
+            ]
+    write_json(
+        run.folder / "figures/samplers.json",
+        {"metric": judge.extractor.name, "n": config.eval.nfe_samples, "floor": floor, "rows": rows},
+    )
     plot_samplers(rows, judge.extractor.name, floor, run.folder / "figures/samplers.png")
-    return {f"{judge.extractor.name}_{sampler}_nfe{nfe}": value for sampler, cells in rows.items() for nfe, value in cells.items()}
+    return {
+        f"{judge.extractor.name}_{sampler}_nfe{nfe}": value
+        for sampler, cells in rows.items()
+        for nfe, value in cells.items()
+    }
 
 
 def guidance_table(model: UNet, objective: Objective, config: Config, judge: Judge, run: Run) -> dict[str, float]:
     """Frechet distance and agreement with the label by guidance scale: fidelity against diversity."""
     if not config.eval.nfe_samples or not config.model.num_classes:
         return {}
-    rows = {f"{w:g}": quick_distance(model, objective, with_sampling(config, guidance=w), judge, run) for w in config.eval.guidance_table}
-    write_json(run.folder / "figures/guidance.json",
-               {"n": config.eval.nfe_samples, "floor": judge.floor(config.eval.nfe_samples, run), "rows": rows})
+    rows = {
+        f"{w:g}": quick_distance(model, objective, with_sampling(config, guidance=w), judge, run)
+        for w in config.eval.guidance_table
+    }
+    write_json(
+        run.folder / "figures/guidance.json",
+        {"n": config.eval.nfe_samples, "floor": judge.floor(config.eval.nfe_samples, run), "rows": rows},
+    )
     return {f"{name}_w{w}": value for w, row in rows.items() for name, value in row.items()}
 
 

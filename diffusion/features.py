@@ -1,7 +1,8 @@
 """What generated images are measured with: feature extractors, and the metrics computed from features.
 
-A feature extractor is a module with a `name` that maps uint8 images to (features, log-probabilities). The name is the metric's name:
-a Frechet distance is called `fid` on the Inception network only; on any other it is `fd_<classifier>`, and compares with nothing else.
+A feature extractor is a module with a `name` that maps uint8 images to (features, log-probabilities). The name is the
+metric's name: a Frechet distance is called `fid` on the Inception network only; on any other it is `fd_<classifier>`,
+and compares with nothing else.
 
 Shape legend: N real or reference images, M generated ones, C channels, H x W pixels, D features, K classes.
 """
@@ -23,9 +24,20 @@ from common.config import ConfigError
 from common.errors import ProjectError
 from common.files import sha256
 from common.metrics import FeatureStatistics
-from diffusion.classifier import cache_path, cached_classifier, checksum, json_hash, load_resnet20, load_tensors, read_cache, write_cache
+from diffusion.classifier import (
+    cache_path,
+    cached_classifier,
+    checksum,
+    json_hash,
+    load_resnet20,
+    load_tensors,
+    read_cache,
+    write_cache,
+)
 
-INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
 INCEPTION_SHA256 = "6726825d"  # how the file's SHA-256 begins, as its name says
 CHUNK_ELEMENTS = 2**23  # of one block of a distance matrix: 67 MB in float64
 
@@ -47,15 +59,17 @@ class FeatureExtractor(Protocol):
     def state_dict(self) -> dict[str, Tensor]: ...
 
 
-# -- extractors ----------------------------------------------------------------------------------------------------------------------
+# -- extractors --------------------------------------------------------------------------------------------------------
 
 
 class InceptionFeatures(nn.Module):
-    """The Inception-v3 network of the FID (Heusel et al. 2017). uint8 (B, 1 or 3, H, W) -> features (B, 2048), log-probabilities (B, 1008).
+    """The Inception-v3 network of the FID (Heusel et al. 2017). uint8 (B, 1 or 3, H, W) -> features (B, 2048),
+    log-probabilities (B, 1008).
 
-    torch-fidelity's port of the TensorFlow graph, resizing to 299 pixels as that graph does: other Inception weights or another resizing
-    give other distances (Parmar et al. 2022). The log-probabilities leave out the bias of the last layer, as the Inception score's
-    original code does. `ProjectError` when torch-fidelity is missing or `weights` holds anything but tensors.
+    torch-fidelity's port of the TensorFlow graph, resizing to 299 pixels as that graph does: other Inception weights or
+    another resizing give other distances (Parmar et al. 2022). The log-probabilities leave out the bias of the last
+    layer, as the Inception score's original code does. `ProjectError` when torch-fidelity is missing or `weights` holds
+    anything but tensors.
     """
 
     name = "fid"
@@ -68,7 +82,9 @@ class InceptionFeatures(nn.Module):
         except ImportError as error:
             raise ProjectError("the Inception network needs torch-fidelity: pip install torch-fidelity") from error
         load_tensors(weights)  # refuses a file that could run code, before the library reads it less strictly
-        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(weights)).eval()
+        self.network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
+        ).eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features, logits = self.network(images.expand(-1, 3, -1, -1))  # (B, 2048), (B, 1008)
@@ -78,12 +94,15 @@ class InceptionFeatures(nn.Module):
 def inception_weights(timeout: float = 5.0) -> Path:
     """The file with the Inception weights in torch's hub folder, downloaded (95 MB) when absent.
 
-    `ProjectError`, within about `timeout` seconds, when they are neither there nor to be had; it says where to put them.
+    `ProjectError`, within about `timeout` seconds, when they are neither there nor to be had; it says where to put
+    them.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
     if not path.is_file():
         if not reachable(INCEPTION_URL, timeout):
-            raise ProjectError(f"no Inception weights at {path}, and {INCEPTION_URL} cannot be reached: put that file there")
+            raise ProjectError(
+                f"no Inception weights at {path}, and {INCEPTION_URL} cannot be reached: put that file there"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
@@ -111,17 +130,28 @@ def reachable(url: str, timeout: float) -> bool:
     return answers == [True]
 
 
-def build_extractor(features: str, dataset: str, data_root: Path, cache_dir: Path, labelled: Callable[[], Labelled] | None = None, *,
-                    weights: str = "", seed: int = 0, device: torch.device | str = "cpu", log: Callable[[str], None] = print,
-                    track: Track = iter) -> FeatureExtractor:
+def build_extractor(
+    features: str,
+    dataset: str,
+    data_root: Path,
+    cache_dir: Path,
+    labelled: Callable[[], Labelled] | None = None,
+    *,
+    weights: str = "",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    log: Callable[[str], None] = print,
+    track: Track = iter,
+) -> FeatureExtractor:
     """The extractor that `eval.features` asks for.
 
     Args:
-        features: inception, resnet20, classifier (trained here on `labelled`), or auto: the first of these that can be had,
-            resnet20 for CIFAR-10 only.
+        features: inception, resnet20, classifier (trained here on `labelled`), or auto: the first of these that can be
+            had, resnet20 for CIFAR-10 only.
         labelled: called only when a classifier is to be trained; None for a dataset without labels.
         weights: the ResNet-20 checkpoint; default data_root/pretrained_resnet_cifar10.
-    `ProjectError` when what was asked for by name is not there, `ConfigError` when the dataset has no labels to train a classifier on.
+    `ProjectError` when what was asked for by name is not there, `ConfigError` when the dataset has no labels to train a
+    classifier on.
     """
     if features in ("auto", "inception"):
         try:
@@ -134,16 +164,22 @@ def build_extractor(features: str, dataset: str, data_root: Path, cache_dir: Pat
     if features == "resnet20" or (features == "auto" and dataset == "cifar10" and resnet20.exists()):
         return load_resnet20(resnet20).to(device)
     if labelled is None:
-        raise ConfigError("eval.features", f"{dataset} has no labels to train a classifier on; use inception or resnet20")
+        raise ConfigError(
+            "eval.features", f"{dataset} has no labels to train a classifier on; use inception or resnet20"
+        )
     return cached_classifier(dataset, *labelled(), cache_dir, seed, device, log, track)
 
 
-# -- features of many images -----------------------------------------------------------------------------------------------------------
+# -- features of many images -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def extract(extractor: FeatureExtractor, images: Tensor, batch_size: int = 250, track: Track = iter) -> tuple[Tensor, Tensor | None]:
-    """Features (N, D) and log-probabilities (N, K) or None, float32 on the CPU, of uint8 images (N, C, H, W) on any device."""
+def extract(
+    extractor: FeatureExtractor, images: Tensor, batch_size: int = 250, track: Track = iter
+) -> tuple[Tensor, Tensor | None]:
+    """Features (N, D) and log-probabilities (N, K) or None, float32 on the CPU, of uint8 images (N, C, H, W) on any
+    device.
+    """
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(f"images must be uint8 of shape (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
     device = next(extractor.parameters()).device
@@ -155,15 +191,28 @@ def extract(extractor: FeatureExtractor, images: Tensor, batch_size: int = 250, 
     return torch.cat(features), None if log_probs[0] is None else torch.cat(log_probs)
 
 
-def reference_statistics(extractor: FeatureExtractor, images: Tensor, cache_dir: Path, identity: dict[str, Any],
-                         batch_size: int = 250, track: Track = iter) -> FeatureStatistics:
+def reference_statistics(
+    extractor: FeatureExtractor,
+    images: Tensor,
+    cache_dir: Path,
+    identity: dict[str, Any],
+    batch_size: int = 250,
+    track: Track = iter,
+) -> FeatureStatistics:
     """Mean and covariance of the features of `images`, from the cache or computed now.
 
-    `identity` says in JSON types which images these are: dataset, split, preprocessing. The file name carries a hash of it, of the
-    pixels, and of the extractor's name and weights, so that statistics of other images or of another network are never taken for these.
+    `identity` says in JSON types which images these are: dataset, split, preprocessing. The file name carries a hash of
+    it, of the pixels, and of the extractor's name and weights, so that statistics of other images or of another network
+    are never taken for these.
     """
     weights = json_hash({name: checksum(tensor) for name, tensor in extractor.state_dict().items()})
-    identity = {**identity, "num_images": len(images), "images": checksum(images), "extractor": extractor.name, "weights": weights}
+    identity = {
+        **identity,
+        "num_images": len(images),
+        "images": checksum(images),
+        "extractor": extractor.name,
+        "weights": weights,
+    }
     path = cache_path(cache_dir, f"statistics-{extractor.name}", identity)
     cached = read_cache(path, identity)
     if cached is not None:
@@ -175,22 +224,27 @@ def reference_statistics(extractor: FeatureExtractor, images: Tensor, cache_dir:
     return statistics
 
 
-# -- metrics ---------------------------------------------------------------------------------------------------------------------------
+# -- metrics -----------------------------------------------------------------------------------------------------------
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(N, D), (M, D) -> (N, M) float64: |a|^2 - 2 a b + |b|^2, in which float32 would lose the small distances between near points."""
+    """(N, D), (M, D) -> (N, M) float64: |a|^2 - 2 a b + |b|^2, in which float32 would lose the small distances
+    between near points.
+    """
     a, b = a.double(), b.double()
     return (a.square().sum(1)[:, None] - 2 * a @ b.T + b.square().sum(1)[None]).clamp(min=0)
 
 
 def nearest_neighbours(queries: Tensor, reference: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Euclidean distances (M, k) float64 and indices (M, k) int64 of the k nearest of `reference` (N, ...) to each of `queries` (M, ...).
+    """Euclidean distances (M, k) float64 and indices (M, k) int64 of the k nearest of `reference` (N, ...) to each of
+    `queries` (M, ...).
 
     Both may be features or uint8 pixels. Memory stays at a block of the distance matrix however large N and M are.
     """
     if not 1 <= k <= len(reference):
-        raise ValueError(f"cannot find {k} neighbours among {len(reference)} references: k must be between 1 and their number")
+        raise ValueError(
+            f"cannot find {k} neighbours among {len(reference)} references: k must be between 1 and their number"
+        )
     queries, reference = queries.flatten(1), reference.flatten(1)  # (M, D), (N, D)
     distances, indices = [], []
     for block in queries.split(1024):  # (B, D)
@@ -209,16 +263,21 @@ def nearest_neighbours(queries: Tensor, reference: Tensor, k: int) -> tuple[Tens
 
 
 def precision_recall_density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
-    """How well two sets of features cover each other: real (N, D), fake (M, D) -> {"precision", "recall", "density", "coverage"}.
+    """How well two sets of features cover each other: real (N, D), fake (M, D) -> {"precision", "recall", "density",
+    "coverage"}.
 
-    The real manifold is the union of balls around the real points, each reaching to its k-th nearest real neighbour; the fake one likewise.
-        precision: share of fake points in the real manifold; recall: share of real points in the fake one (Kynkaanniemi et al. 2019, eq. 2)
+    The real manifold is the union of balls around the real points, each reaching to its k-th nearest real neighbour;
+        the fake one likewise. precision: share of fake points in the real manifold; recall: share of real points in the
+        fake one (Kynkaanniemi et al. 2019, eq. 2)
         density: in how many real balls a fake point lies on average, over k; unlike the others it may exceed 1
         coverage: share of real balls that hold a fake point (both Naeem et al. 2020, section 3)
     """
     if min(len(real), len(fake)) <= k:
-        raise ValueError(f"{k}-th neighbours need more than {k} points a side, got {len(real)} real and {len(fake)} fake")
-    real_radius = nearest_neighbours(real, real, k + 1)[0][:, -1]  # (N,), one more than k: each point is nearest to itself
+        raise ValueError(
+            f"{k}-th neighbours need more than {k} points a side, got {len(real)} real and {len(fake)} fake"
+        )
+    # (N,), one more than k: each point is nearest to itself
+    real_radius = nearest_neighbours(real, real, k + 1)[0][:, -1]
     fake_radius = nearest_neighbours(fake, fake, k + 1)[0][:, -1]  # (M,)
     in_real_balls = torch.zeros(len(fake), dtype=torch.int64, device=real.device)  # (M,)
     recalled, covered = 0, 0
@@ -229,18 +288,25 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, k: int = 5) ->
         in_real_balls += inside.sum(dim=0)
         covered += inside.any(dim=1).sum().item()
         recalled += (distance <= fake_radius[None]).any(dim=1).sum().item()
-    return {"precision": (in_real_balls > 0).double().mean().item(), "recall": recalled / len(real),
-            "density": in_real_balls.double().mean().item() / k, "coverage": covered / len(real)}
+    return {
+        "precision": (in_real_balls > 0).double().mean().item(),
+        "recall": recalled / len(real),
+        "density": in_real_balls.double().mean().item() / k,
+        "coverage": covered / len(real),
+    }
 
 
 def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, float]:
-    """Mean and population standard deviation over `splits` of exp(E_x KL(p(y|x) || p(y))) (Salimans et al. 2016, section 4).
+    """Mean and population standard deviation over `splits` of exp(E_x KL(p(y|x) || p(y))) (Salimans et al. 2016,
+    section 4).
 
-    probabilities: (M, K), rows summing to 1. The rows are shuffled, always in the same way, because generated images often come ordered
-    by class, and a split of one class would score 1.
+    probabilities: (M, K), rows summing to 1. The rows are shuffled, always in the same way, because generated images
+    often come ordered by class, and a split of one class would score 1.
     """
     if probabilities.ndim != 2 or not 1 <= splits <= len(probabilities):
-        raise ValueError(f"probabilities must be (M, K) with M at least splits={splits}, got {tuple(probabilities.shape)}")
+        raise ValueError(
+            f"probabilities must be (M, K) with M at least splits={splits}, got {tuple(probabilities.shape)}"
+        )
     order = torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(0))
     scores = []
     for p in probabilities.detach().cpu().double()[order].tensor_split(splits):  # (M / splits, K)
@@ -250,7 +316,9 @@ def inception_score(probabilities: Tensor, splits: int = 10) -> tuple[float, flo
 
 
 def conditional_accuracy(log_probs: Tensor, labels: Tensor) -> float:
-    """Share of generated images whose most probable class (log_probs (M, K)) is the label they were asked for (labels (M,))."""
+    """Share of generated images whose most probable class (log_probs (M, K)) is the label they were asked for
+    (labels (M,)).
+    """
     if len(log_probs) != len(labels) or len(labels) == 0:
         raise ValueError(f"one requested label an image expected, got {len(labels)} labels for {len(log_probs)} images")
     return (log_probs.argmax(dim=1).cpu() == labels.cpu()).double().mean().item()

@@ -1,7 +1,7 @@
 """Datasets too large for memory: image files on disk, decoded by worker processes.
 
-A file that cannot be used is named once and another image of its batch takes its place; above one percent of such files the
-run stops, because by then something is wrong with the folder and not with a file.
+A file that cannot be used is named once and another image of its batch takes its place; above one percent of such files
+the run stops, because by then something is wrong with the folder and not with a file.
 """
 
 from __future__ import annotations
@@ -29,8 +29,16 @@ MOST_BAD = 0.01
 class FolderImages:
     """RGB images from files; sub-folders of the top folder are the classes, if there are at least two."""
 
-    def __init__(self, name: str, files: list[Path], labels: Tensor | None, classes: tuple[str, ...], size: int, workers: int,
-                 crop: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        files: list[Path],
+        labels: Tensor | None,
+        classes: tuple[str, ...],
+        size: int,
+        workers: int,
+        crop: int,
+    ) -> None:
         self.name, self.files, self.labels, self.class_names = name, files, labels, classes
         self.shape, self.workers, self.crop = (3, size, size), workers, crop
         self.bad: set[int] = set()
@@ -50,8 +58,11 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.files)
 
-    def batches(self, first_step: int, batch_size: int, seed: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def batches(
+        self, first_step: int, batch_size: int, seed: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Endless batches from step `first_step` on: uint8 (B, 3, H, W) and int64 (B,) or None, on `device`."""
+
         def order() -> Iterator[list[int]]:
             step = first_step
             while True:
@@ -75,23 +86,35 @@ class FolderImages:
         self.bad.add(index)
         print(f"skipping {self.files[index]}: {why}", file=sys.stderr, flush=True)
         if len(self.bad) > MOST_BAD * len(self.files):
-            raise ProjectError(f"{len(self.bad)} of {len(self.files)} files are not usable images, more than {MOST_BAD:.0%}; "
-                               "remove them or choose another folder")
+            raise ProjectError(
+                f"{len(self.bad)} of {len(self.files)} files are not usable images, more than {MOST_BAD:.0%}; "
+                "remove them or choose another folder"
+            )
 
     def _decode(self, order: Iterator[list[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
         decoder = _Decoder(self.files, self.shape[1], self.crop)
-        apart = torch.Generator()  # DataLoader draws a seed for its workers; from the global generator that would shift dropout
-        loader = DataLoader(decoder, batch_sampler=order, num_workers=self.workers, collate_fn=_collate,  # type: ignore[arg-type]
-                            pin_memory=device.type == "cuda", generator=apart,
-                            worker_init_fn=_ignore_signals if self.workers else None)
+        # DataLoader draws a seed for its workers; from the global generator that would shift dropout
+        apart = torch.Generator()
+        loader = DataLoader(
+            decoder,
+            batch_sampler=order,
+            num_workers=self.workers,
+            collate_fn=_collate,  # type: ignore[arg-type]
+            pin_memory=device.type == "cuda",
+            generator=apart,
+            worker_init_fn=_ignore_signals if self.workers else None,
+        )
         for images, index, faults in loader:
             good = [i for i, fault in enumerate(faults) if not fault]
             for i, fault in enumerate(faults):
                 if fault:
                     self.reject(int(index[i]), fault)
                     if not good:
-                        raise ProjectError(f"a whole batch of unusable images, the first is {self.files[int(index[0])]}")
-                    other = min(good, key=lambda g: (g - i) % len(faults))  # the next good one: the same with any number of workers
+                        raise ProjectError(
+                            f"a whole batch of unusable images, the first is {self.files[int(index[0])]}"
+                        )
+                    # the next good one: the same with any number of workers
+                    other = min(good, key=lambda g: (g - i) % len(faults))
                     images[i], index[i] = images[other], index[other]
             yield images.to(device, non_blocking=True), None if self.labels is None else self.labels[index].to(device)
 
@@ -109,7 +132,9 @@ class _Decoder(Dataset[tuple[np.ndarray, int, str]]):
 
 
 def read_image(path: Path, size: int, crop: int = 0) -> np.ndarray:
-    """Decode, centre-crop to a square, resize: uint8 (3, size, size). Raises `OSError` or `ValueError` for a bad file."""
+    """Decode, centre-crop to a square, resize: uint8 (3, size, size). Raises `OSError` or `ValueError` for a bad
+    file.
+    """
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError("not an image file")
     if path.stat().st_size == 0:
@@ -120,17 +145,27 @@ def read_image(path: Path, size: int, crop: int = 0) -> np.ndarray:
     if side < SMALLEST:
         raise ValueError(f"only {image.size[0]}x{image.size[1]} pixels")
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.resize((size, size), Image.Resampling.BOX if side >= 2 * size else Image.Resampling.BILINEAR,
-                         box=(left, top, left + side, top + side), reducing_gap=None)
+    image = image.resize(
+        (size, size),
+        Image.Resampling.BOX if side >= 2 * size else Image.Resampling.BILINEAR,
+        box=(left, top, left + side, top + side),
+        reducing_gap=None,
+    )
     return np.asarray(image).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
 def list_images(folder: Path) -> list[Path]:
     """Every file below a folder but hidden ones, sorted by path."""
     if not folder.is_dir():
-        raise ProjectError(f"data.folder: {folder} is not a folder; put the images there, or use configs/ddpm_digits.yaml, "
-                           "which needs no download")
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts))
+        raise ProjectError(
+            f"data.folder: {folder} is not a folder; put the images there, or use configs/ddpm_digits.yaml, "
+            "which needs no download"
+        )
+    files = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    )
     if not files:
         raise ProjectError(f"data.folder: {folder} has no files")
     return files
@@ -144,8 +179,11 @@ def celeba_files(root: Path, split: Literal["train", "test"]) -> tuple[Path, lis
         data = CelebA(str(root), split=split, download=not (root / "celeba/img_align_celeba").is_dir())
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ProjectError(f"CelebA: put img_align_celeba/*.jpg and the list_*.txt and identity_CelebA.txt files into {root}/celeba, or "
-                           f"use configs/ddpm_digits.yaml, which needs no download ({reason})") from None
+        raise ProjectError(
+            f"CelebA: put img_align_celeba/*.jpg and the list_*.txt and identity_CelebA.txt files into {root}/celeba, "
+            "or "
+            f"use configs/ddpm_digits.yaml, which needs no download ({reason})"
+        ) from None
     folder = root / "celeba/img_align_celeba"
     return folder, [folder / name for name in data.filename]
 

@@ -2,8 +2,8 @@
 
 Legend: N images, B batch over all processes, C channels, H = W pixels.
 
-The images of step n are a function of (seed, n) alone: position p = (n - 1) B + i of an endless sequence of shuffled epochs. A
-resumed run, or one with another number of workers or processes, sees the same images.
+The images of step n are a function of (seed, n) alone: position p = (n - 1) B + i of an endless sequence of shuffled
+epochs. A resumed run, or one with another number of workers or processes, sees the same images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class Images(Protocol):
     class_names: tuple[str, ...]  # empty for unlabelled images
 
     def __len__(self) -> int: ...
-    def batches(self, first_step: int, batch_size: int, seed: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]: ...
+    def batches(
+        self, first_step: int, batch_size: int, seed: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor | None]]: ...
     def head(self, count: int) -> MemoryImages: ...
 
 
@@ -55,15 +57,23 @@ class MemoryImages:
 
     def to(self, device: torch.device) -> MemoryImages:
         """The same dataset on another device."""
-        return MemoryImages(self.name, self.images.to(device), None if self.labels is None else self.labels.to(device), self.class_names)
+        return MemoryImages(
+            self.name, self.images.to(device), None if self.labels is None else self.labels.to(device), self.class_names
+        )
 
     def head(self, count: int) -> MemoryImages:
         """The first `count` images; 0 = all."""
         end = count or len(self)
-        return MemoryImages(self.name, self.images[:end], None if self.labels is None else self.labels[:end], self.class_names)
+        return MemoryImages(
+            self.name, self.images[:end], None if self.labels is None else self.labels[:end], self.class_names
+        )
 
-    def batches(self, first_step: int, batch_size: int, seed: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Endless batches from step `first_step` on: uint8 (B, C, H, W) and int64 (B,) or None, on the dataset's device."""
+    def batches(
+        self, first_step: int, batch_size: int, seed: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Endless batches from step `first_step` on: uint8 (B, C, H, W) and int64 (B,) or None, on the dataset's
+        device.
+        """
         data, step = self.to(device), first_step
         while True:
             index = batch_indices(step, batch_size, len(self), seed).to(device)
@@ -88,7 +98,9 @@ def _epoch(epoch: int, size: int, seed: int) -> Tensor:
 
 
 def batch_indices(step: int, batch_size: int, size: int, seed: int) -> Tensor:
-    """Which images make up the batch of a step (1, 2, ...): int64 (B,). Every image once an epoch; a batch may span two epochs."""
+    """Which images make up the batch of a step (1, 2, ...): int64 (B,). Every image once an epoch; a batch may span
+    two epochs.
+    """
     position = torch.arange((step - 1) * batch_size, step * batch_size)
     epochs = torch.unique(position // size).tolist()
     return torch.cat([_epoch(e, size, seed)[position[position // size == e] % size] for e in epochs])
@@ -98,7 +110,9 @@ def resize(data: MemoryImages, size: int) -> MemoryImages:
     """Bilinear resize with antialiasing to (size, size); unchanged if it has that size."""
     if data.shape[1:] == (size, size):
         return data
-    pixels = torch.nn.functional.interpolate(data.images.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    pixels = torch.nn.functional.interpolate(
+        data.images.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
     return MemoryImages(data.name, pixels.round().clamp(0, 255).byte(), data.labels, data.class_names)
 
 

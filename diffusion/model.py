@@ -35,11 +35,13 @@ FOURIER_SCALE = 16.0  # standard deviation of the Fourier frequencies (Song et a
 class TimeEmbedding(nn.Module):
     """Time (B,) float -> features (B, width) float32: sines and cosines at `width / 2` frequencies.
 
-    A scalar alone would have to pass through steep functions before the network could tell t=3 from t=4; at many frequencies
-    at once, near and far times are both easy to tell apart. Time is in thousandths: all objectives pass values of order 0 to 1000.
+    A scalar alone would have to pass through steep functions before the network could tell t=3 from t=4; at many
+    frequencies at once, near and far times are both easy to tell apart. Time is in thousandths: all objectives pass
+    values of order 0 to 1000.
 
     sinusoidal: a geometric series of wavelengths from 2 pi to 20,000 pi (Vaswani et al., section 3.5).
-    fourier:    Gaussian random frequencies (Song et al. 2021, section C.2), drawn once from a fixed seed and kept in the state dict.
+    fourier:    Gaussian random frequencies (Song et al. 2021, section C.2), drawn once from a fixed seed and kept
+                in the state dict.
     """
 
     def __init__(self, width: int, kind: str):
@@ -60,8 +62,9 @@ class TimeEmbedding(nn.Module):
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions around a skip connection, told the time between them: (B, C_in, H, W) -> (B, C_out, H, W).
 
-    `modulation` is this block's share of the embedded time and class: (B, C_out), added to every pixel (Ho et al. 2020), or with
-    scale_shift (B, 2 C_out), the scale and the shift of the second normalisation (Dhariwal & Nichol 2021, section 3.1, "AdaGN").
+    `modulation` is this block's share of the embedded time and class: (B, C_out), added to every pixel (Ho et al.
+    2020), or with scale_shift (B, 2 C_out), the scale and the shift of the second normalisation (Dhariwal & Nichol
+    2021, section 3.1, "AdaGN").
     """
 
     def __init__(self, in_channels: int, out_channels: int, config: ModelConfig):
@@ -88,7 +91,9 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every pixel looks at every other (Vaswani et al., eq. 1), around a skip connection: (B, C, H, W) -> the same shape."""
+    """Every pixel looks at every other (Vaswani et al., eq. 1), around a skip connection: (B, C, H, W) -> the same
+    shape.
+    """
 
     def __init__(self, channels: int, config: ModelConfig):
         super().__init__()
@@ -99,7 +104,8 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, C, H, W = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, L, C): no copy in channels_last, where C already varies fastest
+        # (B, L, C): no copy in channels_last, where C already varies fastest
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
         qkv = self.qkv(tokens).view(B, H * W, 3, self.heads, C // self.heads)  # (B, L, 3, K, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, K, L, D) each
         mixed = F.scaled_dot_product_attention(q, k, v)  # (B, K, L, D): softmax(q k^T / sqrt(D)) v
@@ -115,33 +121,40 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # An even side needs one row of padding, not two; TensorFlow's "SAME" puts it last, and Ho et al. trained with that.
+        # An even side needs one row of padding, not two; TensorFlow's "SAME" puts it last, and Ho et al. trained with
+        # that.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
-    """Double the resolution, nearest neighbour, then a 3x3 convolution: (B, C, H, W) -> (B, C, 2 H, 2 W) (Odena et al. 2016).
+    """Double the resolution, nearest neighbour, then a 3x3 convolution: (B, C, H, W) -> (B, C, 2 H, 2 W) (Odena et al.
+    2016).
 
-    Each output pixel sees only 2x2 different inputs, since the copies that nearest-neighbour makes are equal: their weights can be
-    summed first. That leaves a 4x4 transposed convolution of stride 2, with 16 products for 4 outputs instead of 36.
+    Each output pixel sees only 2x2 different inputs, since the copies that nearest-neighbour makes are equal: their
+    weights can be summed first. That leaves a 4x4 transposed convolution of stride 2, with 16 products for 4 outputs
+    instead of 36.
     """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        # In one dimension the kernel (a, b, c) becomes (c, b + c, a + b, a), backwards because a transposed convolution writes
-        # where a convolution reads; in two dimensions rows and columns do so independently, hence the Kronecker product.
+        # In one dimension the kernel (a, b, c) becomes (c, b + c, a + b, a), backwards because a transposed convolution
+        # writes where a convolution reads; in two dimensions rows and columns do so independently, hence the Kronecker
+        # product.
         spread = torch.tensor([[0.0, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 0]])
         self.register_buffer("spread", torch.kron(spread, spread), persistent=False)  # (9, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         C = x.shape[1]
-        kernel = (self.conv.weight.reshape(C, C, 9) @ self.spread).view(C, C, 4, 4)  # (C_out, C_in, 3, 3) -> (C_out, C_in, 4, 4)
+        # (C_out, C_in, 3, 3) -> (C_out, C_in, 4, 4)
+        kernel = (self.conv.weight.reshape(C, C, 9) @ self.spread).view(C, C, 4, 4)
         return F.conv_transpose2d(x, kernel.transpose(0, 1), self.conv.bias, stride=2, padding=1)
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution on one way of the U, each followed by attention or nothing, and the change of resolution after them."""
+    """The blocks of one resolution on one way of the U, each followed by attention or nothing, and the change of
+    resolution after them.
+    """
 
     def __init__(self, blocks: list[ResidualBlock], attention: list[nn.Module], resample: nn.Module | None):
         super().__init__()
@@ -154,7 +167,8 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network of Ho et al. 2020; the default ModelConfig at 32 pixels is their CIFAR-10 model with 35,746,307 parameters.
+    """The network of Ho et al. 2020; the default ModelConfig at 32 pixels is their CIFAR-10 model with 35,746,307
+    parameters.
 
     image_size: pixels of the square images given to forward (before `config.patch` folds them).
     Raises ValueError when the image size cannot be halved once a level.
@@ -164,8 +178,10 @@ class UNet(nn.Module):
         super().__init__()
         levels = len(config.multipliers)
         if image_size % (config.patch * 2 ** (levels - 1)):
-            raise ValueError(f"image size {image_size} cannot be folded by {config.patch} and halved {levels - 1} times; "
-                             "choose another data.image_size, a smaller model.patch or fewer model.multipliers")
+            raise ValueError(
+                f"image size {image_size} cannot be folded by {config.patch} and halved {levels - 1} times; "
+                "choose another data.image_size, a smaller model.patch or fewer model.multipliers"
+            )
         self.config, self.image_size, self.null_label = config, image_size, config.num_classes
         E = 4 * config.channels
         image_channels = config.image_channels * config.patch**2
@@ -178,7 +194,8 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(config.groups, config.channels * config.multipliers[0], NORM_EPS)
         self.conv_out = nn.Conv2d(config.channels * config.multipliers[0], image_channels, 3, padding=1)
 
-        # Each block needs its own linear map of the embedding; one matrix product makes them all, and forward splits the result.
+        # Each block needs its own linear map of the embedding; one matrix product makes them all, and forward splits
+        # the result.
         self.modulation_widths = [m.modulation_width for m in self.modules() if isinstance(m, ResidualBlock)]
         self.modulation = nn.Linear(E, sum(self.modulation_widths))
         self._initialise()
@@ -200,7 +217,9 @@ class UNet(nn.Module):
             skips += [width] * (config.blocks + (not last))
             grid = grid if last else grid // 2
 
-        self.middle = Stage([ResidualBlock(C, C, config), ResidualBlock(C, C, config)], [Attention(C, config), nn.Identity()], None)
+        self.middle = Stage(
+            [ResidualBlock(C, C, config), ResidualBlock(C, C, config)], [Attention(C, config), nn.Identity()], None
+        )
 
         # The way up has one block more a level: one skip for each block, and one for the input of the level.
         self.up = nn.ModuleList()
@@ -213,10 +232,12 @@ class UNet(nn.Module):
             grid = grid * 2
 
     def _initialise(self) -> None:
-        """Xavier-uniform weights and zero biases, as Ho et al. 2020; zero weights where a branch meets its skip, and at the end.
+        """Xavier-uniform weights and zero biases, as Ho et al. 2020; zero weights where a branch meets its skip, and at
+        the end.
 
-        With the last layer of every branch at zero, each block and attention starts as the identity (or its shortcut), so the
-        signal and its gradient keep their size at any depth, and the network's first output is 0: the best constant guess of noise.
+        With the last layer of every branch at zero, each block and attention starts as the identity (or its shortcut),
+        so the signal and its gradient keep their size at any depth, and the network's first output is 0: the best
+        constant guess of noise.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -235,11 +256,13 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the network's output for noisy images, shape and meaning as `x`; the objective decides what it stands for.
+        """Return the network's output for noisy images, shape and meaning as `x`; the objective decides what it stands
+        for.
 
         x: float (B, image_channels, image_size, image_size). time: float (B,), of order 0 to 1000.
-        labels: int64 (B,) in 0..num_classes, where num_classes (`null_label`) means "no label"; None means that for all.
-        Under autocast the output is in the lower precision. Raises ValueError on another image size, or on labels without classes.
+        labels: int64 (B,) in 0..num_classes, where num_classes (`null_label`) means "no label"; None means that for
+        all. Under autocast the output is in the lower precision. Raises ValueError on another image size, or on labels
+        without classes.
         """
         self._check(x, labels)
         modulations = iter(self._modulations(time, labels))
@@ -257,14 +280,17 @@ class UNet(nn.Module):
             h = attend(block(h, next(modulations)))
         for stage in self.up:
             for block, attend in stage:
-                h = attend(block(torch.cat([h, skips.pop()], dim=1), next(modulations)))  # (B, C + C_skip, H, W) -> (B, C, H, W)
+                # (B, C + C_skip, H, W) -> (B, C, H, W)
+                h = attend(block(torch.cat([h, skips.pop()], dim=1), next(modulations)))
             if stage.resample is not None:
                 h = stage.resample(h)
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.config.patch)  # (B, image_channels, S, S)
 
     def _modulations(self, time: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """The embedded time and class, mapped for each residual block: (B, C_out) or (B, 2 C_out) each, in the order of use."""
+        """The embedded time and class, mapped for each residual block: (B, C_out) or (B, 2 C_out) each, in the order
+        of use.
+        """
         embedding = self.time_mlp(self.time_embedding(time))  # (B, E)
         if self.class_embedding is not None:
             if labels is None:
@@ -275,7 +301,11 @@ class UNet(nn.Module):
     def _check(self, x: torch.Tensor, labels: torch.Tensor | None) -> None:
         expected = (self.config.image_channels, self.image_size, self.image_size)
         if x.shape[1:] != expected:
-            raise ValueError(f"the network was built for images {expected}, not {tuple(x.shape[1:])}; "
-                             "set data.image_size and model.image_channels to those of the images")
+            raise ValueError(
+                f"the network was built for images {expected}, not {tuple(x.shape[1:])}; "
+                "set data.image_size and model.image_channels to those of the images"
+            )
         if labels is not None and self.class_embedding is None:
-            raise ValueError("labels were given to an unconditional network; set model.num_classes, or pass labels=None")
+            raise ValueError(
+                "labels were given to an unconditional network; set model.num_classes, or pass labels=None"
+            )

@@ -5,11 +5,13 @@
     EDM     x = x_0 + sigma eps                 a mix of x_0 and eps    250 ln(sigma), about -1600..1100
     Flow    x = (1 - t) x_0 + t eps             eps - x_0               1000 t in 0..1000
 
-with a = alpha_bar_t. Each class has the same three methods: `loss` for training, `denoise` (x_0 from x, whatever the network predicts) and
-`grid` (the noise levels to visit) for sampling. No randomness here: the caller brings eps and u, uniform on [0, 1), which decides the time.
+with a = alpha_bar_t. Each class has the same three methods: `loss` for training, `denoise` (x_0 from x, whatever the
+network predicts) and `grid` (the noise levels to visit) for sampling. No randomness here: the caller brings eps and u,
+uniform on [0, 1), which decides the time.
 
-The time is stretched so that one sinusoidal embedding serves all three: its fastest wave turns by one radian per unit, so a range of
-about a thousand is resolved, while EDM's c_noise = ln(sigma) / 4 spans only -1.6..1.1. Networks see 1000 c_noise.
+The time is stretched so that one sinusoidal embedding serves all three: its fastest wave turns by one radian per unit,
+so a range of about a thousand is resolved, while EDM's c_noise = ln(sigma) / 4 spans only -1.6..1.1. Networks see 1000
+c_noise.
 
 Legend: B batch, C channels, H height, W width, T timesteps, N sampling steps.
 Sources: Ho et al. 2020 (DDPM), Salimans & Ho 2022 (v), Hang et al. 2023 (min-SNR), Karras et al. 2022 (EDM),
@@ -27,7 +29,8 @@ from diffusion.config import ObjectiveConfig, SampleConfig
 from diffusion.samplers import Grid
 from diffusion.schedule import Schedule, build_schedule
 
-Net = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # (x (B, C, H, W), time (B,), labels (B,) or None) -> (B, C, H, W)
+# (x (B, C, H, W), time (B,), labels (B,) or None) -> (B, C, H, W)
+Net = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class DDPM:
@@ -35,18 +38,24 @@ class DDPM:
 
     `prediction` is the network's target: "eps", "x0" or "v"; `weighting` the weight of its squared error:
         simple     1 (Ho et al. 2020, eq. 14)
-        min_snr    min(SNR, gamma) as a weight of the error in x_0 (Hang et al. 2023, section 3.4), carried over to the target: the
-                   errors in eps, v and x_0 are proportional. With zero terminal SNR the weight of the very last t is therefore 0.
+        min_snr    min(SNR, gamma) as a weight of the error in x_0 (Hang et al. 2023, section 3.4), carried over to the
+                   target: the errors in eps, v and x_0 are proportional. With zero terminal SNR the weight of the very
+                   last t is therefore 0.
     Raises ValueError for an unknown choice, and for a schedule with zero terminal SNR unless v is predicted.
     """
 
-    def __init__(self, schedule: Schedule, prediction: str = "eps", weighting: str = "simple", gamma: float = 5.0) -> None:
+    def __init__(
+        self, schedule: Schedule, prediction: str = "eps", weighting: str = "simple", gamma: float = 5.0
+    ) -> None:
         if prediction not in ("eps", "x0", "v"):
             raise ValueError(f"unknown prediction {prediction!r}: choose eps, x0 or v")
         if weighting not in ("simple", "min_snr"):
             raise ValueError(f"unknown weighting {weighting!r}: choose simple or min_snr")
         if schedule.alpha_bar[-1] == 0 and prediction != "v":
-            raise ValueError(f"zero terminal SNR needs prediction='v', not {prediction!r}: at zero signal, eps says nothing about x_0")
+            raise ValueError(
+                f"zero terminal SNR needs prediction='v', not {prediction!r}: at zero signal, eps says nothing about "
+                "x_0"
+            )
         self.schedule, self.prediction, self.weighting, self.gamma = schedule, prediction, weighting, gamma
 
     def loss(self, net: Net, x0: Tensor, labels: Tensor | None, noise: Tensor, u: Tensor) -> Tensor:
@@ -95,15 +104,18 @@ class DDPM:
 
 
 class EDM:
-    """Karras et al. 2022: any noise level sigma > 0, and a network whose input and target have unit variance at all of them.
+    """Karras et al. 2022: any noise level sigma > 0, and a network whose input and target have unit variance at all of
+    them.
 
-    `p_mean`, `p_std`: training noise levels are ln(sigma) ~ N(p_mean, p_std^2). `sigma_data`: standard deviation of the pixels.
-    Raises ValueError unless p_std and sigma_data are positive.
+    `p_mean`, `p_std`: training noise levels are ln(sigma) ~ N(p_mean, p_std^2). `sigma_data`: standard deviation of the
+    pixels. Raises ValueError unless p_std and sigma_data are positive.
     """
 
     def __init__(self, p_mean: float = -1.2, p_std: float = 1.2, sigma_data: float = 0.5) -> None:
         if p_std <= 0 or sigma_data <= 0:
-            raise ValueError(f"p_std={p_std} and sigma_data={sigma_data} must be positive: measure sigma_data on the training images")
+            raise ValueError(
+                f"p_std={p_std} and sigma_data={sigma_data} must be positive: measure sigma_data on the training images"
+            )
         self.p_mean, self.p_std, self.sigma_data = p_mean, p_std, sigma_data
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -112,11 +124,15 @@ class EDM:
         return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
 
     def loss(self, net: Net, x0: Tensor, labels: Tensor | None, noise: Tensor, u: Tensor) -> Tensor:
-        """Losses (B,) of the images x0 (B, C, H, W) at ln(sigma) = p_mean + p_std times the normal quantile of u (B,) in [0, 1)."""
+        """Losses (B,) of the images x0 (B, C, H, W) at ln(sigma) = p_mean + p_std times the normal quantile of u
+        (B,) in [0, 1).
+        """
         sigma = (self.p_mean + self.p_std * normal_quantile(u.to(x0.dtype))).exp()  # (B,)
-        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2  # 1 / c_out^2: all sigma count the same
+        # 1 / c_out^2: all sigma count the same
+        weight = (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
         x = x0 + broadcast(sigma, x0) * noise
-        return mean_per_image(broadcast(weight, x0) * (self.denoise(net, x, sigma, labels) - x0) ** 2)  # eq. 2 with table 1
+        # eq. 2 with table 1
+        return mean_per_image(broadcast(weight, x0) * (self.denoise(net, x, sigma, labels) - x0) ** 2)
 
     def denoise(self, net: Net, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
         """The estimate of x_0 (B, C, H, W) from x at `time` sigma > 0, a scalar or (B,): Karras et al. 2022, eq. 7."""
@@ -126,19 +142,26 @@ class EDM:
         return broadcast(c_skip, x) * x + broadcast(c_out, x) * output
 
     def grid(self, num_steps: int, sample: SampleConfig) -> Grid:
-        """N noise levels from sample.sigma_max to sample.sigma_min, dense at the low end (Karras et al. 2022, eq. 5), then the data."""
+        """N noise levels from sample.sigma_max to sample.sigma_min, dense at the low end (Karras et al. 2022, eq.
+        5), then the data.
+        """
         check_steps(num_steps)
         low, high = sample.sigma_min ** (1 / sample.rho), sample.sigma_max ** (1 / sample.rho)
         sigma = torch.linspace(high, low, num_steps, dtype=torch.float64) ** sample.rho  # (N,)
-        return Grid(torch.ones(num_steps + 1, dtype=torch.float64), torch.cat([sigma, torch.zeros(1, dtype=torch.float64)]), sigma)
+        return Grid(
+            torch.ones(num_steps + 1, dtype=torch.float64),
+            torch.cat([sigma, torch.zeros(1, dtype=torch.float64)]),
+            sigma,
+        )
 
 
 class Flow:
-    """Flow matching on straight lines from data (t = 0) to noise (t = 1): the network predicts their direction dx/dt = eps - x_0.
+    """Flow matching on straight lines from data (t = 0) to noise (t = 1): the network predicts their direction dx/dt =
+    eps - x_0.
 
-    This is the orientation of Esser et al. 2024 and of the diffusion models here; Lipman et al. 2023 run t the other way.
-    `time_distribution` in training: "uniform", or "logit_normal", which favours the middle (Esser et al. 2024, section 3.1).
-    Raises ValueError for an unknown choice.
+    This is the orientation of Esser et al. 2024 and of the diffusion models here; Lipman et al. 2023 run t the other
+    way. `time_distribution` in training: "uniform", or "logit_normal", which favours the middle (Esser et al. 2024,
+    section 3.1). Raises ValueError for an unknown choice.
     """
 
     def __init__(self, time_distribution: str = "uniform") -> None:
@@ -155,7 +178,9 @@ class Flow:
         return mean_per_image((output - (noise - x0)) ** 2)  # Liu et al. 2023, eq. 1
 
     def denoise(self, net: Net, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The estimate of x_0 (B, C, H, W) from x at `time` t in (0, 1], a scalar or (B,): x - t v, the foot of the line."""
+        """The estimate of x_0 (B, C, H, W) from x at `time` t in (0, 1], a scalar or (B,): x - t v, the foot of the
+        line.
+        """
         t = per_image(time, x)
         return x - broadcast(t, x) * net(x, 1000 * t, labels).to(x.dtype)
 
@@ -167,7 +192,9 @@ class Flow:
 
 
 def build_objective(config: ObjectiveConfig, sigma_data: float) -> DDPM | EDM | Flow:
-    """The objective that a config asks for. `sigma_data` is measured on the training images; a value set in the config takes precedence."""
+    """The objective that a config asks for. `sigma_data` is measured on the training images; a value set in the
+    config takes precedence.
+    """
     if config.kind == "ddpm":
         return DDPM(build_schedule(config), config.prediction, config.weighting, config.min_snr_gamma)
     if config.kind == "edm":
@@ -193,7 +220,9 @@ def mean_per_image(error: Tensor) -> Tensor:
 
 
 def normal_quantile(u: Tensor) -> Tensor:
-    """The inverse of the normal distribution function. u = 0, which float32 generators do return, becomes 2^-25 instead of -infinity."""
+    """The inverse of the normal distribution function. u = 0, which float32 generators do return, becomes 2^-25
+    instead of -infinity.
+    """
     return torch.special.ndtri(u.clamp(min=2**-25))
 
 

@@ -1,7 +1,9 @@
-"""Draw images from a trained model:  python -m diffusion.sample --run runs/ddpm_mnist [sample.guidance=2 sample.count=100 ...]
+"""Draw images from a trained model:
 
-Writes into the run's `figures/`: a grid, interpolations between noises, and how images come out of the noise, as a film strip (PNG) and
-a GIF. Legend: B batch, C channels, H = W pixels, T frames.
+    python -m diffusion.sample --run runs/ddpm_mnist [sample.guidance=2 sample.count=100 ...]
+
+Writes into the run's `figures/`: a grid, interpolations between noises, and how images come out of the noise, as a film
+strip (PNG) and a GIF. Legend: B batch, C channels, H = W pixels, T frames.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
@@ -40,8 +42,11 @@ def main(config: Config, options: Options) -> None:
     with Run(config, options) as run:
         model, objective, step = load_model(config, options, run)
         folder = run.folder / "figures"
-        name = f"{resolve_sampler(config.objective.kind, config.sample.sampler)}{config.sample.steps}_w{config.sample.guidance:g}"
-        drawn = generate(model, objective, config, config.sample.count, grid_labels(config, config.sample.count), config.seed, run)
+        sampler = resolve_sampler(config.objective.kind, config.sample.sampler)
+        name = f"{sampler}{config.sample.steps}_w{config.sample.guidance:g}"
+        drawn = generate(
+            model, objective, config, config.sample.count, grid_labels(config, config.sample.count), config.seed, run
+        )
         save_grid(drawn, folder / f"grid_{name}.png")
         save_grid(interpolate(model, objective, config, run), folder / f"interpolation_{name}.png", columns=10)
         frames = film(model, objective, config, run, count=10)
@@ -52,7 +57,9 @@ def main(config: Config, options: Options) -> None:
 
 
 def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Objective, int]:
-    """The network of a run's newest whole checkpoint (or of `--checkpoint`), its objective, and the number of updates it has seen."""
+    """The network of a run's newest whole checkpoint (or of `--checkpoint`), its objective, and the number of
+    updates it has seen.
+    """
     folder, chosen = run.folder / "checkpoints", Path(options.checkpoint)
     if chosen.name == options.checkpoint:  # a bare name is one of this run's; a path is taken as it stands
         chosen = folder / chosen
@@ -63,38 +70,79 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Object
     try:
         model.load_state_dict(state["parts"]["ema" if config.sample.weights == "ema" else "model"])
     except (RuntimeError, KeyError, TypeError):
-        raise CheckpointError(f"the checkpoint in {folder} is of another model than the config's model section") from None
+        raise CheckpointError(
+            f"the checkpoint in {folder} is of another model than the config's model section"
+        ) from None
     model = model.to(run.device, memory_format=run.memory_format).eval().requires_grad_(False)
     return model, build_objective(config.objective, state["parts"]["sigma_data"]), int(state["step"])
 
 
-def generate(model: UNet, objective: Objective, config: Config, count: int, labels: Tensor | None, seed: int, run: Run) -> Tensor:
+def generate(
+    model: UNet, objective: Objective, config: Config, count: int, labels: Tensor | None, seed: int, run: Run
+) -> Tensor:
     """Images uint8 (count, C, H, W) on the CPU, drawn as `config.sample` says.
 
-    Batch b depends on (seed, b) and the batch size alone. Raises `Stopped` between two sampling steps after a stop signal.
+    Batch b depends on (seed, b) and the batch size alone. Raises `Stopped` between two sampling steps after a stop
+    signal.
 
     Args:
         labels: int64 (count,), or None for a model without classes.
     """
     batch_size = config.sample.batch_size
-    parts = [generate_batch(model, objective, config, b, min(batch_size, count - b * batch_size),
-                            None if labels is None else labels[b * batch_size : (b + 1) * batch_size], seed, run)
-             for b in range(math.ceil(count / batch_size))]
+    parts = [
+        generate_batch(
+            model,
+            objective,
+            config,
+            b,
+            min(batch_size, count - b * batch_size),
+            None if labels is None else labels[b * batch_size : (b + 1) * batch_size],
+            seed,
+            run,
+        )
+        for b in range(math.ceil(count / batch_size))
+    ]
     return torch.cat([to_uint8(part).cpu() for part in parts])
 
 
 @torch.no_grad()
-def generate_batch(model: UNet, objective: Objective, config: Config, index: int, count: int, labels: Tensor | None, seed: int,
-                   run: Run, x_init: Tensor | None = None, on_step: Callable[[int, Tensor, Tensor], None] | None = None) -> Tensor:
-    """Batch number `index` of a sequence of samples: float (count, C, H, W) on the device. See `generate` and `samplers.sample`."""
+def generate_batch(
+    model: UNet,
+    objective: Objective,
+    config: Config,
+    index: int,
+    count: int,
+    labels: Tensor | None,
+    seed: int,
+    run: Run,
+    x_init: Tensor | None = None,
+    on_step: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """Batch number `index` of a sequence of samples: float (count, C, H, W) on the device. See `generate` and
+    `samplers.sample`.
+    """
     settings = config.sample
     sampler = resolve_sampler(config.objective.kind, settings.sampler)
     rng = torch.Generator(run.device).manual_seed(runtime.fold(seed, NOISE_STREAM, index))
     labels = None if labels is None else labels.to(run.device)
-    denoise = guided(objective, lambda x, time, y: _call(model, run, x, time, y), labels, model.null_label, settings.guidance)
+    denoise = guided(
+        objective, lambda x, time, y: _call(model, run, x, time, y), labels, model.null_label, settings.guidance
+    )
     shape = (count, config.model.image_channels, config.data.image_size, config.data.image_size)
-    return sample(denoise, objective.grid(settings.steps, settings), sampler, shape, rng, device=run.device, eta=settings.eta,
-                  variance=settings.variance, clip=settings.clip, track=run.track, x_init=x_init, on_step=on_step)
+    return sample(
+        denoise,
+        objective.grid(settings.steps, settings),
+        sampler,
+        shape,
+        rng,
+        device=run.device,
+        eta=settings.eta,
+        variance=settings.variance,
+        clip=settings.clip,
+        track=run.track,
+        x_init=x_init,
+        on_step=on_step,
+    )
 
 
 def _call(model: UNet, run: Run, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
@@ -103,36 +151,61 @@ def _call(model: UNet, run: Run, x: Tensor, time: Tensor, labels: Tensor | None)
 
 
 def grid_labels(config: Config, count: int) -> Tensor | None:
-    """Labels 0, 1, ..., K - 1, 0, 1, ... int64 (count,), so that a grid with K columns shows one class a column; None without classes."""
+    """Labels 0, 1, ..., K - 1, 0, 1, ... int64 (count,), so that a grid with K columns shows one class a column;
+    None without classes.
+    """
     return torch.arange(count) % config.model.num_classes if config.model.num_classes else None
 
 
-def interpolate(model: UNet, objective: Objective, config: Config, run: Run, rows: int = 6, columns: int = 10) -> Tensor:
-    """Images whose starting noises lie on great circles between two noises, one a row, with one label: uint8 (rows * columns, C, H, W).
+def interpolate(
+    model: UNet, objective: Objective, config: Config, run: Run, rows: int = 6, columns: int = 10
+) -> Tensor:
+    """Images whose starting noises lie on great circles between two noises, one a row, with one label: uint8 (rows *
+    columns, C, H, W).
 
-    A straight line would leave the shell of radius sqrt(dimension) on which Gaussian noise lives; a great circle stays on it (White 2016).
+    A straight line would leave the shell of radius sqrt(dimension) on which Gaussian noise lives; a great circle stays
+    on it (White 2016).
     """
     shape = (rows, config.model.image_channels, config.data.image_size, config.data.image_size)
-    ends = torch.randn(2, *shape, generator=torch.Generator().manual_seed(runtime.fold(config.seed, NOISE_STREAM, 2**20)))
+    ends = torch.randn(
+        2, *shape, generator=torch.Generator().manual_seed(runtime.fold(config.seed, NOISE_STREAM, 2**20))
+    )
     angle = torch.linspace(0, math.pi / 2, columns).view(1, columns, 1, 1, 1)
     noise = torch.cos(angle) * ends[0][:, None] + torch.sin(angle) * ends[1][:, None]  # (rows, columns, C, H, W)
-    labels = None if not config.model.num_classes else (torch.arange(rows) % config.model.num_classes).repeat_interleave(columns)
+    labels = (
+        None
+        if not config.model.num_classes
+        else (torch.arange(rows) % config.model.num_classes).repeat_interleave(columns)
+    )
     sampler = "auto" if config.sample.sampler == "ddpm" else config.sample.sampler  # no noise may enter but the first
     smooth = dataclasses.replace(config, sample=dataclasses.replace(config.sample, eta=0.0, sampler=sampler))
-    drawn = generate_batch(model, objective, smooth, 0, rows * columns, labels, config.seed, run, noise.flatten(0, 1).to(run.device))
+    drawn = generate_batch(
+        model, objective, smooth, 0, rows * columns, labels, config.seed, run, noise.flatten(0, 1).to(run.device)
+    )
     return to_uint8(drawn).cpu()
 
 
 def film(model: UNet, objective: Objective, config: Config, run: Run, count: int) -> Tensor:
     """What the network believes x_0 to be, step by step: uint8 (T, count, C, H, W)."""
     frames: list[Tensor] = []
-    drawn = generate_batch(model, objective, config, 0, count, grid_labels(config, count), config.seed, run,
-                           on_step=lambda i, x, x0: frames.append(to_uint8(x0).cpu()))
+    drawn = generate_batch(
+        model,
+        objective,
+        config,
+        0,
+        count,
+        grid_labels(config, count),
+        config.seed,
+        run,
+        on_step=lambda i, x, x0: frames.append(to_uint8(x0).cpu()),
+    )
     return torch.stack([*frames, to_uint8(drawn).cpu()])
 
 
 def tile(images: Tensor, columns: int, scale: int = 1) -> Tensor:
-    """(N, C, H, W) uint8 -> one (C, rows (H + 2) s + 2 s, columns (W + 2) s + 2 s) sheet with a border of 2 pixels, enlarged by `scale`."""
+    """(N, C, H, W) uint8 -> one (C, rows (H + 2) s + 2 s, columns (W + 2) s + 2 s) sheet with a border of 2 pixels,
+    enlarged by `scale`.
+    """
     count, channels, height, width = images.shape
     rows = math.ceil(count / columns)
     sheet = torch.full((channels, rows * (height + 2) + 2, columns * (width + 2) + 2), 255, dtype=torch.uint8)

@@ -1,6 +1,6 @@
 """The discrete noise schedule of DDPM: how much of the image is left after t + 1 of T noising steps.
 
-    x_t = alpha_t x_0 + sigma_t eps,    alpha_t = sqrt(alpha_bar_t),    sigma_t = sqrt(1 - alpha_bar_t),    eps ~ N(0, I)
+    x_t = alpha_t x_0 + sigma_t eps,   alpha_t = sqrt(alpha_bar_t),    sigma_t = sqrt(1 - alpha_bar_t),    eps ~ N(0, I)
 
 Time runs from t = 0 (nearly clean) to t = T - 1 (nearly pure noise): our t is the paper's t - 1.
 Tables are float64 on the CPU, because alpha_bar is a product of a thousand numbers close to one; results have the dtype
@@ -31,11 +31,14 @@ class Schedule:
     """
 
     betas: Tensor  # (T,)
-    _moved: dict = field(default_factory=dict, init=False, repr=False)  # copies of the tables on the devices that asked for them
+    # copies of the tables on the devices that asked for them
+    _moved: dict = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.betas.ndim != 1 or len(self.betas) < 2:
-            raise ValueError(f"a schedule needs at least two betas in one dimension, got shape {tuple(self.betas.shape)}")
+            raise ValueError(
+                f"a schedule needs at least two betas in one dimension, got shape {tuple(self.betas.shape)}"
+            )
         if not bool(((self.betas > 0) & (self.betas <= 1)).all()):
             low, high = self.betas.min().item(), self.betas.max().item()
             raise ValueError(f"betas must lie in (0, 1], got {low:.4g} to {high:.4g}: use a smaller beta_end")
@@ -50,13 +53,17 @@ class Schedule:
     def cosine(cls, T: int, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
         """alpha_bar falls like a squared cosine (Nichol & Dhariwal 2021, eq. 17); no beta exceeds `max_beta`."""
         u = torch.arange(T + 1, dtype=torch.float64) / T
-        alpha_bar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2  # (T + 1,), not yet divided by f(0): ratios do not care
+        # (T + 1,), not yet divided by f(0): ratios do not care
+        alpha_bar = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
         return cls((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta))
 
     def rescale_zero_terminal_snr(self) -> Schedule:
-        """A new schedule whose last step is pure noise: alpha_{T-1} = 0, alpha_0 unchanged (Lin et al. 2023, algorithm 1)."""
+        """A new schedule whose last step is pure noise: alpha_{T-1} = 0, alpha_0 unchanged (Lin et al. 2023,
+        algorithm 1).
+        """
         first, last = self.alpha[0], self.alpha[-1]
-        alpha_bar = ((self.alpha - last) * first / (first - last)) ** 2  # shift the end to zero, then stretch the start back
+        # shift the end to zero, then stretch the start back
+        alpha_bar = ((self.alpha - last) * first / (first - last)) ** 2
         return Schedule(torch.cat([1 - alpha_bar[:1], 1 - alpha_bar[1:] / alpha_bar[:-1]]))
 
     def __len__(self) -> int:
@@ -131,14 +138,16 @@ class Schedule:
         return self.at("alpha", t, x0) * x0 + self.at("sigma", t, x0) * noise
 
     def velocity(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """v = alpha eps - sigma x_0 (Salimans & Ho 2022, section 4): x_t turned by 90 degrees in the plane of x_0 and eps."""
+        """v = alpha eps - sigma x_0 (Salimans & Ho 2022, section 4): x_t turned by 90 degrees in the plane of x_0
+        and eps.
+        """
         return self.at("alpha", t, x0) * noise - self.at("sigma", t, x0) * x0
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q(x_{t-1} | x_t, x_0), a Gaussian: where x was one step ago (Ho et al. 2020, eq. 6 and 7).
 
-        Returns the mean (B, C, H, W), the variance (B, 1, 1, 1), which is zero at t = 0, and its clamped logarithm (B, 1, 1, 1),
-        which is finite everywhere.
+        Returns the mean (B, C, H, W), the variance (B, 1, 1, 1), which is zero at t = 0, and its clamped logarithm (B,
+        1, 1, 1), which is finite everywhere.
         """
         mean = self.at("posterior_x0", t, x0) * x0 + self.at("posterior_x_t", t, x0) * x_t
         return mean, self.at("posterior_variance", t, x0), self.at("posterior_log_variance", t, x0)
@@ -148,11 +157,14 @@ def build_schedule(config: ObjectiveConfig) -> Schedule:
     """The schedule that a config asks for.
 
     The linear ends 1e-4 and 0.02 destroy the image in 1000 steps. For another number of timesteps they are scaled by
-    1000 / T, as in the code of Nichol & Dhariwal 2021; with fewer, unscaled steps the last x_t would still show the image.
-    Raises ValueError for an unknown schedule, and for zero terminal SNR without prediction=v.
+    1000 / T, as in the code of Nichol & Dhariwal 2021; with fewer, unscaled steps the last x_t would still show the
+    image. Raises ValueError for an unknown schedule, and for zero terminal SNR without prediction=v.
     """
     if config.zero_terminal_snr and config.prediction != "v":
-        raise ValueError(f"zero_terminal_snr needs prediction='v', not {config.prediction!r}: at zero signal, eps says nothing about x_0")
+        raise ValueError(
+            f"zero_terminal_snr needs prediction='v', not {config.prediction!r}: at zero signal, eps says nothing "
+            "about x_0"
+        )
     if config.schedule == "linear":
         scale = 1000 / config.timesteps
         schedule = Schedule.linear(config.timesteps, min(1e-4 * scale, 0.999), min(0.02 * scale, 0.999))

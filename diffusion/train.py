@@ -1,4 +1,6 @@
-"""Train a diffusion model:  python -m diffusion.train --config configs/ddpm_cifar.yaml [key=value ...] [--resume] [--dry-run]
+"""Train a diffusion model:
+
+    python -m diffusion.train --config configs/ddpm_cifar.yaml [key=value ...] [--resume] [--dry-run]
 
 Legend: B images a step over all processes, C channels, H = W pixels.
 """
@@ -40,15 +42,22 @@ def train(config: Config, options: Options) -> None:
         sigma_data = images.head(1000 if config.data.dataset in ("celeba", "folder") else 0).pixel_std()
         objective = build_objective(config.objective, sigma_data)
         model = UNet(config.model, config.data.image_size).to(run.device, memory_format=run.memory_format)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.lr, betas=config.train.betas,
-                                      weight_decay=config.train.weight_decay, fused=run.device.type != "mps")
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.train.lr,
+            betas=config.train.betas,
+            weight_decay=config.train.weight_decay,
+            fused=run.device.type != "mps",
+        )
         ema = EMA(model, config.train.ema)
         done = run.resume(model=model, optimizer=optimizer, ema=ema)  # 0 when fresh
         net = run.prepare(model)  # the same weights, compiled or spread over processes
         run.flops_per_step = training_flops(config) * config.train.batch_size
         batches = images.batches(done + 1, config.train.batch_size, config.seed, run.device)
-        run.display.say(f"{len(images)} images {images.shape}, {count_parameters(model) / 1e6:.1f}M parameters, "
-                        f"sigma_data {sigma_data:.4f}")
+        run.display.say(
+            f"{len(images)} images {images.shape}, {count_parameters(model) / 1e6:.1f}M parameters, "
+            f"sigma_data {sigma_data:.4f}"
+        )
 
         for step in run.steps(done, config.train.steps):
             for group in optimizer.param_groups:
@@ -68,15 +77,23 @@ def train(config: Config, options: Options) -> None:
                 part = slice(i, i + size)
                 x0_part = x0[part].contiguous(memory_format=run.memory_format)
                 with run.autocast():
-                    losses = objective.loss(net, x0_part, None if labels is None else labels[part], noise[part], u[part])
+                    losses = objective.loss(
+                        net, x0_part, None if labels is None else labels[part], noise[part], u[part]
+                    )
                 part_loss = losses.sum() / len(x0)
                 run.scaler.scale(part_loss).backward()
                 loss += part_loss.detach()
             grad_norm = run.optimize(optimizer, loss, config.train.grad_clip)  # stops on a non-finite value
             ema.update(model, step)
 
-            run.log(step, config.train.log_every, {"images": config.train.batch_size},
-                    loss=loss, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"])
+            run.log(
+                step,
+                config.train.log_every,
+                {"images": config.train.batch_size},
+                loss=loss,
+                grad_norm=grad_norm,
+                lr=optimizer.param_groups[0]["lr"],
+            )
             if run.is_main and run.due(step, config.train.sample_every):
                 with run.interruptible():
                     labels = grid_labels(config, config.sample.count)
@@ -109,7 +126,9 @@ def random_flip(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
 
 
 def drop_labels(labels: torch.Tensor | None, config: Config, rng: torch.Generator) -> torch.Tensor | None:
-    """Replace a share of the labels (B,) by "no label", so that one network learns both models guidance needs (Ho & Salimans 2022)."""
+    """Replace a share of the labels (B,) by "no label", so that one network learns both models guidance needs (Ho &
+    Salimans 2022).
+    """
     if labels is None or not config.model.num_classes:
         return None
     dropped = torch.rand(len(labels), generator=rng, device=labels.device) < config.objective.label_dropout
@@ -119,7 +138,11 @@ def drop_labels(labels: torch.Tensor | None, config: Config, rng: torch.Generato
 def check_fit(config: Config, images: Images) -> None:
     """`ConfigError` where the model does not fit the images."""
     channels, classes = images.shape[0], len(images.class_names)
-    require(channels == config.model.image_channels, "model.image_channels", f"must be {channels} for data.dataset={config.data.dataset}")
+    require(
+        channels == config.model.image_channels,
+        "model.image_channels",
+        f"must be {channels} for data.dataset={config.data.dataset}",
+    )
     require(config.model.num_classes in (0, classes), "model.num_classes", f"must be 0 or {classes} for these images")
 
 
@@ -127,7 +150,9 @@ def training_flops(config: Config) -> float:
     """Floating-point operations to train on one image: forward, and twice that for backward."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = UNet(config.model, config.data.image_size)
-        model(torch.empty(1, config.model.image_channels, config.data.image_size, config.data.image_size), torch.empty(1))
+        model(
+            torch.empty(1, config.model.image_channels, config.data.image_size, config.data.image_size), torch.empty(1)
+        )
     return 3.0 * counter.get_total_flops()
 
 
@@ -137,8 +162,10 @@ def describe(config: Config, images: Images) -> None:
     print(to_yaml(config), end="")
     print(f"# {count_parameters(model):,} parameters, {training_flops(config) / 1e9:.2f} GFLOP to train on one image")
     epochs = config.train.steps * config.train.batch_size / len(images)
-    print(f"# {len(images):,} images of shape {images.shape}, {len(images.class_names)} classes; a batch is "
-          f"({config.train.batch_size}, {', '.join(map(str, images.shape))}), {epochs:.1f} epochs")
+    print(
+        f"# {len(images):,} images of shape {images.shape}, {len(images.class_names)} classes; a batch is "
+        f"({config.train.batch_size}, {', '.join(map(str, images.shape))}), {epochs:.1f} epochs"
+    )
 
 
 if __name__ == "__main__":

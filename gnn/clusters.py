@@ -1,11 +1,12 @@
-"""Cluster batches (Chiang et al. 2019, "Cluster-GCN"): cut a graph into many small parts once, train on a few of them at a time.
+"""Cluster batches (Chiang et al. 2019, "Cluster-GCN"): cut a graph into many small parts once, train on a few of them
+at a time.
 
 Legend: N nodes, E directed edges, P parts, q parts a batch.
 
-Cluster-GCN cuts with METIS. This packs the communities that Louvain finds into parts of equal size, then moves single nodes by linear
-deterministic greedy streaming (Stanton & Kliot 2012), again and again (Nishimura & Ugander 2013). Streaming alone needs O(E) a round
-and no more memory than the graph, but left 67 % of the edges cut where Louvain's communities leave 10 % (20 planted parts of 10,000
-nodes, 10 % of the edges drawn at random).
+Cluster-GCN cuts with METIS. This packs the communities that Louvain finds into parts of equal size, then moves single
+nodes by linear deterministic greedy streaming (Stanton & Kliot 2012), again and again (Nishimura & Ugander 2013).
+Streaming alone needs O(E) a round and no more memory than the graph, but left 67 % of the edges cut where Louvain's
+communities leave 10 % (20 planted parts of 10,000 nodes, 10 % of the edges drawn at random).
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from gnn.partition import louvain
 from gnn.sampling import Block, InducedSubgraphs, epoch_batch
 
 
-def partition(indptr: NDArray, indices: NDArray, parts: int, rounds: int = 3, slack: float = 0.05, seed: int = 0) -> NDArray:
+def partition(
+    indptr: NDArray, indices: NDArray, parts: int, rounds: int = 3, slack: float = 0.05, seed: int = 0
+) -> NDArray:
     """int32 (N,): the part of every node, 0 .. P - 1; no part has more than (1 + slack) N / P nodes, rounded up.
 
-    The nodes stand in a row, community after community and breadth-first within each; the row is cut into P equal pieces. Then, in
-    `rounds` rounds, each node goes where its number of neighbours times (1 - filling of the part) is largest.
+    The nodes stand in a row, community after community and breadth-first within each; the row is cut into P equal
+    pieces. Then, in `rounds` rounds, each node goes where its number of neighbours times (1 - filling of the part) is
+    largest.
 
     Raises:
         ValueError: parts is not between 1 and N.
@@ -66,7 +70,9 @@ def _breadth_first(indptr: NDArray, indices: NDArray) -> NDArray:
 
 @njit(cache=True, nogil=True)
 def _stream(indptr: NDArray, indices: NDArray, order: NDArray, part: NDArray, size: NDArray, capacity: int) -> None:
-    """One round: take each node of `order` out of its part and place it greedily; it stays where no other part suits it better."""
+    """One round: take each node of `order` out of its part and place it greedily; it stays where no other part suits
+    it better.
+    """
     neighbours = np.zeros(len(size), np.int64)  # of the node at hand, in each part
     for v in order:
         size[part[v]] -= 1
@@ -98,9 +104,13 @@ def _cut(indptr: NDArray, indices: NDArray, part: NDArray) -> int:
 
 
 class ClusterBatches:
-    """Batches of q random parts with all edges among them, those between the parts included (Cluster-GCN, section 3.2)."""
+    """Batches of q random parts with all edges among them, those between the parts included (Cluster-GCN, section
+    3.2).
+    """
 
-    def __init__(self, indptr: Tensor | NDArray, indices: Tensor | NDArray, parts: int, per_batch: int, seed: int = 0) -> None:
+    def __init__(
+        self, indptr: Tensor | NDArray, indices: Tensor | NDArray, parts: int, per_batch: int, seed: int = 0
+    ) -> None:
         """
         Args:
             parts: P, into which the graph is cut.
@@ -123,7 +133,9 @@ class ClusterBatches:
         return len(self._parts) // self.per_batch
 
     def batch(self, step: int) -> tuple[Tensor, Block]:
-        """Node numbers int64 (n,) and the edges among them, for step 1, 2, ...: a function of (seed, step), see `epoch_batch`."""
+        """Node numbers int64 (n,) and the edges among them, for step 1, 2, ...: a function of (seed, step), see
+        `epoch_batch`.
+        """
         chosen = epoch_batch(self._parts, self.per_batch, self.seed, step)
         nodes = np.concatenate([self._members[self._ends[p] : self._ends[p + 1]] for p in chosen.tolist()])
         return torch.from_numpy(nodes), self.subgraphs.induce(nodes)

@@ -35,19 +35,31 @@ class CommunityTask(Task):
         self.graph = self.whole.to(device)
         self.structure = self.graph.structure()
         self.num_communities = config.community.num_communities or self.whole.num_classes
-        require(self.num_communities >= 2, "community.num_communities", f"must be at least 2: {self.whole.name} has no classes to count")
-        require(self.num_communities <= self.whole.num_nodes, "community.num_communities", f"must be at most {self.whole.num_nodes} nodes")
+        require(
+            self.num_communities >= 2,
+            "community.num_communities",
+            f"must be at least 2: {self.whole.name} has no classes to count",
+        )
+        require(
+            self.num_communities <= self.whole.num_nodes,
+            "community.num_communities",
+            f"must be at most {self.whole.num_nodes} nodes",
+        )
 
     def build(self, trial: int) -> nn.Module:
         """A network for this graph."""
-        return DMoN(self.config.model, self.config.community, self.graph.num_features, self.num_communities).to(self.device)
+        return DMoN(self.config.model, self.config.community, self.graph.num_features, self.num_communities).to(
+            self.device
+        )
 
     def loss(self, net: nn.Module, step: int) -> Tensor:
         """Minus modularity plus the penalty on collapse, over the whole graph."""
         return dmon_loss(net(self.graph.features, self.structure), self.structure, self.config.community.collapse)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """The objective without dropout, and the modularity of the communities as they would be reported, which chooses the weights."""
+        """The objective without dropout, and the modularity of the communities as they would be reported, which
+        chooses the weights.
+        """
         assignment = model(self.graph.features, self.structure)
         objective = dmon_loss(assignment, self.structure, self.config.community.collapse)
         hard = F.one_hot(harden(assignment), self.num_communities).to(assignment.dtype)
@@ -72,8 +84,11 @@ class CommunityTask(Task):
         community, seed = self.config.community, self.config.seed
         indptr, indices = self.whole.indptr.numpy(), self.whole.indices.numpy()
         words = {"resolution": community.resolution, "seed": seed, "restarts": community.restarts}
-        return {"louvain": louvain(indptr, indices, **words).labels, "leiden": leiden(indptr, indices, **words).labels,
-                "spectral": spectral_communities(indptr, indices, self.num_communities, seed)}
+        return {
+            "louvain": louvain(indptr, indices, **words).labels,
+            "leiden": leiden(indptr, indices, **words).labels,
+            "spectral": spectral_communities(indptr, indices, self.num_communities, seed),
+        }
 
     def figures(self, model: nn.Module, folder: Path) -> None:
         """The graph with its communities coloured, and communities against classes."""
@@ -85,20 +100,30 @@ class CommunityTask(Task):
         title = f"{self.whole.name}: {metrics.num_communities(labels)} communities, modularity {found:.3f}"
         pictures.draw_communities(folder / "communities.png", self.whole, hidden, labels, title)
         if self.whole.labels is not None:
-            pictures.draw_against_classes(folder / "communities_classes.png", labels, self.whole.labels.numpy(), self.whole.name)
+            pictures.draw_against_classes(
+                folder / "communities_classes.png", labels, self.whole.labels.numpy(), self.whole.name
+            )
 
     def describe(self) -> list[str]:
         """Sizes."""
         g = self.whole
-        return [f"{g.name}: {g.num_nodes:,} nodes, {g.num_edges:,} edges, {g.num_features:,} features ({type(g.features).__name__})",
-                f"at most {self.num_communities} communities; labels are not used in training"]
+        return [
+            f"{g.name}: {g.num_nodes:,} nodes, {g.num_edges:,} edges, {g.num_features:,} features "
+            f"({type(g.features).__name__})",
+            f"at most {self.num_communities} communities; labels are not used in training",
+        ]
 
 
 def measure(graph: Graph, labels: NDArray[np.int64]) -> dict[str, float]:
-    """Modularity, conductance and number of communities; with labels also NMI and ARI over the nodes whose class is known."""
+    """Modularity, conductance and number of communities; with labels also NMI and ARI over the nodes whose class is
+    known.
+    """
     indptr, indices = graph.indptr.numpy(), graph.indices.numpy()
-    result = {"modularity": metrics.modularity(indptr, indices, labels), "conductance": metrics.conductance(indptr, indices, labels),
-              "num_communities": float(metrics.num_communities(labels))}
+    result = {
+        "modularity": metrics.modularity(indptr, indices, labels),
+        "conductance": metrics.conductance(indptr, indices, labels),
+        "num_communities": float(metrics.num_communities(labels)),
+    }
     if graph.labels is not None:
         classes = graph.labels.numpy()
         known = classes >= 0

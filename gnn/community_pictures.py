@@ -15,7 +15,20 @@ from gnn.layout import project
 from gnn.partition_metrics import as_labels
 from gnn.pictures import COLOURS, MAX_POINTS, UNKNOWN, blank, canvas
 
-MORE = ("#7F3C8D", "#11A579", "#3969AC", "#A5AA99", "#E73F74", "#80BA5A", "#CF1C90", "#F97B72", "#4B4B8F", "#8C6D31", "#17BECF", "#B5CF6B")
+MORE = (
+    "#7F3C8D",
+    "#11A579",
+    "#3969AC",
+    "#A5AA99",
+    "#E73F74",
+    "#80BA5A",
+    "#CF1C90",
+    "#F97B72",
+    "#4B4B8F",
+    "#8C6D31",
+    "#17BECF",
+    "#B5CF6B",
+)
 PALETTE = COLOURS[:7] + MORE  # the largest communities in this order; all others are grey
 
 
@@ -26,8 +39,11 @@ def by_size(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     return rank[dense]
 
 
-def draw_communities(path: Path, graph: Graph, hidden: NDArray[np.float32], labels: NDArray[np.int64], title: str) -> None:
-    """Nodes placed by a t-SNE of embeddings (N, D) and coloured by community (N,), over thin edges; of large graphs a random part.
+def draw_communities(
+    path: Path, graph: Graph, hidden: NDArray[np.float32], labels: NDArray[np.int64], title: str
+) -> None:
+    """Nodes placed by a t-SNE of embeddings (N, D) and coloured by community (N,), over thin edges; of large graphs a
+    random part.
 
     An edge within a community has its colour, an edge between two is grey.
     """
@@ -50,23 +66,41 @@ def draw_communities(path: Path, graph: Graph, hidden: NDArray[np.float32], labe
         axes = figure.subplots()
         for part, shade, alpha in ((~inside, "#94A3B8", 0.35), (inside, None, 0.5)):
             lines = np.stack([place[rows[part]], place[columns[part]]], axis=1)  # (edges, 2 ends, 2)
-            axes.add_collection(LineCollection(lines, colors=shade or colours[rows[part]].tolist(), alpha=alpha * density**0.5,
-                                               linewidths=0.3 + 0.5 * density, zorder=1))
+            axes.add_collection(
+                LineCollection(
+                    lines,
+                    colors=shade or colours[rows[part]].tolist(),
+                    alpha=alpha * density**0.5,
+                    linewidths=0.3 + 0.5 * density,
+                    zorder=1,
+                )
+            )
         size = 12 if len(chosen) > 1000 else 26 if len(chosen) > 100 else 90
         axes.scatter(*place[chosen].T, s=size, c=colours[chosen], linewidths=0.25, edgecolors="white", zorder=2)
         axes.set_title(title)
         blank(axes)
         counts = np.bincount(ranks)
-        handles = [Line2D([], [], linestyle="", marker="o", color=PALETTE[c], markersize=8, label=f"{counts[c]:,}")
-                   for c in range(min(len(counts), 10))]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, handletextpad=0.1,
-                      columnspacing=1.2, title="nodes in each community" if len(counts) <= 10 else "nodes in the ten largest communities")
+        handles = [
+            Line2D([], [], linestyle="", marker="o", color=PALETTE[c], markersize=8, label=f"{counts[c]:,}")
+            for c in range(min(len(counts), 10))
+        ]
+        figure.legend(
+            handles=handles,
+            loc="outside lower center",
+            ncols=len(handles),
+            frameon=False,
+            handletextpad=0.1,
+            columnspacing=1.2,
+            title="nodes in each community" if len(counts) <= 10 else "nodes in the ten largest communities",
+        )
 
 
 def draw_against_classes(path: Path, labels: NDArray[np.int64], classes: NDArray[np.int64], name: str) -> None:
-    """Which classes each community is made of: shares of a community's nodes, communities from the largest to the smallest.
+    """Which classes each community is made of: shares of a community's nodes, communities from the largest to the
+    smallest.
 
-    Classes (N,) of -1 are unknown and left out. Columns are ordered so that a perfect match is a diagonal; at most 60 rows are drawn.
+    Classes (N,) of -1 are unknown and left out. Columns are ordered so that a perfect match is a diagonal; at most 60
+    rows are drawn.
     """
     known = classes >= 0
     if not known.any():
@@ -84,11 +118,22 @@ def draw_against_classes(path: Path, labels: NDArray[np.int64], classes: NDArray
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         if small:
             for (i, j), count in np.ndenumerate(table):
-                axes.text(j, i, str(count) if count else "", ha="center", va="center", color="white" if shares[i, j] > 0.55 else "#334155")
+                axes.text(
+                    j,
+                    i,
+                    str(count) if count else "",
+                    ha="center",
+                    va="center",
+                    color="white" if shares[i, j] > 0.55 else "#334155",
+                )
         axes.set_xticks(range(len(names)), [str(c) for c in names], fontsize=10 if len(names) <= 20 else 7)
         sizes = table.sum(axis=1)
         step = 1 if len(table) <= 30 else 2
-        axes.set_yticks(range(0, len(table), step), [f"{sizes[i]:,}" for i in range(0, len(table), step)], fontsize=10 if small else 8)
+        axes.set_yticks(
+            range(0, len(table), step),
+            [f"{sizes[i]:,}" for i in range(0, len(table), step)],
+            fontsize=10 if small else 8,
+        )
         axes.set_xlabel("class")
         axes.set_ylabel("nodes in the community")
         axes.set_title(f"{name}: communities against classes" + (", counts" if small else ""))

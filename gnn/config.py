@@ -1,4 +1,5 @@
-"""Every setting of the gnn project, with its default and its unit. YAML files override these, `key=value` overrides both.
+"""Every setting of the gnn project, with its default and its unit. YAML files override these, `key=value` overrides
+both.
 
 This module imports nothing heavy, so that a mistake in a config is reported before PyTorch has loaded.
 """
@@ -18,22 +19,43 @@ PLANETOID = ("cora", "citeseer", "pubmed")
 class DataConfig:
     """Which graph or graphs, and which nodes are for what."""
 
-    dataset: Literal["cora", "citeseer", "pubmed", "photo", "computers", "coauthor_cs", "coauthor_physics", "email_eu", "karate",
-                     "tu", "ogb", "social", "files"] = "cora"
+    dataset: Literal[
+        "cora",
+        "citeseer",
+        "pubmed",
+        "photo",
+        "computers",
+        "coauthor_cs",
+        "coauthor_physics",
+        "email_eu",
+        "karate",
+        "tu",
+        "ogb",
+        "social",
+        "files",
+    ] = "cora"
     name: str = ""  # dataset=tu: MUTAG, PROTEINS ...; dataset=ogb: ogbn-arxiv ...
-    edges: str = ""  # dataset=files: a CSV or text file with two node ids a line, or an npz with an array `edges`; relative to data_root
-    features: str = ""  # dataset=files: CSV without header or npz with an array `features`, a row a node; empty = one-hot node ids
+    # dataset=files: a CSV or text file with two node ids a line, or an npz with an array `edges`; relative to data_root
+    edges: str = ""
+    # dataset=files: CSV without header or npz with an array `features`, a row a node; empty = one-hot node ids
+    features: str = ""
     labels: str = ""  # dataset=files: CSV with a class a line (-1 = unknown) or npz with an array `labels`
     split: Literal["public", "random"] = "public"  # public: as published with the dataset, where there is one
     train_per_class: int = 20  # random split; the next two as well
     val_per_class: int = 30
     test_nodes: int = 0  # 0 = all others
     normalize: bool = True  # rows of the features sum to one, as Kipf & Welling 2017 do with word counts
-    storage: Literal["auto", "sparse", "dense"] = "auto"  # of the features; auto: sparse if fewer than one in ten are not zero
-    shuffle_labels: bool = False  # a canary: with permuted labels nothing can be learned, so the accuracy must fall to chance
+    # of the features; auto: sparse if fewer than one in ten are not zero
+    storage: Literal["auto", "sparse", "dense"] = "auto"
+    # a canary: with permuted labels nothing can be learned, so the accuracy must fall to chance
+    shuffle_labels: bool = False
 
     def __post_init__(self) -> None:
-        require(self.dataset not in ("tu", "ogb") or self.name, "data.name", f"must name the dataset when data.dataset={self.dataset}")
+        require(
+            self.dataset not in ("tu", "ogb") or self.name,
+            "data.name",
+            f"must name the dataset when data.dataset={self.dataset}",
+        )
         require(self.dataset != "files" or self.edges, "data.edges", "must name a file when data.dataset=files")
         require(self.train_per_class >= 1, "data.train_per_class", "must be at least 1")
         require(self.val_per_class >= 1, "data.val_per_class", "must be at least 1")
@@ -52,7 +74,8 @@ class ModelConfig:
     activation: Literal["relu", "elu", "selu", "tanh"] = "relu"
     dropout: float = 0.5  # of each layer's input
     input_dropout: float = -1.0  # of the features alone; -1 = as model.dropout
-    attention_dropout: float = 0.0  # gat, gatv2: of the attention weights, so that a node hears a random part of its neighbours
+    # gat, gatv2: of the attention weights, so that a node hears a random part of its neighbours
+    attention_dropout: float = 0.0
     norm: Literal["none", "batch", "layer"] = "none"  # between the layers
     residual: bool = False  # add each layer's input to its output
     hops: int = 10  # appnp: propagation steps (K); grand: order of the random propagation (K)
@@ -62,7 +85,8 @@ class ModelConfig:
     samples: int = 4  # grand: augmentations a step (S)
     temperature: float = 0.5  # grand: sharpening (T)
     consistency: float = 1.0  # grand: weight of the consistency loss (lambda)
-    consistency_warmup: int = 0  # grand: steps over which that weight rises from zero; agreement on nothing is a trap at the start
+    # grand: steps over which that weight rises from zero; agreement on nothing is a trap at the start
+    consistency_warmup: int = 0
 
     def __post_init__(self) -> None:
         for name in ("hidden", "layers", "heads", "out_heads", "samples"):
@@ -70,9 +94,14 @@ class ModelConfig:
         require(self.hops >= 0, "model.hops", "must not be negative")
         for name in ("dropout", "attention_dropout", "drop_node"):
             require(0 <= getattr(self, name) < 1, f"model.{name}", "must be in [0, 1)")
-        require(self.input_dropout == -1 or 0 <= self.input_dropout < 1, "model.input_dropout", "must be in [0, 1), or -1")
-        require(self.layer not in ("gat", "gatv2") or self.hidden % self.heads == 0, "model.hidden",
-                f"must be a multiple of model.heads={self.heads}")
+        require(
+            self.input_dropout == -1 or 0 <= self.input_dropout < 1, "model.input_dropout", "must be in [0, 1), or -1"
+        )
+        require(
+            self.layer not in ("gat", "gatv2") or self.hidden % self.heads == 0,
+            "model.hidden",
+            f"must be a multiple of model.heads={self.heads}",
+        )
         require(0 < self.alpha <= 1 or self.layer not in ("appnp", "gcnii"), "model.alpha", "must be in (0, 1]")
         require(self.theta > 0, "model.theta", "must be positive")
         require(self.temperature > 0, "model.temperature", "must be positive")
@@ -96,7 +125,8 @@ class TrainConfig:
     validate_every: int = 1  # steps
     log_every: int = 20
     save_every: int = 1000  # steps, counted over all seeds
-    threads: int = 1  # CPU threads: the kernels of a small graph take microseconds, and more threads cost more than they give; 0 = all
+    # CPU threads: the kernels of a small graph take microseconds, and more threads cost more than they give; 0 = all
+    threads: int = 1
 
     def __post_init__(self) -> None:
         for name in ("steps", "seeds", "batch_size", "validate_every", "log_every", "save_every"):
@@ -110,7 +140,8 @@ class TrainConfig:
 class LinkConfig:
     """task=link: which pairs of nodes are held out, and how links are predicted."""
 
-    method: Literal["vgae", "gae", "maskgae", "supervised"] = "vgae"  # supervised: train.batch_size edges a step, hidden from the encoder
+    # supervised: train.batch_size edges a step, hidden from the encoder
+    method: Literal["vgae", "gae", "maskgae", "supervised"] = "vgae"
     val_share: float = 0.05  # of the undirected edges; training keeps what is left
     test_share: float = 0.1
     embedding: int = 16  # numbers a node that the decoder sees (D)
@@ -121,15 +152,21 @@ class LinkConfig:
     decoder_dropout: float = 0.3  # mlp: of the element-wise product
     kl_weight: float = 1.0  # vgae: of the divergence from the prior, beside its 1 / N
     mask: Literal["edge", "path"] = "edge"  # maskgae: single edges, or the edges of random walks
-    mask_share: float = 0.7  # maskgae: share of edges masked each step (mask=edge), or of nodes that a walk starts from (mask=path)
+    # maskgae: share of edges masked each step (mask=edge), or of nodes that a walk starts from (mask=path)
+    mask_share: float = 0.7
     walk_length: int = 3  # mask=path: edges of a walk
     degree_weight: float = 2e-3  # maskgae: of the degree decoder's loss
-    num_negatives: int = 500  # evaluation: negatives of each positive for MRR, Hits@K and the hard metrics, half at either end
+    # evaluation: negatives of each positive for MRR, Hits@K and the hard metrics, half at either end
+    num_negatives: int = 500
 
     def __post_init__(self) -> None:
         for name in ("val_share", "test_share"):
             require(0 < getattr(self, name) < 1, f"link.{name}", "must be in (0, 1)")
-        require(self.val_share + self.test_share < 1, "link.test_share", f"and link.val_share={self.val_share} leave no edges to train on")
+        require(
+            self.val_share + self.test_share < 1,
+            "link.test_share",
+            f"and link.val_share={self.val_share} leave no edges to train on",
+        )
         for name in ("embedding", "decoder_hidden", "walk_length"):
             require(getattr(self, name) >= 1, f"link.{name}", "must be at least 1")
         for name in ("decoder_dropout", "embedding_dropout"):
@@ -137,7 +174,11 @@ class LinkConfig:
         for name in ("kl_weight", "degree_weight"):
             require(getattr(self, name) >= 0, f"link.{name}", "must not be negative")
         require(0 < self.mask_share < 1, "link.mask_share", "must be in (0, 1)")
-        require(self.num_negatives >= 2 and self.num_negatives % 2 == 0, "link.num_negatives", "must be an even number above 0")
+        require(
+            self.num_negatives >= 2 and self.num_negatives % 2 == 0,
+            "link.num_negatives",
+            "must be an even number above 0",
+        )
 
 
 @dataclass(frozen=True)
@@ -164,14 +205,19 @@ class GraphConfig:
     """task=graph: a label for a whole graph, by cross-validation. `train.seeds` repeats it with other folds."""
 
     folds: int = 10  # each is held out once
-    # honest: a part of the training folds chooses the weights, and the held-out fold is looked at by gnn.eval alone (Errica et al. 2020)
-    # gin: the held-out folds' accuracy is followed, and the step with the best mean over the folds reported (Xu et al. 2019): optimistic
+    # honest: a part of the training folds chooses the weights, and the held-out fold is looked at by gnn.eval alone
+    # (Errica et al. 2020)
+    # gin: the held-out folds' accuracy is followed, and the step with the best mean over the folds reported (Xu et al.
+    # 2019): optimistic
     protocol: Literal["honest", "gin"] = "honest"
     validation: float = 0.1  # honest: share of the training folds that chooses the weights, as one in a whole number
-    choose_by: Literal["loss", "accuracy"] = "loss"  # honest: the lowest loss, or the highest accuracy (then the lower loss)
-    readout: Literal["sum", "mean", "max"] = "sum"  # over the nodes of a graph; the sum alone tells two copies of a graph from one
+    # honest: the lowest loss, or the highest accuracy (then the lower loss)
+    choose_by: Literal["loss", "accuracy"] = "loss"
+    # over the nodes of a graph; the sum alone tells two copies of a graph from one
+    readout: Literal["sum", "mean", "max"] = "sum"
     jumping: bool = True  # read out the input and every layer (Xu et al. 2019, eq. 4.2); else the last layer only
-    readout_norm: bool = False  # batch norm of the readouts: sums over hundreds of nodes are large, and at first drown the loss
+    # batch norm of the readouts: sums over hundreds of nodes are large, and at first drown the loss
+    readout_norm: bool = False
     learn_eps: bool = False  # model.layer=gin: learn epsilon; else it is 0 (GIN-0)
     max_degree: int = 200  # graphs without node labels: one-hot degrees up to this are the features
 
@@ -186,19 +232,29 @@ class SamplingConfig:
     """task=node with minibatches: which part of the graph a step sees."""
 
     kind: Literal["none", "neighbors", "clusters"] = "none"  # none: the whole graph in every step
-    fanouts: tuple[int, ...] = (10, 10)  # neighbors: most neighbours kept of a seed node, of those, ...; one a layer; -1 = all
+    # neighbors: most neighbours kept of a seed node, of those, ...; one a layer; -1 = all
+    fanouts: tuple[int, ...] = (10, 10)
     clusters: int = 100  # clusters: parts that the graph is cut into once
     clusters_per_batch: int = 10  # clusters: random parts that make a batch, with all edges among them
     validate: Literal["sampled", "full"] = "sampled"  # full: with all neighbours, layer by layer over all nodes
-    validate_nodes: int = 5000  # validate=sampled: at most so many validation nodes, always the same ones with the same neighbours
+    # validate=sampled: at most so many validation nodes, always the same ones with the same neighbours
+    validate_nodes: int = 5000
     chunk_edges: int = 1_000_000  # layer-wise inference: edges at a time, which bounds its memory
     prefetch: int = 2  # batches that a second thread prepares ahead; 0 = none
 
     def __post_init__(self) -> None:
-        require(self.fanouts and all(f == -1 or f >= 1 for f in self.fanouts), "sampling.fanouts", "must be positive, or -1 for all")
+        require(
+            self.fanouts and all(f == -1 or f >= 1 for f in self.fanouts),
+            "sampling.fanouts",
+            "must be positive, or -1 for all",
+        )
         for name in ("clusters", "clusters_per_batch", "validate_nodes", "chunk_edges"):
             require(getattr(self, name) >= 1, f"sampling.{name}", "must be at least 1")
-        require(self.clusters_per_batch <= self.clusters, "sampling.clusters_per_batch", f"exceeds sampling.clusters={self.clusters}")
+        require(
+            self.clusters_per_batch <= self.clusters,
+            "sampling.clusters_per_batch",
+            f"exceeds sampling.clusters={self.clusters}",
+        )
         require(self.prefetch >= 0, "sampling.prefetch", "must not be negative")
 
 
@@ -210,10 +266,12 @@ class SyntheticConfig:
     nodes: int = 20_000
     edges: int = 200_000  # undirected edges drawn; self-loops and repeats are dropped, one to five in a hundred
     communities: int = 10  # the classes; rmat: equal ranges of the nodes' addresses
-    mixing: float = 0.5  # dcsbm: share of the edges that ignore the communities; 0 = all within one, 1 = the edges tell nothing
+    # dcsbm: share of the edges that ignore the communities; 0 = all within one, 1 = the edges tell nothing
+    mixing: float = 0.5
     exponent: float = 2.5  # dcsbm: the density of the expected degree k falls as k^-exponent
     max_degree: float = 0.0  # dcsbm: largest expected degree; 0 = sqrt(2 edges)
-    size_skew: float = 0.0  # dcsbm: community c = 0, 1, ... has a share in proportion to (c + 1)^-size_skew of the nodes
+    # dcsbm: community c = 0, 1, ... has a share in proportion to (c + 1)^-size_skew of the nodes
+    size_skew: float = 0.0
     features: int = 32  # numbers a node: its community's centre and noise of variance 1
     signal: float = 1.0  # distance of the centres from the origin; 0 = the features tell nothing
     label_noise: float = 0.0  # share of the labels that are another class, drawn at random
@@ -222,12 +280,17 @@ class SyntheticConfig:
     val_share: float = 0.1
     test_share: float = 0.5
     seed: int = 0  # of the graph, apart from the seed of the training
-    folder: str = ""  # keep the graph in this folder and open it as memory maps, for graphs larger than memory; empty = in memory
+    # keep the graph in this folder and open it as memory maps, for graphs larger than memory; empty = in memory
+    folder: str = ""
 
     def __post_init__(self) -> None:
         require(2 <= self.nodes < 2**31, "synthetic.nodes", "must be at least 2 and below 2^31")
         require(self.edges >= 1, "synthetic.edges", "must be at least 1")
-        require(2 <= self.communities <= self.nodes, "synthetic.communities", "must be at least 2 and at most synthetic.nodes")
+        require(
+            2 <= self.communities <= self.nodes,
+            "synthetic.communities",
+            "must be at least 2 and at most synthetic.nodes",
+        )
         require(self.features >= 1, "synthetic.features", "must be at least 1")
         require(self.exponent > 1, "synthetic.exponent", "must be above 1")
         for name in ("max_degree", "size_skew", "signal"):
@@ -263,5 +326,11 @@ class Config(BaseConfig):
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        require((self.task == "graph") == (self.data.dataset == "tu"), "task", "graph and data.dataset=tu belong together")
-        require(self.sampling.kind == "none" or self.task == "node", "sampling.kind", f"only task=node is sampled, not task={self.task}")
+        require(
+            (self.task == "graph") == (self.data.dataset == "tu"), "task", "graph and data.dataset=tu belong together"
+        )
+        require(
+            self.sampling.kind == "none" or self.task == "node",
+            "sampling.kind",
+            f"only task=node is sampled, not task={self.task}",
+        )

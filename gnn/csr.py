@@ -1,4 +1,5 @@
-"""Compressed sparse rows (CSR) in compiled loops: from edge lists to a simple undirected graph, in linear time and memory.
+"""Compressed sparse rows (CSR) in compiled loops: from edge lists to a simple undirected graph, in linear time and
+memory.
 
 Legend: N nodes, M edges as drawn or read, E directed edges kept (both directions of each undirected edge).
 """
@@ -11,10 +12,11 @@ from numpy.typing import NDArray
 
 
 def undirected_csr(src: NDArray, dst: NDArray, num_nodes: int) -> tuple[NDArray, NDArray]:
-    """Symmetrise an edge list and drop self-loops and repeats: indptr int64 (N + 1,), indices int32 (E,), rows ascending.
+    """Symmetrise an edge list and drop self-loops and repeats: indptr int64 (N + 1,), indices int32 (E,), rows
+    ascending.
 
-    A counting sort by row, then each short row sorted by itself: O(M + E log d) time. Peak memory beyond the edge list is
-    8 M bytes for the columns and 8 N for the row ends.
+    A counting sort by row, then each short row sorted by itself: O(M + E log d) time. Peak memory beyond the edge list
+    is 8 M bytes for the columns and 8 N for the row ends.
 
     Args:
         src, dst: int32 or int64 (M,) ends of edges, each edge once or twice.

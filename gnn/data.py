@@ -1,6 +1,7 @@
 """Graphs from public datasets, from your own files, or made up: everything arrives as `Graph`.
 
-Public datasets are read by PyTorch Geometric's dataset classes, which download what is missing and use raw files that are in place.
+Public datasets are read by PyTorch Geometric's dataset classes, which download what is missing and use raw files that
+are in place.
 
 Legend: N nodes, F features, M edges as listed in a file.
 """
@@ -24,11 +25,17 @@ from gnn.config import PLANETOID, Config, DataConfig
 from gnn.graph import Graph, build_graph, choose_storage, normalize_rows
 
 NO_DOWNLOAD = "gcn_karate.yaml and sage_social.yaml need no download"
-FOLDERS = {  # dataset -> (folder below data_root, name that PyTorch Geometric gives it, raw files that people may put there themselves)
-    "cora": ("planetoid", "Cora", "ind.cora.*"), "citeseer": ("planetoid", "CiteSeer", "ind.citeseer.*"),
-    "pubmed": ("planetoid", "PubMed", "ind.pubmed.*"), "photo": ("amazon", "Photo", "amazon_electronics_photo.npz"),
-    "computers": ("amazon", "Computers", "amazon_electronics_computers.npz"), "coauthor_cs": ("coauthor", "CS", "ms_academic_cs.npz"),
-    "coauthor_physics": ("coauthor", "Physics", "ms_academic_phy.npz"), "email_eu": ("email_eu_core", "", "email-Eu-core*.txt"),
+# dataset -> (folder below data_root, name that PyTorch Geometric gives it, raw files that people may put there
+# themselves)
+FOLDERS = {
+    "cora": ("planetoid", "Cora", "ind.cora.*"),
+    "citeseer": ("planetoid", "CiteSeer", "ind.citeseer.*"),
+    "pubmed": ("planetoid", "PubMed", "ind.pubmed.*"),
+    "photo": ("amazon", "Photo", "amazon_electronics_photo.npz"),
+    "computers": ("amazon", "Computers", "amazon_electronics_computers.npz"),
+    "coauthor_cs": ("coauthor", "CS", "ms_academic_cs.npz"),
+    "coauthor_physics": ("coauthor", "Physics", "ms_academic_phy.npz"),
+    "email_eu": ("email_eu_core", "", "email-Eu-core*.txt"),
 }
 SPLIT_STREAM = 7_000_003  # keeps the generator of splits apart from those of training
 
@@ -60,15 +67,21 @@ def load_graph(config: Config) -> Graph:
     return dataclasses.replace(graph, features=x, labels=labels)
 
 
-# -- public datasets -----------------------------------------------------------------------------------------------------------------------
+# -- public datasets ---------------------------------------------------------------------------------------------------
 
 
 def from_pyg(data: DataConfig, root: Path) -> Graph:
-    """A dataset of PyTorch Geometric (or, by name, of OGB) as a `Graph` with the split that it was published with, if any."""
+    """A dataset of PyTorch Geometric (or, by name, of OGB) as a `Graph` with the split that it was published with,
+    if any.
+    """
     item = read_pyg(data.dataset, data.name, root)
     name = data.name or data.dataset
     labels = None if item.get("y") is None else item["y"].long().flatten()
-    splits = {part: item[f"{part}_mask"].nonzero().flatten() for part in ("train", "val", "test") if item.get(f"{part}_mask") is not None}
+    splits = {
+        part: item[f"{part}_mask"].nonzero().flatten()
+        for part in ("train", "val", "test")
+        if item.get(f"{part}_mask") is not None
+    }
     if data.dataset == "karate":  # four labelled members, one a community; half of the others choose the model
         others = (~item["train_mask"]).nonzero().flatten()
         splits |= {"val": others[::2], "test": others[1::2]}
@@ -80,14 +93,18 @@ def from_pyg(data: DataConfig, root: Path) -> Graph:
 
 
 def drop_unlabelled(graph: Graph) -> Graph:
-    """Take papers without a single word out of the splits: CiteSeer's test ids have 15 gaps, of which only citations are known.
+    """Take papers without a single word out of the splits: CiteSeer's test ids have 15 gaps, of which only citations
+    are known.
 
-    They stay in the graph, so that ids keep their meaning. PyTorch Geometric gives them class 0; none of them is in the public split.
+    They stay in the graph, so that ids keep their meaning. PyTorch Geometric gives them class 0; none of them is in the
+    public split.
     """
     x = graph.features
     assert isinstance(x, Tensor)
     unknown = x.abs().sum(dim=1) == 0  # (N,)
-    keep = {part: ids[~unknown[ids]] for part, ids in (("train", graph.train), ("val", graph.val), ("test", graph.test))}
+    keep = {
+        part: ids[~unknown[ids]] for part, ids in (("train", graph.train), ("val", graph.val), ("test", graph.test))
+    }
     return dataclasses.replace(graph, labels=torch.where(unknown, -1, graph.labels), **keep)
 
 
@@ -125,13 +142,23 @@ def read_ogb(name: str, root: Path) -> dict[str, Any]:
         raise ProjectError("data.dataset=ogb needs: pip install ogb") from None
     dataset = fetch(lambda: NodePropPredDataset(name, root=str(root / "ogb")), f"{name} into {root / 'ogb'}/")
     graph, labels = dataset[0]
-    splits = {new: torch.from_numpy(dataset.get_idx_split()[old]) for new, old in (("train", "train"), ("val", "valid"), ("test", "test"))}
-    return {"edge_index": torch.from_numpy(graph["edge_index"]), "num_nodes": int(graph["num_nodes"]),
-            "x": torch.from_numpy(graph["node_feat"]), "y": torch.from_numpy(labels).flatten(), "splits": splits}
+    splits = {
+        new: torch.from_numpy(dataset.get_idx_split()[old])
+        for new, old in (("train", "train"), ("val", "valid"), ("test", "test"))
+    }
+    return {
+        "edge_index": torch.from_numpy(graph["edge_index"]),
+        "num_nodes": int(graph["num_nodes"]),
+        "x": torch.from_numpy(graph["node_feat"]),
+        "y": torch.from_numpy(labels).flatten(),
+        "splits": splits,
+    }
 
 
 def fetch(read: Callable[[], Any], files: str) -> Any:
-    """Call a dataset library's reader without its chatter; whatever goes wrong becomes one line that says which files go where."""
+    """Call a dataset library's reader without its chatter; whatever goes wrong becomes one line that says which
+    files go where.
+    """
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             return read()
@@ -139,28 +166,40 @@ def fetch(read: Callable[[], Any], files: str) -> Any:
         raise
     except Exception as error:  # downloads fail in the ways of half a dozen libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ProjectError(f"the dataset is not there and could not be downloaded or read ({reason}); put {files} or set data_root; "
-                           f"{NO_DOWNLOAD}") from error
+        raise ProjectError(
+            f"the dataset is not there and could not be downloaded or read ({reason}); put {files} or set data_root; "
+            f"{NO_DOWNLOAD}"
+        ) from error
 
 
-# -- your own files ------------------------------------------------------------------------------------------------------------------------
+# -- your own files ----------------------------------------------------------------------------------------------------
 
 
 def from_files(data: DataConfig, root: Path) -> Graph:
-    """Your own edge list, features and labels: CSV or whitespace-separated text (lines that begin with # are comments), or npz."""
+    """Your own edge list, features and labels: CSV or whitespace-separated text (lines that begin with # are
+    comments), or npz.
+    """
     edges = read_array(root / data.edges, "edges", np.int64)
     if edges.ndim != 2 or 2 not in edges.shape:
-        raise ProjectError(f"{root / data.edges}: an edge list has two columns of node ids, this has the shape {edges.shape}")
+        raise ProjectError(
+            f"{root / data.edges}: an edge list has two columns of node ids, this has the shape {edges.shape}"
+        )
     edges = edges.T if edges.shape[1] == 2 else edges  # (2, M)
     features = read_array(root / data.features, "features", np.float32) if data.features else None
     labels = read_array(root / data.labels, "labels", np.int64).reshape(-1) if data.labels else None
-    return build_graph(torch.from_numpy(np.ascontiguousarray(edges)), None,
-                       None if features is None else torch.from_numpy(np.atleast_2d(features)),
-                       None if labels is None else torch.from_numpy(labels), name=Path(data.edges).stem)
+    return build_graph(
+        torch.from_numpy(np.ascontiguousarray(edges)),
+        None,
+        None if features is None else torch.from_numpy(np.atleast_2d(features)),
+        None if labels is None else torch.from_numpy(labels),
+        name=Path(data.edges).stem,
+    )
 
 
 def read_array(path: Path, key: str, dtype: type) -> np.ndarray:
-    """A table of numbers from an npz (array `key`), npy, CSV or text file. `ProjectError` naming the file and the line or array."""
+    """A table of numbers from an npz (array `key`), npy, CSV or text file. `ProjectError` naming the file and the
+    line or array.
+    """
     if not path.is_file():
         raise ProjectError(f"{path}: no such file; data.{key} is relative to data_root")
     try:
@@ -174,16 +213,19 @@ def read_array(path: Path, key: str, dtype: type) -> np.ndarray:
             return np.asarray(array, dtype=dtype)
         with path.open(encoding="utf-8") as file:
             first = next((line for line in file if line.strip() and not line.startswith("#")), "")
-        return np.loadtxt(path, dtype=dtype, delimiter="," if "," in first else None, comments="#", ndmin=1 if key == "labels" else 2)
+        return np.loadtxt(
+            path, dtype=dtype, delimiter="," if "," in first else None, comments="#", ndmin=1 if key == "labels" else 2
+        )
     except (ValueError, OSError, UnicodeDecodeError) as error:
         raise ProjectError(f"{path}: {str(error).splitlines()[0]}") from None
 
 
-# -- splits --------------------------------------------------------------------------------------------------------------------------------
+# -- splits ------------------------------------------------------------------------------------------------------------
 
 
 def random_split(graph: Graph, data: DataConfig, seed: int) -> Graph:
-    """So many nodes of each class for training and validation, the rest for testing (Shchur et al. 2018): a function of the seed.
+    """So many nodes of each class for training and validation, the rest for testing (Shchur et al. 2018): a function of
+    the seed.
 
     Raises:
         ProjectError: a class has too few nodes; the message says which.
@@ -195,8 +237,11 @@ def random_split(graph: Graph, data: DataConfig, seed: int) -> Graph:
     for c in range(graph.num_classes):
         nodes = (labels == c).nonzero().flatten()
         if len(nodes) <= data.train_per_class:
-            raise ProjectError(f"{graph.name}: class {c} has {len(nodes)} nodes; data.train_per_class={data.train_per_class} leaves none "
-                               "to test on")
+            raise ProjectError(
+                f"{graph.name}: class {c} has {len(nodes)} nodes; data.train_per_class={data.train_per_class} leaves "
+                "none "
+                "to test on"
+            )
         nodes = nodes[torch.randperm(len(nodes), generator=rng)]
         chosen = nodes[: data.train_per_class + data.val_per_class]
         train.append(chosen[: data.train_per_class])
@@ -206,6 +251,8 @@ def random_split(graph: Graph, data: DataConfig, seed: int) -> Graph:
     rest = rest[torch.randperm(len(rest), generator=rng)]
     rest = rest[: data.test_nodes] if data.test_nodes else rest
     if not len(torch.cat(val)) or not len(rest):
-        raise ProjectError(f"{graph.name}: too few labelled nodes for data.train_per_class={data.train_per_class} and "
-                           f"data.val_per_class={data.val_per_class}")
+        raise ProjectError(
+            f"{graph.name}: too few labelled nodes for data.train_per_class={data.train_per_class} and "
+            f"data.val_per_class={data.val_per_class}"
+        )
     return dataclasses.replace(graph, train=torch.cat(train), val=torch.cat(val), test=rest)

@@ -1,4 +1,5 @@
-"""Deep modularity networks: communities of a graph with node features by gradient descent on modularity (Tsitsulin et al. 2023).
+"""Deep modularity networks: communities of a graph with node features by gradient descent on modularity (Tsitsulin et
+al. 2023).
 
 Pure: no files, no command line, no device.
 
@@ -22,8 +23,9 @@ from gnn.sparse import Structure, dropout
 class DMoN(nn.Module):
     """A graph encoder, and a dense layer that assigns each node softly to communities.
 
-    The encoder is the network that `model` names (the paper's is one GCN layer). With `community.skip`, x W_skip is added to its output
-    before the activation, so that a node keeps something of its own (the paper leaves self-loops out instead; here layers keep theirs).
+    The encoder is the network that `model` names (the paper's is one GCN layer). With `community.skip`, x W_skip is
+    added to its output before the activation, so that a node keeps something of its own (the paper leaves self-loops
+    out instead; here layers keep theirs).
     """
 
     def __init__(self, config: ModelConfig, community: CommunityConfig, in_features: int, num_communities: int) -> None:
@@ -48,7 +50,8 @@ class DMoN(nn.Module):
 
 
 def soft_modularity(assignment: Tensor, structure: Structure) -> Tensor:
-    """tr(C^T B C) / 2m with B = A - d d^T / 2m, never formed: sum(C * A C) / 2m - |C^T d|^2 / (2m)^2. A scalar; 0 without edges.
+    """tr(C^T B C) / 2m with B = A - d d^T / 2m, never formed: sum(C * A C) / 2m - |C^T d|^2 / (2m)^2. A scalar; 0
+    without edges.
 
     C (N, k) are soft assignments; at one-hot rows this is Newman's modularity. Time and memory are O((N + E) k).
     """

@@ -1,7 +1,8 @@
 """Measure trained networks:  python -m gnn.eval --run runs/gcn_cora [eval.figures=false ...]
 
-Every trained seed (or fold) is tested; what is reported is their mean and standard deviation. Writes `eval.json`, the per-seed table
-`seeds.csv` and pictures into the run folder; the last line of stdout is the content of `eval.json`. Nothing here chooses anything.
+Every trained seed (or fold) is tested; what is reported is their mean and standard deviation. Writes `eval.json`, the
+per-seed table `seeds.csv` and pictures into the run folder; the last line of stdout is the content of `eval.json`.
+Nothing here chooses anything.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
@@ -38,7 +39,9 @@ def main(config: Config, options: Options) -> None:
     with Run(config, options) as run:
         paths = sorted((run.folder / "models").glob("*.safetensors"))
         if not paths:
-            raise ProjectError(f"no trained weights in {run.folder / 'models'}; train first (or --resume), or give another --run")
+            raise ProjectError(
+                f"no trained weights in {run.folder / 'models'}; train first (or --resume), or give another --run"
+            )
         use_threads(config.train.threads)
         task = build_task(config, run.device)
         rows = [test_trial(task, path) for path in run.track(paths)]
@@ -54,8 +57,12 @@ def main(config: Config, options: Options) -> None:
                 draw_curves(run.folder, task)
         write_csv(run.folder / "seeds.csv", rows)
         result = {
-            "project": "gnn", "config": run.folder.name, "checkpoint_step": max(int(row["step"]) for row in rows), "metrics": metrics,
-            "n": {"trials": len(rows)}, "seeds": [int(row["seed"]) for row in rows],
+            "project": "gnn",
+            "config": run.folder.name,
+            "checkpoint_step": max(int(row["step"]) for row in rows),
+            "metrics": metrics,
+            "n": {"trials": len(rows)},
+            "seeds": [int(row["seed"]) for row in rows],
             "seconds": round(time.perf_counter() - started, 1),
         }
         write_json(run.folder / "eval.json", result)
@@ -64,7 +71,9 @@ def main(config: Config, options: Options) -> None:
 
 
 def load_trial(task: Task, path: Path) -> tuple[torch.nn.Module, dict[str, str]]:
-    """The network of one trial in evaluation mode, and what is noted beside its weights. `ProjectError` where they do not fit."""
+    """The network of one trial in evaluation mode, and what is noted beside its weights. `ProjectError` where they
+    do not fit.
+    """
     model = start_trial(task, int(path.stem))
     try:
         with safe_open(path, "pt") as file:

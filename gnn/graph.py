@@ -73,8 +73,15 @@ class Graph:
         return dataclasses.replace(self, **moved)
 
 
-def build_graph(edges: Tensor, num_nodes: int | None = None, features: Tensor | SparseFeatures | None = None, labels: Tensor | None = None,
-                num_classes: int | None = None, name: str = "graph", **splits: Tensor) -> Graph:
+def build_graph(
+    edges: Tensor,
+    num_nodes: int | None = None,
+    features: Tensor | SparseFeatures | None = None,
+    labels: Tensor | None = None,
+    num_classes: int | None = None,
+    name: str = "graph",
+    **splits: Tensor,
+) -> Graph:
     """A graph from edges int (2, M) in any order and direction; repeated edges and self-loops are dropped.
 
     Args:
@@ -82,8 +89,8 @@ def build_graph(edges: Tensor, num_nodes: int | None = None, features: Tensor | 
         num_classes: default one more than the largest label.
         splits: train, val, test: int64 node ids.
     Raises:
-        ProjectError: an empty graph, an edge that names a missing node or a negative id, features that are not finite, or a number of
-            features, labels or split nodes that does not fit.
+        ProjectError: an empty graph, an edge that names a missing node or a negative id, features that are not finite,
+            or a number of features, labels or split nodes that does not fit.
     """
     if edges.ndim != 2 or edges.shape[0] != 2:
         raise ProjectError(f"{name}: edges must be two rows of node ids, got an array of shape {tuple(edges.shape)}")
@@ -100,8 +107,10 @@ def build_graph(edges: Tensor, num_nodes: int | None = None, features: Tensor | 
     if edges.numel() and int(edges.min()) < 0:
         raise ProjectError(f"{name}: node id {int(edges.min())} is negative; ids count from 0")
     if edges.numel() and int(edges.max()) >= num_nodes:
-        raise ProjectError(f"{name}: an edge names node {int(edges.max())}, "
-                           f"but there are {num_nodes} nodes (0 to {num_nodes - 1}){counted}")
+        raise ProjectError(
+            f"{name}: an edge names node {int(edges.max())}, "
+            f"but there are {num_nodes} nodes (0 to {num_nodes - 1}){counted}"
+        )
     check_nodes(num_nodes, features, labels, splits, name)
     indptr, indices = to_csr(edges, num_nodes)
     if num_classes is None:
@@ -109,8 +118,13 @@ def build_graph(edges: Tensor, num_nodes: int | None = None, features: Tensor | 
     return Graph(indptr, indices, features, labels, num_classes, name=name, **splits)
 
 
-def check_nodes(num_nodes: int, features: Tensor | SparseFeatures | None, labels: Tensor | None, splits: dict[str, Tensor],
-                name: str) -> None:
+def check_nodes(
+    num_nodes: int,
+    features: Tensor | SparseFeatures | None,
+    labels: Tensor | None,
+    splits: dict[str, Tensor],
+    name: str,
+) -> None:
     """`ProjectError` where what is said of the nodes does not fit their number, or is not finite."""
     for what, part in (("features", features), ("labels", labels)):
         if part is not None and len(part) != num_nodes:
@@ -128,7 +142,9 @@ def check_nodes(num_nodes: int, features: Tensor | SparseFeatures | None, labels
 
 
 def to_csr(edges: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
-    """Both directions of edges int64 (2, M), sorted, each once, without loops: indptr int64 (N + 1,), indices int32 (E,)."""
+    """Both directions of edges int64 (2, M), sorted, each once, without loops: indptr int64 (N + 1,), indices int32
+    (E,).
+    """
     u, v = edges[:, edges[0] != edges[1]]
     keys = torch.cat([u * num_nodes + v, v * num_nodes + u]).unique()
     rows = torch.div(keys, num_nodes, rounding_mode="floor")

@@ -1,7 +1,8 @@
-"""Many small graphs in one: the TU collection (Morris et al. 2020), and batches cut out of it without a loop over graphs.
+"""Many small graphs in one: the TU collection (Morris et al. 2020), and batches cut out of it without a loop over
+graphs.
 
-All graphs stand in one large graph, one after another and not connected. A batch is again such a graph, made of the pieces that its
-ids name. Nothing is padded.
+All graphs stand in one large graph, one after another and not connected. A batch is again such a graph, made of the
+pieces that its ids name. Nothing is padded.
 
 Legend: G graphs, B graphs of a batch, N nodes of all, M nodes of a batch, E entries of the adjacency, F features.
 """
@@ -60,8 +61,16 @@ class GraphSet:
         features: float32 (N, F). labels: int64 (G,).
     """
 
-    def __init__(self, first: Tensor, indptr: Tensor, indices: Tensor, features: Tensor, labels: Tensor, name: str = "graphs") -> None:
-        self.first, self.indptr, self.indices, self.features, self.labels = first, indptr, indices.long(), features, labels
+    def __init__(
+        self, first: Tensor, indptr: Tensor, indices: Tensor, features: Tensor, labels: Tensor, name: str = "graphs"
+    ) -> None:
+        self.first, self.indptr, self.indices, self.features, self.labels = (
+            first,
+            indptr,
+            indices.long(),
+            features,
+            labels,
+        )
         self.name, self.num_classes = name, int(labels.max()) + 1
         self.degree = indptr.diff()  # (N,)
 
@@ -71,7 +80,14 @@ class GraphSet:
     def to(self, device: torch.device | str) -> GraphSet:
         """On a device, features in the default floating-point type."""
         features = self.features.to(device, torch.get_default_dtype())
-        return GraphSet(self.first.to(device), self.indptr.to(device), self.indices.to(device), features, self.labels.to(device), self.name)
+        return GraphSet(
+            self.first.to(device),
+            self.indptr.to(device),
+            self.indices.to(device),
+            features,
+            self.labels.to(device),
+            self.name,
+        )
 
     def batch(self, ids: Tensor) -> Batch:
         """The graphs `ids` int64 (B,), in this order; one may occur twice."""
@@ -87,8 +103,14 @@ class GraphSet:
         return Batch(self.features[nodes], Structure(indptr, indices, symmetric=True), owner, sizes, self.labels[ids])
 
 
-def join_graphs(edges: list[Tensor], sizes: list[int], features: list[Tensor] | None, labels: Tensor, max_degree: int = 200,
-                name: str = "graphs") -> GraphSet:
+def join_graphs(
+    edges: list[Tensor],
+    sizes: list[int],
+    features: list[Tensor] | None,
+    labels: Tensor,
+    max_degree: int = 200,
+    name: str = "graphs",
+) -> GraphSet:
     """G graphs from lists: edges int (2, M_g) in any order and direction, numbers of nodes, features (N_g, F).
 
     Without features, a node's is its degree, one-hot; degrees above `max_degree` share one place.
@@ -118,27 +140,40 @@ def open_tu(root: Path, name: str) -> Any:
 
 
 def load_graphs(config: Config) -> GraphSet:
-    """The TU dataset that the config names. Node labels are one-hot features; continuous attributes and edge labels are not used.
+    """The TU dataset that the config names. Node labels are one-hot features; continuous attributes and edge labels are
+    not used.
 
     Raises:
         ProjectError: files missing and not to be had, or labels that are not classes.
     """
     name, root = config.data.name, Path(config.data_root) / "TUDataset"
-    dataset = fetch(lambda: open_tu(root, name), f"{name}_A.txt, {name}_graph_indicator.txt, {name}_graph_labels.txt "
-                    f"(and {name}_node_labels.txt) into {root / name / 'raw'}/")
+    dataset = fetch(
+        lambda: open_tu(root, name),
+        f"{name}_A.txt, {name}_graph_indicator.txt, {name}_graph_labels.txt "
+        f"(and {name}_node_labels.txt) into {root / name / 'raw'}/",
+    )
     items = list(dataset)
     if not items or any(item.y is None or item.y.is_floating_point() or item.y.numel() != 1 for item in items):
         raise ProjectError(f"{name}: graph classification needs one class a graph; this dataset has something else")
     labels = torch.cat([item.y.flatten() for item in items]).long()
     if config.data.shuffle_labels:
-        labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(fold(config.seed, SPLIT_STREAM)))]
+        labels = labels[
+            torch.randperm(len(labels), generator=torch.Generator().manual_seed(fold(config.seed, SPLIT_STREAM)))
+        ]
     features = None if items[0].x is None else [item.x for item in items]
-    return join_graphs([item.edge_index for item in items], [int(item.num_nodes) for item in items], features, labels,
-                       config.graph.max_degree, name)
+    return join_graphs(
+        [item.edge_index for item in items],
+        [int(item.num_nodes) for item in items],
+        features,
+        labels,
+        config.graph.max_degree,
+        name,
+    )
 
 
 def stratified_folds(labels: Tensor, count: int, seed: int) -> Tensor:
-    """A fold 0 ... count - 1 for each label (G,): int64 (G,). Folds and their shares of each class differ by at most one graph.
+    """A fold 0 ... count - 1 for each label (G,): int64 (G,). Folds and their shares of each class differ by at most
+    one graph.
 
     Each class is shuffled and dealt out, the next class beginning where the last one ended. A function of the seed.
     """

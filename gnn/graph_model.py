@@ -1,4 +1,5 @@
-"""Networks that give a whole graph its class: message passing, a readout over the nodes, and a linear map of every layer's readout.
+"""Networks that give a whole graph its class: message passing, a readout over the nodes, and a linear map of every
+layer's readout.
 
 Pure: no files, no command line, no device.
 
@@ -33,10 +34,11 @@ def pool(h: Tensor, owner: Tensor, sizes: Tensor, kind: str) -> Tensor:
 
 
 class GraphNet(nn.Module):
-    """Logits (B, K) of a batch: W CONCAT(READOUT(h_l)), h_0 the features and h_l the nodes after layer l (Xu et al. 2019, eq. 4.2).
+    """Logits (B, K) of a batch: W CONCAT(READOUT(h_l)), h_0 the features and h_l the nodes after layer l (Xu et al.
+    2019, eq. 4.2).
 
-    With `jumping` off, only the last layer is read. A layer is followed by the norm and the activation; dropout is of the readouts.
-    model.layer=mlp ignores the edges: what node features alone can tell.
+    With `jumping` off, only the last layer is read. A layer is followed by the norm and the activation; dropout is of
+    the readouts. model.layer=mlp ignores the edges: what node features alone can tell.
     """
 
     def __init__(self, config: ModelConfig, graph: GraphConfig, in_features: int, out_features: int) -> None:
@@ -60,7 +62,9 @@ class GraphNet(nn.Module):
         return self.head(dropout(self.hidden(batch), self.config.dropout, self.training))
 
     def hidden(self, batch: Batch) -> Tensor:
-        """The readouts, which embed the graphs: the input's and every layer's side by side (B, F + L D), or the last layer's (B, D)."""
+        """The readouts, which embed the graphs: the input's and every layer's side by side (B, F + L D), or the last
+        layer's (B, D).
+        """
         h, states = batch.x, [batch.x]
         for layer, norm in zip(self.layers, self.norms, strict=True):
             out = norm(layer(h, batch.structure))

@@ -1,8 +1,8 @@
 """Message-passing layers: GCN, GAT, GATv2, GraphSAGE, GIN, and the propagation of APPNP and GCNII.
 
-Each takes x (M, F) of the sources and a `Structure`, and returns (N, F') for the destinations; for a whole graph M = N. Where features
-are `SparseFeatures`, only their non-zeros are touched. Each equals PyTorch Geometric's layer of the same name with copied weights
-(tests/gnn/test_layers.py).
+Each takes x (M, F) of the sources and a `Structure`, and returns (N, F') for the destinations; for a whole graph M = N.
+Where features are `SparseFeatures`, only their non-zeros are touched. Each equals PyTorch Geometric's layer of the same
+name with copied weights (tests/gnn/test_layers.py).
 
 Legend: N destinations, M sources, E edges, F and F' features in and out, H heads, C channels a head.
 """
@@ -44,7 +44,9 @@ class GraphLayer(nn.Module):
         self.in_features, self.out_features = in_features, out_features
 
     def propagate(self, matrix: Matrix, x: Features, weight: Tensor) -> Tensor:
-        """matrix x weight, multiplied in the cheaper order: the product with the edges costs E times the width it is done at."""
+        """matrix x weight, multiplied in the cheaper order: the product with the edges costs E times the width it is
+        done at.
+        """
         if isinstance(x, SparseFeatures) or self.in_features >= self.out_features:
             return matrix @ (x @ weight)
         return (matrix @ x) @ weight
@@ -63,7 +65,9 @@ class GCN(GraphLayer):
 
 
 class SAGE(GraphLayer):
-    """GraphSAGE with the mean aggregator: x_i W_self + mean_j x_j W_neighbours + b (Hamilton et al. 2017, algorithm 1)."""
+    """GraphSAGE with the mean aggregator: x_i W_self + mean_j x_j W_neighbours + b (Hamilton et al. 2017, algorithm
+    1).
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
@@ -79,7 +83,8 @@ class SAGE(GraphLayer):
 class GIN(GraphLayer):
     """Graph isomorphism layer: MLP((1 + eps) x_i + sum_j x_j) (Xu et al. 2019, eq. 4.1), eps learned.
 
-    The first matrix of the MLP is applied before the sum where that is cheaper; both are linear, so the result is the same.
+    The first matrix of the MLP is applied before the sum where that is cheaper; both are linear, so the result is the
+    same.
     """
 
     def __init__(self, in_features: int, out_features: int, norm: bool = True) -> None:
@@ -100,10 +105,11 @@ class GIN(GraphLayer):
 
 
 class GAT(GraphLayer):
-    """Graph attention (Velickovic et al. 2018): e_ij = LeakyReLU(a_dst . W x_i + a_src . W x_j), softmax over j, each node hears itself.
+    """Graph attention (Velickovic et al. 2018): e_ij = LeakyReLU(a_dst . W x_i + a_src . W x_j), softmax over j, each
+    node hears itself.
 
-    All heads are one sparse matrix: their copies of the edges stand along a diagonal (`Structure.heads`), so a single product
-    aggregates all of them.
+    All heads are one sparse matrix: their copies of the edges stand along a diagonal (`Structure.heads`), so a single
+    product aggregates all of them.
 
     Args:
         heads: number of heads H; out_features = H C when they are concatenated, else C.
@@ -111,7 +117,9 @@ class GAT(GraphLayer):
         attention_dropout: of the weights after the softmax.
     """
 
-    def __init__(self, in_features: int, out_features: int, heads: int = 1, concat: bool = True, attention_dropout: float = 0.0) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, heads: int = 1, concat: bool = True, attention_dropout: float = 0.0
+    ) -> None:
         super().__init__(in_features, out_features)
         self.heads, self.concat, self.attention_dropout = heads, concat, attention_dropout
         self.channels = C = out_features // heads if concat else out_features
@@ -124,7 +132,9 @@ class GAT(GraphLayer):
         return self.combine(*self.attend(x, structure))
 
     def attend(self, x: Features, structure: Structure) -> tuple[Structure, Tensor, Tensor]:
-        """The structure, the attention weights (H E,), entries in the order of `structure.heads(H)`, and W x as (H, M, C)."""
+        """The structure, the attention weights (H E,), entries in the order of `structure.heads(H)`, and W x as (H,
+        M, C).
+        """
         H, C = self.heads, self.channels
         h = (x @ self.weight).view(-1, H, C).transpose(0, 1).contiguous()  # (M, H C) -> (H, M, C)
         from_src = torch.einsum("hmc,hc->hm", h, self.att_src).flatten()  # (H M,)
@@ -146,7 +156,9 @@ class GATv2(GAT):
     """Attention whose ranking of neighbours depends on the node that asks: e_ij = a . LeakyReLU(W_dst x_i + W_src x_j)
     (Brody et al. 2022, eq. 7). It needs C numbers an edge where GAT needs one."""
 
-    def __init__(self, in_features: int, out_features: int, heads: int = 1, concat: bool = True, attention_dropout: float = 0.0) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, heads: int = 1, concat: bool = True, attention_dropout: float = 0.0
+    ) -> None:
         super().__init__(in_features, out_features, heads, concat, attention_dropout)
         C = self.channels
         del self.att_src, self.att_dst
@@ -162,14 +174,16 @@ class GATv2(GAT):
         dst = (destinations(x, structure) @ self.weight_dst + self.bias_dst).view(-1, H, C).transpose(0, 1)  # (H, N, C)
         pattern = structure.heads(H)
         pairs = at_columns(pattern, src.reshape(-1, C)) + at_rows(pattern, dst.reshape(-1, C))  # (H E, C)
-        scores = torch.bmm(F.leaky_relu(pairs, 0.2).view(H, -1, C), self.att[:, :, None]).flatten()  # (H, E, C) (H, C, 1)
+        # (H, E, C) (H, C, 1)
+        scores = torch.bmm(F.leaky_relu(pairs, 0.2).view(H, -1, C), self.att[:, :, None]).flatten()
         return structure, segment_softmax(pattern, scores), src
 
 
 class GCNIILayer(GraphLayer):
     """((1 - alpha) P h + alpha h_0) ((1 - beta) I + beta W) (Chen et al. 2020, eq. 5), P the GCN's propagation.
 
-    The first layer's h_0 in every layer, and a weight close to the identity, are what keeps 64 layers from washing all nodes to one.
+    The first layer's h_0 in every layer, and a weight close to the identity, are what keeps 64 layers from washing all
+    nodes to one.
 
     Args:
         beta: log(lambda / l + 1) for layer l = 1, 2, ...
@@ -183,7 +197,8 @@ class GCNIILayer(GraphLayer):
     def forward(self, h: Tensor, h0: Tensor, structure: Structure) -> Tensor:
         mixed = torch.lerp(structure.gcn() @ h, h0, self.alpha)  # (N, F)
         eye = torch.eye(self.in_features, dtype=h.dtype, device=h.device)
-        return mixed @ torch.lerp(eye, self.weight, self.beta)  # one product, not a product and a sum: F x F numbers are mixed, not N x F
+        # one product, not a product and a sum: F x F numbers are mixed, not N x F
+        return mixed @ torch.lerp(eye, self.weight, self.beta)
 
 
 def personalized_pagerank(h: Tensor, matrix: Matrix, hops: int, alpha: float) -> Tensor:

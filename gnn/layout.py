@@ -20,7 +20,9 @@ def graph_distances(rows: np.ndarray, columns: np.ndarray, num_nodes: int) -> np
 
 
 def classical_scaling(distances: np.ndarray) -> np.ndarray:
-    """(N, 2): the main axes of the doubly centred squared distances (N, N), as in principal component analysis (Torgerson 1952)."""
+    """(N, 2): the main axes of the doubly centred squared distances (N, N), as in principal component analysis
+    (Torgerson 1952).
+    """
     squared = distances**2
     centred = -0.5 * (squared - squared.mean(axis=0) - squared.mean(axis=1)[:, None] + squared.mean())
     values, vectors = np.linalg.eigh(centred)
@@ -31,14 +33,16 @@ def classical_scaling(distances: np.ndarray) -> np.ndarray:
 
 
 def stress_layout(rows: np.ndarray, columns: np.ndarray, num_nodes: int, steps: int = 200, seed: int = 0) -> np.ndarray:
-    """Positions float (N, 2) that make sum_ij (|x_i - x_j| - d_ij)^2 / d_ij^2 small, d the numbers of hops (Gansner et al. 2004).
+    """Positions float (N, 2) that make sum_ij (|x_i - x_j| - d_ij)^2 / d_ij^2 small, d the numbers of hops (Gansner et
+    al. 2004).
 
     Each round solves the majorising quadratic, so the stress never rises. Dense in N: for up to about a thousand nodes.
     """
     if num_nodes < 2:
         return np.zeros((num_nodes, 2))
     distances = graph_distances(rows, columns, num_nodes)
-    noise = np.random.default_rng(seed).normal(size=(num_nodes, 2))  # parts nodes that classical scaling puts on one spot
+    # parts nodes that classical scaling puts on one spot
+    noise = np.random.default_rng(seed).normal(size=(num_nodes, 2))
     x = classical_scaling(distances) + 0.05 * noise
     weights = 1 / np.where(distances > 0, distances, np.inf) ** 2  # (N, N), zero on the diagonal
     laplacian = np.diag(weights.sum(axis=1)) - weights
@@ -53,9 +57,13 @@ def stress_layout(rows: np.ndarray, columns: np.ndarray, num_nodes: int, steps: 
 
 
 def spread_out(points: np.ndarray, gap: float = 0.06, steps: int = 30) -> np.ndarray:
-    """Points (N, 2) with pairs that are closer than `gap` times the drawing's diagonal pushed apart, so that no node hides another."""
+    """Points (N, 2) with pairs that are closer than `gap` times the drawing's diagonal pushed apart, so that no node
+    hides another.
+    """
     x = points.copy()
-    least = gap * float(np.linalg.norm(np.ptp(x, axis=0))) * min(1.0, 8 / max(np.sqrt(len(x)), 1.0)) if len(x) > 1 else 0.0
+    least = (
+        gap * float(np.linalg.norm(np.ptp(x, axis=0))) * min(1.0, 8 / max(np.sqrt(len(x)), 1.0)) if len(x) > 1 else 0.0
+    )
     for _ in range(steps):
         delta = x[:, None] - x[None]  # (N, N, 2)
         length = np.linalg.norm(delta, axis=2)
@@ -68,9 +76,11 @@ def spread_out(points: np.ndarray, gap: float = 0.06, steps: int = 30) -> np.nda
 
 
 def project(hidden: np.ndarray, seed: int = 0) -> np.ndarray:
-    """t-SNE (van der Maaten & Hinton 2008) of rows (N, D): float (N, 2), a function of its arguments. `ValueError` for NaN or infinity.
+    """t-SNE (van der Maaten & Hinton 2008) of rows (N, D): float (N, 2), a function of its arguments. `ValueError` for
+    NaN or infinity.
 
-    Starts from the principal components, so that the arrangement of the clusters says something too (Kobak & Berens 2019).
+    Starts from the principal components, so that the arrangement of the clusters says something too (Kobak & Berens
+    2019).
     """
     if not np.isfinite(hidden).all():
         raise ValueError("the embeddings hold NaN or infinity: this network has diverged, so there is nothing to draw")
@@ -84,4 +94,6 @@ def project(hidden: np.ndarray, seed: int = 0) -> np.ndarray:
 
     noise = np.random.default_rng(seed).normal(size=(len(x), 2))  # parts points that coincide
     start = 1e-4 * (reduced[:, :2] / max(reduced[:, 0].std(), 1e-12) + 0.01 * noise)
-    return TSNE(perplexity=min(30.0, (len(x) - 1) / 3), init=start.astype(np.float32), random_state=seed).fit_transform(reduced)
+    return TSNE(perplexity=min(30.0, (len(x) - 1) / 3), init=start.astype(np.float32), random_state=seed).fit_transform(
+        reduced
+    )

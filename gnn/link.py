@@ -45,8 +45,8 @@ class TestPairs(NamedTuple):
 class LinkTask(Task):
     """Autoencoders on a graph from which edges were taken. Each trial draws its own split.
 
-    Encoders never see validation or test edges, neither in training nor in evaluation: a test pair is scored with the embeddings of the
-    training graph.
+    Encoders never see validation or test edges, neither in training nor in evaluation: a test pair is scored with the
+    embeddings of the training graph.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
@@ -62,11 +62,18 @@ class LinkTask(Task):
     def prepare(self, trial: int) -> None:
         """The trial's split, its training structure, and its validation negatives."""
         self.trial, link = trial, self.config.link
-        self.split = split_edges(self.edges, self.num_nodes, link.val_share, link.test_share, fold(self.seed_of(trial), SPLIT_STREAM))
+        self.split = split_edges(
+            self.edges, self.num_nodes, link.val_share, link.test_share, fold(self.seed_of(trial), SPLIT_STREAM)
+        )
         for part, pairs in (("val", self.split.val), ("test", self.split.test)):
-            require(pairs.shape[1] > 0, f"link.{part}_share", f"leaves no edge of {self.graph.num_edges} in that part; raise it")
+            require(
+                pairs.shape[1] > 0,
+                f"link.{part}_share",
+                f"leaves no edge of {self.graph.num_edges} in that part; raise it",
+            )
         self.train_edges = TrainingEdges(self.split.train, self.num_nodes, self.device)
-        self.negatives = NegativeSampler(self.split.train, self.num_nodes)  # all that training may know of what is not a link
+        # all that training may know of what is not a link
+        self.negatives = NegativeSampler(self.split.train, self.num_nodes)
         self.val_negative = self.evaluation_negatives(self.split.val.shape[1], 0).to(self.device)
         self.val_positive = self.split.val.to(self.device)
 
@@ -85,8 +92,9 @@ class LinkTask(Task):
     def loss(self, net: nn.Module, step: int) -> Tensor:
         """Cross-entropy of positives and as many fresh uniform negatives, and the method's own term.
 
-        gae and vgae reconstruct the edges that they see; maskgae and supervised score edges that the encoder does not see in this step.
-        The cost is that of encoding the whole graph, so nothing is sharded: several processes all compute the same step.
+        gae and vgae reconstruct the edges that they see; maskgae and supervised score edges that the encoder does not
+        see in this step. The cost is that of encoding the whole graph, so nothing is sharded: several processes all
+        compute the same step.
         """
         link, edges = self.config.link, self.train_edges
         hidden, structure, positive = None, edges.whole, edges.pairs
@@ -107,7 +115,11 @@ class LinkTask(Task):
         link, edges = self.config.link, self.train_edges
         if link.method == "supervised":
             return edges.mask_batch(self.config.train.batch_size)
-        hidden = edges.mask_edges(link.mask_share) if link.mask == "edge" else edges.mask_paths(link.mask_share, link.walk_length)
+        hidden = (
+            edges.mask_edges(link.mask_share)
+            if link.mask == "edge"
+            else edges.mask_paths(link.mask_share, link.walk_length)
+        )
         return hidden if bool(hidden.any()) else edges.mask_batch(1)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
@@ -118,10 +130,15 @@ class LinkTask(Task):
         return {"criterion": 1 - (found["val_auc"] + found["val_ap"]) / 2, **found}
 
     def test(self, model: nn.Module) -> dict[str, float]:
-        """AUC, AP, MRR and Hits@K of the test edges against uniform and against hard negatives; AUC and AP of the validation edges."""
+        """AUC, AP, MRR and Hits@K of the test edges against uniform and against hard negatives; AUC and AP of the
+        validation edges.
+        """
         z = model.embed(self.features, self.train_edges.whole)
         validation = self.validate(model)
-        return {**self.metrics(lambda pairs: self.score(model, z, pairs)), **{name: validation[name] for name in ("val_auc", "val_ap")}}
+        return {
+            **self.metrics(lambda pairs: self.score(model, z, pairs)),
+            **{name: validation[name] for name in ("val_auc", "val_ap")},
+        }
 
     def tables(self, model: nn.Module) -> dict[str, float]:
         """AUC, AP and MRR of each heuristic, which sees the training edges only."""
@@ -132,7 +149,9 @@ class LinkTask(Task):
         return found
 
     def figures(self, model: nn.Module, folder: Path) -> None:
-        """Embeddings coloured by class, scores of links and of both kinds of negatives, ROC and precision-recall curves."""
+        """Embeddings coloured by class, scores of links and of both kinds of negatives, ROC and precision-recall
+        curves.
+        """
         from gnn import link_pictures, pictures
 
         z, pairs = model.embed(self.features, self.train_edges.whole), self.test_pairs
@@ -146,9 +165,13 @@ class LinkTask(Task):
     def describe(self) -> list[str]:
         """Sizes."""
         g, s = self.graph, self.split
-        return [f"{g.name}: {g.num_nodes:,} nodes, {g.num_edges:,} edges, {g.num_features:,} features ({type(g.features).__name__})",
-                f"edges of a trial: {s.train.shape[1]:,} training, {s.val.shape[1]:,} validation, {s.test.shape[1]:,} test; "
-                f"{self.config.link.num_negatives} easy and as many hard negatives for each test edge"]
+        return [
+            f"{g.name}: {g.num_nodes:,} nodes, {g.num_edges:,} edges, {g.num_features:,} features "
+            f"({type(g.features).__name__})",
+            f"edges of a trial: {s.train.shape[1]:,} training, {s.val.shape[1]:,} validation, {s.test.shape[1]:,} "
+            "test; "
+            f"{self.config.link.num_negatives} easy and as many hard negatives for each test edge",
+        ]
 
     # Evaluation
 
@@ -159,20 +182,26 @@ class LinkTask(Task):
 
     @cached_property
     def test_pairs(self) -> TestPairs:
-        """The test edges of this trial and their negatives, made when they are first needed: training never asks for them."""
+        """The test edges of this trial and their negatives, made when they are first needed: training never asks for
+        them.
+        """
         split, link = self.split, self.config.link
         seed = fold(self.seed_of(self.trial), NEGATIVE_STREAM, 2)
         known = self.heuristics
         rows = [known.rows(name) for name in HARD if name in known.names]
-        return TestPairs(split.test, self.evaluation_negatives(split.test.shape[1], 1),
-                         corrupt_uniformly(split.test, split.all, self.num_nodes, link.num_negatives, seed),
-                         corrupt_hard(split.test, split.all, self.num_nodes, link.num_negatives, seed, rows))
+        return TestPairs(
+            split.test,
+            self.evaluation_negatives(split.test.shape[1], 1),
+            corrupt_uniformly(split.test, split.all, self.num_nodes, link.num_negatives, seed),
+            corrupt_hard(split.test, split.all, self.num_nodes, link.num_negatives, seed, rows),
+        )
 
     def metrics(self, scorer: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """All metrics of a function from pairs int64 (2, S) to scores (S,)."""
         pairs = self.test_pairs
         sizes = [part[0].numel() for part in pairs]
-        flat = scorer(torch.cat([part.flatten(1) for part in pairs], 1))  # (sum of sizes,): one call, since some scorers work by rows
+        # (sum of sizes,): one call, since some scorers work by rows
+        flat = scorer(torch.cat([part.flatten(1) for part in pairs], 1))
         positive, uniform, easy, hard = (s.view(part.shape[1:]) for s, part in zip(flat.split(sizes), pairs))
         return pair_metrics(positive, uniform, easy, HITS) | pair_metrics(positive, hard, hard, HITS, "_hard")
 
@@ -186,5 +215,7 @@ def features_as_scipy(features: Tensor | SparseFeatures | None) -> sp.csr_array 
     """Features (N, F) for the heuristics, which work in scipy."""
     if isinstance(features, SparseFeatures):
         pattern = features.pattern
-        return sp.csr_array((features.values.numpy(), pattern.indices.numpy(), pattern.indptr.numpy()), shape=features.shape)
+        return sp.csr_array(
+            (features.values.numpy(), pattern.indices.numpy(), pattern.indptr.numpy()), shape=features.shape
+        )
     return None if features is None else sp.csr_array(features.numpy())

@@ -7,8 +7,9 @@ With Gamma(u) the neighbours of u, d(u) their number, A the adjacency of the tra
     resource_allocation       sum over common neighbours w of 1 / d(w)            (Zhou, Lu, Zhang 2009)
     preferential_attachment   d(u) d(v)                                           (Barabasi & Albert 1999)
     katz                      sum over l = 1 .. 6 of beta^l (A^l)_uv              (Katz 1953, cut off; beta 0.005)
-    ppr                       pi_u(v) + pi_v(u), pi_u the stationary distribution of a walk along edges that returns to u with
-                              probability 0.15 a step                             (rooted PageRank, Liben-Nowell & Kleinberg 2003)
+    ppr                       pi_u(v) + pi_v(u), pi_u the stationary distribution of a walk along edges that
+                              returns to u with probability 0.15 a step           (rooted PageRank, Liben-Nowell &
+                                                                                  Kleinberg 2003)
     features                  cosine of the two feature vectors; this one sees no graph at all
 
 A model that does not beat these has learned nothing about links, so each table of results shows them.
@@ -41,7 +42,9 @@ class Heuristics:
         u, v = edges.numpy()
         ones = np.ones(2 * len(u))
         self.num_nodes = num_nodes
-        self.adjacency = sp.csr_array((ones, (np.concatenate([u, v]), np.concatenate([v, u]))), shape=(num_nodes, num_nodes))
+        self.adjacency = sp.csr_array(
+            (ones, (np.concatenate([u, v]), np.concatenate([v, u]))), shape=(num_nodes, num_nodes)
+        )
         self.degree = self.adjacency.sum(1)  # (N,)
         self._features = features
 
@@ -52,7 +55,9 @@ class Heuristics:
         return known + ("features",) * (self._features is not None)
 
     def score(self, name: str, pairs: Tensor) -> Tensor:
-        """Scores of `pairs`, int64 (2, ...) in any order of the ends, as float64 (...). ValueError for an unknown name."""
+        """Scores of `pairs`, int64 (2, ...) in any order of the ends, as float64 (...). ValueError for an unknown
+        name.
+        """
         self._check(name)
         u, v = pairs.reshape(2, -1).numpy()
         if name == "preferential_attachment":
@@ -66,7 +71,8 @@ class Heuristics:
         return torch.from_numpy(found).view(pairs.shape[1:])
 
     def rows(self, name: str) -> Callable[[np.ndarray], np.ndarray]:
-        """A function from sources int64 (B,) to their scores with all nodes, float64 (B, N); for `ppr` it is pi_u(v) alone.
+        """A function from sources int64 (B,) to their scores with all nodes, float64 (B, N); for `ppr` it is pi_u(v)
+        alone.
 
         ValueError for a name without such a function.
         """
@@ -90,7 +96,9 @@ class Heuristics:
         return sp.csr_array(sp.diags_array(_inverse(length)) @ features)
 
     def _middle(self, name: str) -> np.ndarray:
-        """What a common neighbour is worth, (N,). It has two neighbours or more, so that log d > 0; others get 0 and are never used."""
+        """What a common neighbour is worth, (N,). It has two neighbours or more, so that log d > 0; others get 0 and
+        are never used.
+        """
         if name == "common_neighbours":
             return np.ones(self.num_nodes)
         return _inverse(np.log(np.maximum(self.degree, 1)) if name == "adamic_adar" else self.degree)
@@ -111,7 +119,8 @@ class Heuristics:
         return found
 
     def _katz(self, nodes: np.ndarray) -> np.ndarray:
-        walks = _dense(self.adjacency[nodes]).T * KATZ_BETA  # (N, B), transposed because a sparse matrix stands on the left
+        # (N, B), transposed because a sparse matrix stands on the left
+        walks = _dense(self.adjacency[nodes]).T * KATZ_BETA
         total = walks.copy()
         for _ in range(KATZ_LENGTH - 1):
             walks = KATZ_BETA * (self.adjacency @ walks)
@@ -121,11 +130,13 @@ class Heuristics:
     def _ppr(self, nodes: np.ndarray) -> np.ndarray:
         """pi = c e_u + (1 - c) P^T pi for each u of `nodes`, solved by Chebyshev's semi-iteration (Golub & Varga 1961).
 
-        P^T has the eigenvalues of the symmetric D^-1/2 A D^-1/2, which lie in [-1, 1]. Knowing that, each iteration divides the error by
-        1.8, where plain power iteration divides it by 1 / (1 - c) = 1.18: 40 iterations leave 1e-10, and 9
+        P^T has the eigenvalues of the symmetric D^-1/2 A D^-1/2, which lie in [-1, 1]. Knowing that, each iteration
+        divides the error by 1.8, where plain power iteration divides it by 1 / (1 - c) = 1.18: 40 iterations leave
+        1e-10, and 9
         decimals are returned. Rows sum to 1; a walk at a node without edges stays there.
         """
-        walk = self.adjacency * ((1 - PPR_RETURN) * _inverse(self.degree))  # (N, N): column u spreads over the neighbours of u
+        # (N, N): column u spreads over the neighbours of u
+        walk = self.adjacency * ((1 - PPR_RETURN) * _inverse(self.degree))
         start = np.zeros((self.num_nodes, len(nodes)))  # (N, B)
         start[nodes, np.arange(len(nodes))] = np.where(self.degree[nodes] > 0, PPR_RETURN, 1.0)
         walk, radius = sp.csr_array(walk), 1 - PPR_RETURN

@@ -1,10 +1,11 @@
 """Graph autoencoders: an encoder that gives each node a vector, and a decoder that scores pairs of vectors.
 
     GAE, VGAE   encode the training graph, decode its own edges (Kipf & Welling 2016, "Variational graph auto-encoders")
-    MaskGAE     hide a large part of the edges, encode what is left, decode the hidden ones (Li et al. 2023, "What's behind the mask:
-                understanding masked graph modeling for graph autoencoders")
+    MaskGAE     hide a large part of the edges, encode what is left, decode the hidden ones (Li et al. 2023, "What's
+                behind the mask: understanding masked graph modeling for graph autoencoders")
 
-A hidden edge is hidden in both directions: the structure is made of undirected pairs, so that no mirror of it stays behind.
+A hidden edge is hidden in both directions: the structure is made of undirected pairs, so that no mirror of it stays
+behind.
 
 Legend: N nodes, M undirected training edges, S pairs to score, F features, D numbers of an embedding.
 """
@@ -34,7 +35,8 @@ class Output(NamedTuple):
 
 
 class LinkModel(nn.Module):
-    """Encoder and decoder. Also the only module that training calls, so that it can be wrapped whole for several processes.
+    """Encoder and decoder. Also the only module that training calls, so that it can be wrapped whole for several
+    processes.
 
     Args:
         in_features: F.
@@ -44,22 +46,32 @@ class LinkModel(nn.Module):
         super().__init__()
         self.config, self.variational = config, config.method == "vgae"
         D = config.embedding
-        # mean and log sigma come out of one last layer, side by side: two layers on a shared hidden one (Kipf & Welling 2016, section 2)
+        # mean and log sigma come out of one last layer, side by side: two layers on a shared hidden one (Kipf & Welling
+        # 2016, section 2)
         self.encoder = build_model(model, in_features, 2 * D if self.variational else D)
         self.norm = nn.BatchNorm1d(D) if config.embedding_norm and not self.variational else None
         self.activation = ACTIVATIONS[model.activation]
-        self.decoder = nn.Sequential(nn.Linear(D, config.decoder_hidden), nn.ReLU(), nn.Linear(config.decoder_hidden, 1)) \
-            if config.decoder == "mlp" else None
-        self.degree = nn.Sequential(nn.Linear(D, config.decoder_hidden), nn.ReLU(), nn.Linear(config.decoder_hidden, 1)) \
-            if config.method == "maskgae" and config.degree_weight > 0 else None
+        self.decoder = (
+            nn.Sequential(nn.Linear(D, config.decoder_hidden), nn.ReLU(), nn.Linear(config.decoder_hidden, 1))
+            if config.decoder == "mlp"
+            else None
+        )
+        self.degree = (
+            nn.Sequential(nn.Linear(D, config.decoder_hidden), nn.ReLU(), nn.Linear(config.decoder_hidden, 1))
+            if config.method == "maskgae" and config.degree_weight > 0
+            else None
+        )
 
     def forward(self, x: Features, structure: Structure, pairs: Tensor) -> Output:
-        """Encode along `structure`, which must not hold the pairs that are to be guessed; score `pairs` int64 (2, S)."""
+        """Encode along `structure`, which must not hold the pairs that are to be guessed; score `pairs` int64 (2,
+        S).
+        """
         kl = None
         if self.variational:
             mean, log_sigma = self.distribution(x, structure)
             kl = kl_divergence(mean, log_sigma)
-            z = mean + torch.randn_like(mean) * log_sigma.exp() if self.training else mean  # the reparametrisation trick
+            # the reparametrisation trick
+            z = mean + torch.randn_like(mean) * log_sigma.exp() if self.training else mean
         else:
             z = self.embed(x, structure)
         z = dropout(z, self.config.embedding_dropout, self.training)
@@ -87,12 +99,16 @@ class LinkModel(nn.Module):
 
 
 def kl_divergence(mean: Tensor, log_sigma: Tensor) -> Tensor:
-    """KL(N(mean, sigma^2) || N(0, 1)) summed over D, the mean over nodes; both (N, D) (Kingma & Welling 2014, appendix B)."""
+    """KL(N(mean, sigma^2) || N(0, 1)) summed over D, the mean over nodes; both (N, D) (Kingma & Welling 2014,
+    appendix B).
+    """
     return -0.5 * (1 + 2 * log_sigma - mean.square() - (2 * log_sigma).exp()).sum(dim=1).mean()
 
 
 def reconstruction_loss(logits: Tensor, num_positives: int) -> Tensor:
-    """Binary cross-entropy of logits (S,), the first `num_positives` of them links: mean over links plus mean over the others."""
+    """Binary cross-entropy of logits (S,), the first `num_positives` of them links: mean over links plus mean over
+    the others.
+    """
     positive, negative = logits[:num_positives], logits[num_positives:]
     return F.softplus(-positive).mean() + F.softplus(negative).mean()  # softplus(-x) = -log sigmoid(x)
 
@@ -123,7 +139,9 @@ class TrainingEdges:
         return torch.rand(self.pairs.shape[1], device=self.pairs.device) < share
 
     def mask_paths(self, share: float, length: int) -> Tensor:
-        """Pairs on random walks of `length` edges from a share of the nodes: bool (M,). Neighbouring edges are hidden together."""
+        """Pairs on random walks of `length` edges from a share of the nodes: bool (M,). Neighbouring edges are
+        hidden together.
+        """
         device, indptr = self.pairs.device, self.whole.pattern.indptr.long()
         node = torch.randperm(self.num_nodes, device=device)[: round(share * self.num_nodes)]
         hidden = torch.zeros(self.pairs.shape[1], dtype=torch.bool, device=device)
@@ -143,5 +161,7 @@ class TrainingEdges:
         return hidden
 
     def degrees(self, hidden: Tensor) -> Tensor:
-        """How many of the pairs marked in `hidden` bool (M,) each node has: float (N,), what the degree decoder must guess."""
+        """How many of the pairs marked in `hidden` bool (M,) each node has: float (N,), what the degree decoder must
+        guess.
+        """
         return torch.bincount(self.pairs[:, hidden].flatten(), minlength=self.num_nodes).to(torch.get_default_dtype())

@@ -31,8 +31,15 @@ def draw_scores(path: Path, scores: dict[str, Tensor], title: str) -> None:
         for name, part in values.items():
             weights = np.full(len(part), 1 / len(part))
             axes.hist(part.clip(low, high), bins, weights=weights, histtype="stepfilled", alpha=0.25, color=TINTS[name])
-            axes.hist(part.clip(low, high), bins, weights=weights, histtype="step", linewidth=1.6, color=TINTS[name],
-                      label=f"{NAMES[name]} ({len(part):,})")
+            axes.hist(
+                part.clip(low, high),
+                bins,
+                weights=weights,
+                histtype="step",
+                linewidth=1.6,
+                color=TINTS[name],
+                label=f"{NAMES[name]} ({len(part):,})",
+            )
         axes.set(xlabel="score (logit)", ylabel="share", title=title)
         axes.legend(frameon=False)
 
@@ -40,7 +47,8 @@ def draw_scores(path: Path, scores: dict[str, Tensor], title: str) -> None:
 def draw_thresholds(path: Path, scores: dict[str, Tensor], title: str) -> None:
     """ROC and precision-recall curves of links against uniform pairs and against hard negatives.
 
-    Links and negatives weigh the same in all, so that the precision of a guess is one half for both kinds. Arguments as `draw_scores`.
+    Links and negatives weigh the same in all, so that the precision of a guess is one half for both kinds. Arguments as
+    `draw_scores`.
     """
     positive = scores["positive"].double().flatten()
     with canvas(path, 4.4) as figure:
@@ -48,9 +56,18 @@ def draw_thresholds(path: Path, scores: dict[str, Tensor], title: str) -> None:
         for name in ("uniform", "hard"):
             negative = scores[name].double().flatten()
             caught, wrong = rates(positive, negative)
-            area, precision = auc(positive, negative), average_precision(positive, negative, len(positive) / len(negative))
+            area, precision = (
+                auc(positive, negative),
+                average_precision(positive, negative, len(positive) / len(negative)),
+            )
             left.plot(wrong, caught, color=TINTS[name], linewidth=1.8, label=f"{NAMES[name]}, AUC {area:.3f}")
-            right.plot(caught, caught / (caught + wrong), color=TINTS[name], linewidth=1.8, label=f"{NAMES[name]}, AP {precision:.3f}")
+            right.plot(
+                caught,
+                caught / (caught + wrong),
+                color=TINTS[name],
+                linewidth=1.8,
+                label=f"{NAMES[name]}, AP {precision:.3f}",
+            )
         left.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
         right.axhline(0.5, color=INK, linewidth=0.8, linestyle=":")
         left.set(xlabel="share of negatives above the threshold", ylabel="share of links above the threshold")
@@ -61,7 +78,11 @@ def draw_thresholds(path: Path, scores: dict[str, Tensor], title: str) -> None:
 
 
 def rates(positive: Tensor, negative: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Shares of positives and of negatives that score at least as high as each positive, highest first; both (P,) arrays."""
+    """Shares of positives and of negatives that score at least as high as each positive, highest first; both (P,)
+    arrays.
+    """
     threshold = np.sort(positive.numpy())[::-1]
-    count = [len(part) - np.searchsorted(np.sort(part.numpy()), threshold, side="left") for part in (positive, negative)]
+    count = [
+        len(part) - np.searchsorted(np.sort(part.numpy()), threshold, side="left") for part in (positive, negative)
+    ]
     return count[0] / len(positive), count[1] / len(negative)

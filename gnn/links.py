@@ -2,17 +2,18 @@
 
 Four mistakes make link prediction look better than it is; each is ruled out here by how the data is kept.
 
-1. An edge is two entries of the adjacency. If one lands in the training part and its mirror in the test part, the answer has been seen.
-   Every pair is therefore kept once, as (u, v) with u < v, and split in that form.
-2. A training negative must not be looked up in the test part: "not a training edge" is all that training may know. Validation and test
-   negatives exclude all edges.
+1. An edge is two entries of the adjacency. If one lands in the training part and its mirror in the test part, the
+   answer has been seen. Every pair is therefore kept once, as (u, v) with u < v, and split in that form.
+2. A training negative must not be looked up in the test part: "not a training edge" is all that training may know.
+   Validation and test negatives exclude all edges.
 3. Evaluation negatives are drawn once from a seed, not anew for each model or epoch.
-4. Uniform negatives are far away from each other and easy. The second set of negatives shares an end with the positive and is ranked by
-   heuristics, the hardest first (Li et al. 2023, "Evaluating graph neural networks for link prediction: current pitfalls and new
+4. Uniform negatives are far away from each other and easy. The second set of negatives shares an end with the positive
+   and is ranked by heuristics, the hardest first (Li et al. 2023, "Evaluating graph neural networks for link
+   prediction: current pitfalls and new
    benchmarking", HeaRT). Both are reported.
 
-Pairs u < v of N nodes are numbered 0 .. N (N - 1) / 2 - 1, row by row. In that numbering "the r-th pair that is not an edge" has a
-closed form, so that negatives are exactly uniform without rejection, on a dense graph as on a sparse one.
+Pairs u < v of N nodes are numbered 0 .. N (N - 1) / 2 - 1, row by row. In that numbering "the r-th pair that is not an
+edge" has a closed form, so that negatives are exactly uniform without rejection, on a dense graph as on a sparse one.
 
 Legend: N nodes, M undirected edges, P positives, K negatives a positive. Pairs are int64 (2, M) on the CPU.
 """
@@ -42,12 +43,15 @@ class EdgeSplit:
 
     @property
     def message_edges(self) -> Tensor:
-        """Training edges in both directions, int64 (2, 2 M_train): the only ones that a model may pass messages along."""
+        """Training edges in both directions, int64 (2, 2 M_train): the only ones that a model may pass messages
+        along.
+        """
         return torch.cat([self.train, self.train.flip(0)], 1)
 
 
 def canonical(edges: Tensor, num_nodes: int) -> Tensor:
-    """Distinct pairs u < v of integer `edges` (2, M), whatever their direction, ascending; self-loops are dropped. int64 (2, M').
+    """Distinct pairs u < v of integer `edges` (2, M), whatever their direction, ascending; self-loops are dropped.
+    int64 (2, M').
 
     ValueError for another shape or for a node outside 0 .. num_nodes - 1.
     """
@@ -55,21 +59,28 @@ def canonical(edges: Tensor, num_nodes: int) -> Tensor:
         raise ValueError(f"edges must have shape (2, M), got {tuple(edges.shape)}")
     edges = edges.detach().cpu().long()
     if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < num_nodes:
-        raise ValueError(f"edges name nodes {int(edges.min())} to {int(edges.max())}, but the graph has nodes 0 to {num_nodes - 1}")
+        raise ValueError(
+            f"edges name nodes {int(edges.min())} to {int(edges.max())}, but the graph has nodes 0 to {num_nodes - 1}"
+        )
     low, high = edges.min(0).values, edges.max(0).values
     keep = low != high
     key = torch.unique(low[keep] * num_nodes + high[keep])  # sorted
     return torch.stack([key // max(1, num_nodes), key % max(1, num_nodes)])
 
 
-def split_edges(edges: Tensor, num_nodes: int, val_share: float = 0.05, test_share: float = 0.1, seed: int = 0) -> EdgeSplit:
-    """A random split of undirected edges; shares are of the undirected edges, rounded down, and training keeps the rest.
+def split_edges(
+    edges: Tensor, num_nodes: int, val_share: float = 0.05, test_share: float = 0.1, seed: int = 0
+) -> EdgeSplit:
+    """A random split of undirected edges; shares are of the undirected edges, rounded down, and training keeps the
+    rest.
 
-    Args: `edges` (2, M) in one or both directions. The same seed gives the same split; a share of 0 gives an empty part.
-    ValueError where a share is negative or no edge is left to train on.
+    Args: `edges` (2, M) in one or both directions. The same seed gives the same split; a share of 0 gives an empty
+    part. ValueError where a share is negative or no edge is left to train on.
     """
     if min(val_share, test_share) < 0 or val_share + test_share >= 1:
-        raise ValueError(f"val_share {val_share} and test_share {test_share} must not be negative, and leave some edges to train on")
+        raise ValueError(
+            f"val_share {val_share} and test_share {test_share} must not be negative, and leave some edges to train on"
+        )
     pairs = canonical(edges, num_nodes)
     count = pairs.shape[1]
     if not count:
@@ -89,7 +100,8 @@ def pair_index(pairs: Tensor, num_nodes: int) -> Tensor:
 def pair_at(index: Tensor, num_nodes: int) -> Tensor:
     """The inverse of `pair_index`: int64 (M,) -> (2, M)."""
     n = 2 * num_nodes - 1
-    u = ((n - (n**2 - 8 * index.double()).sqrt()) / 2).long()  # from u (n - u) / 2 <= index; the root may round to a neighbour
+    # from u (n - u) / 2 <= index; the root may round to a neighbour
+    u = ((n - (n**2 - 8 * index.double()).sqrt()) / 2).long()
     u = u - (u * (n - u) // 2 > index).long()
     u = u + ((u + 1) * (n - u - 1) // 2 <= index).long()
     return torch.stack([u, index - u * (n - u) // 2 + u + 1])
@@ -98,8 +110,8 @@ def pair_at(index: Tensor, num_nodes: int) -> Tensor:
 class NegativeSampler:
     """Uniform pairs u < v of nodes that are not among `excluded` canonical pairs (2, M).
 
-    Of the pairs that are not excluded, number r stands behind r + j pairs, j being the number of excluded ones before it, which a
-    binary search finds. ValueError if no pair is left.
+    Of the pairs that are not excluded, number r stands behind r + j pairs, j being the number of excluded ones before
+    it, which a binary search finds. ValueError if no pair is left.
     """
 
     def __init__(self, excluded: Tensor, num_nodes: int) -> None:
@@ -108,17 +120,26 @@ class NegativeSampler:
         self.total = num_nodes * (num_nodes - 1) // 2 - len(index)  # number of pairs to draw from
         self.free_before = index - torch.arange(len(index))  # (M,) free pairs before each excluded one
         if self.total < 1:
-            raise ValueError(f"all pairs of the {num_nodes} nodes are linked: there are no negatives; use a sparser graph")
+            raise ValueError(
+                f"all pairs of the {num_nodes} nodes are linked: there are no negatives; use a sparser graph"
+            )
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """`count` pairs, each uniform and independent of the others (so some may repeat): for training. int64 (2, count)."""
+        """`count` pairs, each uniform and independent of the others (so some may repeat): for training. int64 (2,
+        count).
+        """
         return self._pairs(torch.randint(self.total, (count,), generator=generator))
 
     def draw_distinct(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """`count` different pairs in random order: for evaluation. int64 (2, count). ValueError if there are not that many."""
+        """`count` different pairs in random order: for evaluation. int64 (2, count). ValueError if there are not
+        that many.
+        """
         if count > self.total:
-            raise ValueError(f"{count} different negatives were asked for, but only {self.total} pairs of the {self.num_nodes} nodes "
-                             "are not linked: evaluate on a smaller share of the edges, or use a sparser graph")
+            raise ValueError(
+                f"{count} different negatives were asked for, but only {self.total} pairs of the {self.num_nodes} "
+                "nodes "
+                "are not linked: evaluate on a smaller share of the edges, or use a sparser graph"
+            )
         if count * 3 > self.total:
             return self._pairs(torch.randperm(self.total, generator=generator)[:count])
         rank = torch.empty(0, dtype=torch.int64)
@@ -131,7 +152,8 @@ class NegativeSampler:
 
 
 class Strangers:
-    """For each node the nodes that it may be wrongly linked to: not itself, and none that it shares an edge of any part with.
+    """For each node the nodes that it may be wrongly linked to: not itself, and none that it shares an edge of any part
+    with.
 
     Args: canonical pairs `edges` (2, M) of all parts.
     """
@@ -155,15 +177,18 @@ class Strangers:
         available = self.num_nodes - 1 - np.diff(self.indptr)[nodes]
         if available.size and available.min() < count:
             least = int(available.min())
-            raise ValueError(f"node {nodes.flat[available.argmin()]} has only {least} nodes that it is not linked to, and {count} "
-                             f"negatives at each end of an edge were asked for: set link.num_negatives to at most {2 * least}")
+            raise ValueError(
+                f"node {nodes.flat[available.argmin()]} has only {least} nodes that it is not linked to, and {count} "
+                f"negatives at each end of an edge were asked for: set link.num_negatives to at most {2 * least}"
+            )
 
 
 def corrupt_uniformly(positives: Tensor, edges: Tensor, num_nodes: int, count: int, seed: int) -> Tensor:
-    """`count` easy negatives for each positive: half keep its first end, half its second, and the other end is a uniform stranger.
+    """`count` easy negatives for each positive: half keep its first end, half its second, and the other end is a
+    uniform stranger.
 
-    Args: canonical `positives` (2, P); canonical `edges` (2, M) of all parts; `count` even. Returns int64 (2, P, count), end kept first;
-    within a row all pairs differ. ValueError where a node has too few strangers.
+    Args: canonical `positives` (2, P); canonical `edges` (2, M) of all parts; `count` even. Returns int64 (2, P,
+    count), end kept first; within a row all pairs differ. ValueError where a node has too few strangers.
     """
     half = _half(count)
     strangers, rng = Strangers(edges, num_nodes), np.random.default_rng(seed)
@@ -178,10 +203,12 @@ def corrupt_uniformly(positives: Tensor, edges: Tensor, num_nodes: int, count: i
 def corrupt_hard(positives: Tensor, edges: Tensor, num_nodes: int, count: int, seed: int, score_rows: list) -> Tensor:
     """`count` hard negatives for each positive, the hardest first at either end (Li et al. 2023, section 4).
 
-    At each end u of a positive, every heuristic ranks the strangers w of u by its score of (u, w); equal scores share the best of their
-    ranks. The ranks of a stranger are averaged, and the count / 2 best strangers are taken; what is still equal, such as nodes without
-    any path to u, is decided by lot. A model must then tell the positive from pairs that look as likely, not from pairs far apart.
-    Args: as `corrupt_uniformly`; `score_rows`: functions from nodes int64 (B,) to scores (B, N), of training edges and features only.
+    At each end u of a positive, every heuristic ranks the strangers w of u by its score of (u, w); equal scores share
+    the best of their ranks. The ranks of a stranger are averaged, and the count / 2 best strangers are taken; what is
+    still equal, such as nodes without any path to u, is decided by lot. A model must then tell the positive from pairs
+    that look as likely, not from pairs far apart.
+    Args: as `corrupt_uniformly`; `score_rows`: functions from nodes int64 (B,) to scores (B, N), of training edges and
+        features only.
     """
     half = _half(count)
     strangers, rng = Strangers(edges, num_nodes), np.random.default_rng(seed)
@@ -208,7 +235,10 @@ def competition_rank(scores: np.ndarray) -> np.ndarray:
 
 def _half(count: int) -> int:
     if count < 2 or count % 2:
-        raise ValueError(f"{count} negatives a positive: half belong to each end, so set link.num_negatives to an even number above 0")
+        raise ValueError(
+            f"{count} negatives a positive: half belong to each end, so set link.num_negatives to an even number above "
+            "0"
+        )
     return count // 2
 
 

@@ -13,7 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnn.config import ModelConfig
-from gnn.layers import GAT, GCN, GIN, SAGE, Features, GATv2, GCNIILayer, destinations, glorot, mean_of_powers, personalized_pagerank
+from gnn.layers import (
+    GAT,
+    GCN,
+    GIN,
+    SAGE,
+    Features,
+    GATv2,
+    GCNIILayer,
+    destinations,
+    glorot,
+    mean_of_powers,
+    personalized_pagerank,
+)
 from gnn.sparse import SparseFeatures, Structure, dropout
 
 ACTIVATIONS = {"relu": F.relu, "elu": F.elu, "selu": F.selu, "tanh": torch.tanh}
@@ -49,14 +61,17 @@ class GNN(nn.Module):
 
     Args:
         out_features: outputs K of the last layer.
-    forward: x (M, F) and one structure for all layers, or a list of sampled blocks, one a layer, outermost first; returns (N, K).
+    forward: x (M, F) and one structure for all layers, or a list of sampled blocks, one a layer, outermost first;
+        returns (N, K).
     """
 
     def __init__(self, config: ModelConfig, in_features: int, out_features: int) -> None:
         super().__init__()
         self.config = config
         widths = [in_features, *[config.hidden] * (config.layers - 1), out_features]
-        self.layers = nn.ModuleList(self.make_layer(a, b, i == config.layers - 1) for i, (a, b) in enumerate(pairwise(widths)))
+        self.layers = nn.ModuleList(
+            self.make_layer(a, b, i == config.layers - 1) for i, (a, b) in enumerate(pairwise(widths))
+        )
         kinds = {"none": nn.Identity, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
         self.norms = nn.ModuleList(kinds[config.norm](width) for width in widths[1:-1])
         self.activation = ACTIVATIONS[config.activation]
@@ -73,7 +88,9 @@ class GNN(nn.Module):
         return kinds[config.layer](a, b)
 
     def weight_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Weights of the first layer, and all others: the GCN's penalty is on the first layer only (Kipf & Welling 2017, section 5.2)."""
+        """Weights of the first layer, and all others: the GCN's penalty is on the first layer only (Kipf & Welling
+        2017, section 5.2).
+        """
         return split_weights(self, self.layers[0])
 
     def forward(self, x: Features, structure: Structure | list[Structure]) -> Tensor:
@@ -82,7 +99,9 @@ class GNN(nn.Module):
         return x
 
     def forward_layer(self, i: int, x: Features, structure: Structure) -> Tensor:
-        """Layer i with what stands before and after it; (M, F) to (N, F'). Layer-wise inference calls this for all nodes at a time."""
+        """Layer i with what stands before and after it; (M, F) to (N, F'). Layer-wise inference calls this for all
+        nodes at a time.
+        """
         config = self.config
         p = config.input_dropout if i == 0 and config.input_dropout >= 0 else config.dropout
         x = drop_features(x, p, self.training)
@@ -113,7 +132,9 @@ class MLP(nn.Module):
     def start(self, x: Features) -> Tensor:
         """The first layer, dropout included: (N, D)."""
         config = self.config
-        return self.layers[0](drop_features(x, config.dropout if config.input_dropout < 0 else config.input_dropout, self.training))
+        return self.layers[0](
+            drop_features(x, config.dropout if config.input_dropout < 0 else config.input_dropout, self.training)
+        )
 
     def rest(self, h: Tensor) -> Tensor:
         """From the first layer's output to the last one's: (N, K)."""
@@ -145,7 +166,9 @@ class APPNP(nn.Module):
 
     def hidden(self, x: Features, structure: Structure) -> Tensor:
         """Propagated hidden layer (N, D), for pictures."""
-        return personalized_pagerank(self.mlp.embed(self.mlp.start(x)), structure.gcn(), self.config.hops, self.config.alpha)
+        return personalized_pagerank(
+            self.mlp.embed(self.mlp.start(x)), structure.gcn(), self.config.hops, self.config.alpha
+        )
 
 
 class GCNII(nn.Module):
@@ -155,7 +178,9 @@ class GCNII(nn.Module):
         super().__init__()
         self.config, D = config, config.hidden
         self.first, self.last = Dense(in_features, D), Dense(D, out_features)
-        self.layers = nn.ModuleList(GCNIILayer(D, config.alpha, math.log(config.theta / i + 1)) for i in range(1, config.layers + 1))
+        self.layers = nn.ModuleList(
+            GCNIILayer(D, config.alpha, math.log(config.theta / i + 1)) for i in range(1, config.layers + 1)
+        )
 
     def weight_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The two dense layers, and the propagating ones, which get another penalty in the paper."""
@@ -175,11 +200,13 @@ class GCNII(nn.Module):
 
 
 class GRAND(nn.Module):
-    """Random propagation: drop whole nodes, average K powers of the propagation, then an MLP (Feng et al. 2020, section 3.1).
+    """Random propagation: drop whole nodes, average K powers of the propagation, then an MLP (Feng et al. 2020, section
+    3.1).
 
-    The paper propagates the F input features and then applies dropout and the MLP's first matrix. Dropping inputs before the
-    propagation instead makes all of it linear up to the first activation, so the matrix comes first and D = 32 numbers a node are
-    propagated instead of F = 1433: the same propagation at a fortieth of the cost, with dropout's noise averaged over a neighbourhood.
+    The paper propagates the F input features and then applies dropout and the MLP's first matrix. Dropping inputs
+    before the propagation instead makes all of it linear up to the first activation, so the matrix comes first and D =
+    32 numbers a node are propagated instead of F = 1433: the same propagation at a fortieth of the cost, with dropout's
+    noise averaged over a neighbourhood.
     """
 
     def __init__(self, config: ModelConfig, in_features: int, out_features: int) -> None:
@@ -194,8 +221,12 @@ class GRAND(nn.Module):
         return self.mlp.rest(self.propagated(x, structure))
 
     def propagated(self, x: Features, structure: Structure) -> Tensor:
-        """The first layer's output after random propagation (N, D). In training, each node is silent with probability `drop_node`."""
-        h = drop_features(x, self.config.dropout if self.config.input_dropout < 0 else self.config.input_dropout, self.training)
+        """The first layer's output after random propagation (N, D). In training, each node is silent with
+        probability `drop_node`.
+        """
+        h = drop_features(
+            x, self.config.dropout if self.config.input_dropout < 0 else self.config.input_dropout, self.training
+        )
         h = h @ self.mlp.layers[0].weight
         if self.training:
             speaks = dropout(torch.ones(len(h), 1, dtype=h.dtype, device=h.device), self.config.drop_node)

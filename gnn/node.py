@@ -30,7 +30,11 @@ class NodeTask(Task):
         self.random = config.data.split == "random" or not len(graph.train)
         if self.random:
             graph = random_split(graph, config.data, config.seed)  # also to find out now that it can be drawn
-        require(len(graph.val) and len(graph.test), "data.split", f"{graph.name} has no validation or test nodes; use data.split=random")
+        require(
+            len(graph.val) and len(graph.test),
+            "data.split",
+            f"{graph.name} has no validation or test nodes; use data.split=random",
+        )
         self.whole, self.graph, self.structure = graph, graph.to(device), graph.to(device).structure()
 
     def build(self, trial: int) -> nn.Module:
@@ -42,7 +46,9 @@ class NodeTask(Task):
         return build_model(self.config.model, graph.num_features, graph.num_classes).to(self.device)
 
     def loss(self, net: nn.Module, step: int) -> Tensor:
-        """Cross-entropy on the training nodes; GRAND's mean over S augmentations, and their consistency on all nodes."""
+        """Cross-entropy on the training nodes; GRAND's mean over S augmentations, and their consistency on all
+        nodes.
+        """
         graph, model = self.graph, self.config.model
         if model.layer != "grand":
             return F.cross_entropy(net(graph.features, self.structure).index_select(0, graph.train), self.train_labels)
@@ -63,8 +69,11 @@ class NodeTask(Task):
         graph = self.graph
         logits = model(graph.features, self.structure)
         labels = graph.labels[graph.test]
-        return {"test_accuracy": accuracy(logits[graph.test], labels), "test_macro_f1": macro_f1(logits[graph.test], labels),
-                "val_accuracy": accuracy(logits[graph.val], self.val_labels)}
+        return {
+            "test_accuracy": accuracy(logits[graph.test], labels),
+            "test_macro_f1": macro_f1(logits[graph.test], labels),
+            "val_accuracy": accuracy(logits[graph.val], self.val_labels),
+        }
 
     def figures(self, model: nn.Module, folder: Path) -> None:
         """Embeddings coloured by class, errors, and, for attention, what the nodes listen to."""
@@ -73,7 +82,9 @@ class NodeTask(Task):
         graph = self.graph
         hidden, logits = model.hidden(graph.features, self.structure), model(graph.features, self.structure)
         pictures.draw_embedding(folder / "embedding.png", hidden, graph.labels, f"hidden layer on {graph.name}, t-SNE")
-        pictures.draw_confusion(folder / "confusion.png", logits[graph.test].argmax(dim=1), graph.labels[graph.test], graph.num_classes)
+        pictures.draw_confusion(
+            folder / "confusion.png", logits[graph.test].argmax(dim=1), graph.labels[graph.test], graph.num_classes
+        )
         if self.config.model.layer in ("gat", "gatv2"):
             pictures.draw_attention(folder / "attention.png", model, graph, self.structure)
         if graph.num_nodes <= 200:
@@ -83,8 +94,12 @@ class NodeTask(Task):
         """Sizes."""
         g = self.whole
         split = "drawn anew for each seed" if self.random else "public"
-        return [f"{g.name}: {g.num_nodes:,} nodes, {g.num_edges:,} edges, {g.num_features:,} features ({type(g.features).__name__}), "
-                f"{g.num_classes} classes", f"split ({split}): {len(g.train)} training, {len(g.val)} validation, {len(g.test)} test nodes"]
+        return [
+            f"{g.name}: {g.num_nodes:,} nodes, {g.num_edges:,} edges, {g.num_features:,} features "
+            f"({type(g.features).__name__}), "
+            f"{g.num_classes} classes",
+            f"split ({split}): {len(g.train)} training, {len(g.val)} validation, {len(g.test)} test nodes",
+        ]
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -93,8 +108,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def macro_f1(logits: Tensor, labels: Tensor) -> float:
-    """Mean over the classes of F1 = 2 TP / (2 TP + FP + FN); a class that neither occurs nor is predicted is left out."""
+    """Mean over the classes of F1 = 2 TP / (2 TP + FP + FN); a class that neither occurs nor is predicted is left
+    out.
+    """
     predicted, num_classes = logits.argmax(dim=1), logits.shape[1]
     hits = torch.bincount(labels[predicted == labels], minlength=num_classes).double()
-    total = torch.bincount(predicted, minlength=num_classes) + torch.bincount(labels, minlength=num_classes)  # 2 TP + FP + FN
+    # 2 TP + FP + FN
+    total = torch.bincount(predicted, minlength=num_classes) + torch.bincount(labels, minlength=num_classes)
     return (2 * hits / total)[total > 0].mean().item()

@@ -1,8 +1,10 @@
-"""Communities by greedy optimisation of modularity: Louvain (Blondel et al. 2008) and Leiden (Traag, Waltman & van Eck 2019).
+"""Communities by greedy optimisation of modularity: Louvain (Blondel et al. 2008) and Leiden (Traag, Waltman & van Eck
+2019).
 
-Both alternate two steps: move single nodes while modularity rises, then merge nodes into one and repeat on the smaller graph. Louvain
-merges the communities it found, which can leave one that is not connected inside. Leiden first refines each community into
-well-connected parts and merges those, so that a later level can still take a community apart; its communities are always connected.
+Both alternate two steps: move single nodes while modularity rises, then merge nodes into one and repeat on the smaller
+graph. Louvain merges the communities it found, which can leave one that is not connected inside. Leiden first refines
+each community into well-connected parts and merges those, so that a later level can still take a community apart; its
+communities are always connected.
 
 Legend: N nodes, E edges counted in both directions, n and k nodes of one level and of the next.
 """
@@ -23,7 +25,8 @@ MARGIN = 1e-10  # in mean edge weights: gains below it are rounding
 
 @dataclass(frozen=True)
 class Partition:
-    """A result: `labels` int64 (N,) numbered 0 ... k-1 from the largest community to the smallest, with their modularity.
+    """A result: `labels` int64 (N,) numbered 0 ... k-1 from the largest community to the smallest, with their
+    modularity.
 
     `history` is the modularity after each level of the run that won, over all its iterations; it never falls.
     """
@@ -37,29 +40,50 @@ class Partition:
         return int(self.labels.max()) + 1 if len(self.labels) else 0
 
 
-def louvain(indptr: ArrayLike, indices: ArrayLike, weights: ArrayLike | None = None, *, resolution: float = 1.0, seed: int = 0,
-            restarts: int = 1) -> Partition:
+def louvain(
+    indptr: ArrayLike,
+    indices: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    resolution: float = 1.0,
+    seed: int = 0,
+    restarts: int = 1,
+) -> Partition:
     """Louvain's algorithm on a symmetric CSR graph (N nodes) without self-loops, with weights (E,) >= 0 or none.
 
-    `resolution` is gamma > 0 of `gnn.partition_metrics.modularity`: higher means more and smaller communities. The best of `restarts` runs
-    in different random orders is returned, a function of `seed` alone. Raises `ValueError` for a graph that `as_csr` refuses.
+    `resolution` is gamma > 0 of `gnn.partition_metrics.modularity`: higher means more and smaller communities. The best
+    of `restarts` runs in different random orders is returned, a function of `seed` alone. Raises `ValueError` for a
+    graph that `as_csr` refuses.
     """
     graph = _prepare(indptr, indices, weights, resolution, restarts)
     return _best_of([_louvain_once(graph, resolution, rng) for rng in _generators(seed, restarts)])
 
 
-def leiden(indptr: ArrayLike, indices: ArrayLike, weights: ArrayLike | None = None, *, resolution: float = 1.0, seed: int = 0,
-           restarts: int = 1, iterations: int = 10, randomness: float = 0.01, start: ArrayLike | None = None) -> Partition:
+def leiden(
+    indptr: ArrayLike,
+    indices: ArrayLike,
+    weights: ArrayLike | None = None,
+    *,
+    resolution: float = 1.0,
+    seed: int = 0,
+    restarts: int = 1,
+    iterations: int = 10,
+    randomness: float = 0.01,
+    start: ArrayLike | None = None,
+) -> Partition:
     """Leiden's algorithm; arguments and errors as `louvain`.
 
-    A run repeats up to `iterations` times, each from the partition before (the first from `start`, int (N,), or single nodes), and ends
-    at the first that gains nothing. `randomness` is theta of the refinement's random merges, in mean edge weights.
+    A run repeats up to `iterations` times, each from the partition before (the first from `start`, int (N,), or single
+    nodes), and ends at the first that gains nothing. `randomness` is theta of the refinement's random merges, in mean
+    edge weights.
     """
     graph = _prepare(indptr, indices, weights, resolution, restarts)
     if iterations < 1 or not randomness > 0:
         raise ValueError(f"iterations must be at least 1 and randomness positive, found {iterations} and {randomness}")
     first = np.arange(graph.num_nodes) if start is None else as_labels(start, graph.num_nodes)
-    return _best_of([_leiden_once(graph, resolution, rng, iterations, randomness, first) for rng in _generators(seed, restarts)])
+    return _best_of(
+        [_leiden_once(graph, resolution, rng, iterations, randomness, first) for rng in _generators(seed, restarts)]
+    )
 
 
 def _prepare(indptr: ArrayLike, indices: ArrayLike, weights: ArrayLike | None, resolution: float, restarts: int) -> Csr:
@@ -110,8 +134,14 @@ def _louvain_once(graph: Csr, resolution: float, rng: np.random.Generator) -> Pa
     return Partition(flat, history[-1], tuple(history))
 
 
-def _leiden_once(graph: Csr, resolution: float, rng: np.random.Generator, iterations: int, randomness: float,
-                 start: NDArray[np.int64]) -> Partition:
+def _leiden_once(
+    graph: Csr,
+    resolution: float,
+    rng: np.random.Generator,
+    iterations: int,
+    randomness: float,
+    start: NDArray[np.int64],
+) -> Partition:
     """One run of at most `iterations` iterations from the communities `start` (N,)."""
     flat, history = start, [kernels.quality(tuple(graph), graph.strength(), start, resolution)]
     g, margin = _constants(graph, resolution)
@@ -128,9 +158,16 @@ def _leiden_once(graph: Csr, resolution: float, rng: np.random.Generator, iterat
     return Partition(flat, history[-1], tuple(history))
 
 
-def _leiden_iteration(graph: Csr, resolution: float, rng: np.random.Generator, constants: tuple[float, float, float],
-                      flat: NDArray[np.int64], history: list[float]) -> NDArray[np.int64]:
-    """Levels of moving, refining and merging from the communities `flat` (N,) until each is a single node; the new ones, (N,).
+def _leiden_iteration(
+    graph: Csr,
+    resolution: float,
+    rng: np.random.Generator,
+    constants: tuple[float, float, float],
+    flat: NDArray[np.int64],
+    history: list[float],
+) -> NDArray[np.int64]:
+    """Levels of moving, refining and merging from the communities `flat` (N,) until each is a single node; the new
+    ones, (N,).
 
     Appends each level's modularity to `history`.
     """

@@ -1,11 +1,13 @@
 """Compiled inner loops of `gnn.partition`: local moving, Leiden's refinement, aggregation, connected parts.
 
-Legend: n nodes of the current level (a node is a group of original nodes after the first level), e stored entries, k communities.
+Legend: n nodes of the current level (a node is a group of original nodes after the first level), e stored entries, k
+    communities.
 
 Write w(v, C) for the weight between node v and community C, s_v for the strength of v, S_C for the strength of C, and
-g = gamma / 2m. Moving v out of C and into D changes 2m Q / 2 by [w(v, D) - g s_v S_D] - [w(v, C) - g s_v S_C], v itself counted in neither.
-All kernels are pure functions of their arguments (random orders and numbers are passed in), and run in time proportional to n + e for
-each sweep. They leave self-loops out: the weight inside a merged node counts in its strength and nowhere else.
+g = gamma / 2m. Moving v out of C and into D changes 2m Q / 2 by [w(v, D) - g s_v S_D] - [w(v, C) - g s_v S_C], v itself
+counted in neither. All kernels are pure functions of their arguments (random orders and numbers are passed in), and run
+in time proportional to n + e for each sweep. They leave self-loops out: the weight inside a merged node counts in its
+strength and nowhere else.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ def _communities(strength, labels):
 
 @njit(cache=True)
 def _best_community(graph, strength, g, labels, total, v, scratch, margin):
-    """Where v, taken out of its community, gains most: (community or -1 for an empty one). Its own unless another gains over `margin`.
+    """Where v, taken out of its community, gains most: (community or -1 for an empty one). Its own unless another gains
+    over `margin`.
 
     `scratch` is a zeroed array (n,) for w(v, C), left zeroed, and an array (n,) for the communities it was written at.
     """
@@ -59,11 +62,12 @@ def _best_community(graph, strength, g, labels, total, v, scratch, margin):
 
 @njit(cache=True)
 def local_moving(graph, strength, g, labels, order, margin):
-    """Move nodes to the best community among their neighbours' and an empty one until the queue is empty; True if anything moved.
+    """Move nodes to the best community among their neighbours' and an empty one until the queue is empty; True if
+    anything moved.
 
-    `graph` is (indptr, indices, weights); `labels` int64 (n,) < n is changed in place. The queue starts with all nodes in `order` (n,);
-    after a move, only neighbours outside the new community return to it (Traag et al. 2019, Algorithm A.2). A move must gain over `margin`.
-    A call that moves nothing has shown that no single move gains.
+    `graph` is (indptr, indices, weights); `labels` int64 (n,) < n is changed in place. The queue starts with all nodes
+    in `order` (n,); after a move, only neighbours outside the new community return to it (Traag et al. 2019, Algorithm
+    A.2). A move must gain over `margin`. A call that moves nothing has shown that no single move gains.
     """
     indptr, indices, _ = graph
     n = len(labels)
@@ -103,11 +107,13 @@ def local_moving(graph, strength, g, labels, order, margin):
 
 @njit(cache=True)
 def refine(graph, strength, g, labels, order, uniform, theta):
-    """Split each community of `labels` (n,) into well-connected parts; their ids, int64 (n,) < n (Traag et al. 2019, Algorithm A.2).
+    """Split each community of `labels` (n,) into well-connected parts; their ids, int64 (n,) < n (Traag et al. 2019,
+    Algorithm A.2).
 
-    All nodes start alone. In `order`, a node that is still alone and well connected to its community, w(v, C - v) >= g s_v (S_C - s_v),
-    joins a part of the same community that is well connected itself. The part is drawn with probability proportional to
-    exp(gain / theta) among those with gain >= 0, staying alone (gain 0) included; `uniform` (n,) are the random numbers in [0, 1).
+    All nodes start alone. In `order`, a node that is still alone and well connected to its community, w(v, C - v) >= g
+    s_v (S_C - s_v), joins a part of the same community that is well connected itself. The part is drawn with
+    probability proportional to exp(gain / theta) among those with gain >= 0, staying alone (gain 0) included; `uniform`
+    (n,) are the random numbers in [0, 1).
     """
     indptr, indices, weights = graph
     n = len(labels)
@@ -150,7 +156,9 @@ def refine(graph, strength, g, labels, order, uniform, theta):
 
 @njit(cache=True)
 def _draw(gain, uniform, theta):
-    """Index drawn with probability proportional to exp(gain / theta) where gain >= 0; -1, staying alone, counts with gain 0."""
+    """Index drawn with probability proportional to exp(gain / theta) where gain >= 0; -1, staying alone, counts with
+    gain 0.
+    """
     best = 0.0
     for j in range(len(gain)):
         best = max(best, gain[j])
@@ -172,7 +180,9 @@ def _draw(gain, uniform, theta):
 
 @njit(cache=True)
 def quality(graph, strength, labels, resolution):
-    """Modularity of `labels` (n,) < n: 1 - cut / 2m - gamma sum_C (S_C / 2m)^2, as strengths include what lies inside merged nodes."""
+    """Modularity of `labels` (n,) < n: 1 - cut / 2m - gamma sum_C (S_C / 2m)^2, as strengths include what lies
+    inside merged nodes.
+    """
     indptr, indices, weights = graph
     whole = strength.sum()
     if whole <= 0.0:
@@ -202,7 +212,9 @@ def renumber(labels, bound):
 
 @njit(cache=True)
 def aggregate(graph, strength, labels, k):
-    """Merge each community of `labels` (n,) into one node: ((indptr, indices, weights) without self-loops, strengths (k,))."""
+    """Merge each community of `labels` (n,) into one node: ((indptr, indices, weights) without self-loops, strengths
+    (k,)).
+    """
     indptr, indices, weights = graph
     n = len(labels)
     start = np.zeros(k + 1, np.int64)  # members of each community, by counting sort

@@ -2,9 +2,10 @@
 
 Legend: N nodes, E edges counted in both directions, k communities of one partition, l of another.
 
-A graph is a CSR matrix: `indptr` (N + 1,) and `indices` (E,), symmetric, without self-loops, with optional `weights` (E,) >= 0. Write
-A_ij for its entries, s_i = sum_j A_ij for the strength (the degree without weights), 2m = sum_i s_i, and for a community c
-vol(c) = sum of s_i inside, in(c) = sum of A_ij with both ends inside (each edge twice), cut(c) = vol(c) - in(c).
+A graph is a CSR matrix: `indptr` (N + 1,) and `indices` (E,), symmetric, without self-loops, with optional `weights`
+(E,) >= 0. Write A_ij for its entries, s_i = sum_j A_ij for the strength (the degree without weights), 2m = sum_i s_i,
+and for a community c vol(c) = sum of s_i inside, in(c) = sum of A_ij with both ends inside (each edge twice), cut(c) =
+vol(c) - in(c).
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Csr(NamedTuple):
 def as_csr(indptr: ArrayLike, indices: ArrayLike, weights: ArrayLike | None = None) -> Csr:
     """Check a graph and bring it to the types the kernels are compiled for.
 
-    Raises `ValueError` for arrays that are no CSR matrix, ids out of range, self-loops, weights that are negative or not finite, and a
-    matrix that is not symmetric.
+    Raises `ValueError` for arrays that are no CSR matrix, ids out of range, self-loops, weights that are negative or
+    not finite, and a matrix that is not symmetric.
     """
     indptr = _integers(indptr, "indptr", np.int64)
     wide = _integers(indices, "indices", np.int64)
@@ -51,7 +52,9 @@ def as_csr(indptr: ArrayLike, indices: ArrayLike, weights: ArrayLike | None = No
         raise ValueError(f"indices must name nodes 0 to {size - 1}, found {wide.min()} to {wide.max()}")
     values = np.ones(len(wide)) if weights is None else np.ascontiguousarray(weights, dtype=np.float64)
     if values.shape != wide.shape:
-        raise ValueError(f"weights must hold one number for each of the {len(wide)} entries, found shape {values.shape}")
+        raise ValueError(
+            f"weights must hold one number for each of the {len(wide)} entries, found shape {values.shape}"
+        )
     if not np.isfinite(values).all() or (values < 0).any():
         raise ValueError("weights must be finite and not negative")
     graph = Csr(indptr, wide.astype(np.int32), values)
@@ -60,12 +63,16 @@ def as_csr(indptr: ArrayLike, indices: ArrayLike, weights: ArrayLike | None = No
     matrix = sp.csr_array((values, graph.indices, indptr), shape=(size, size))
     gap = abs(matrix - matrix.T)
     if gap.nnz and gap.max() > 1e-9 * values.max():
-        raise ValueError("the matrix is not symmetric; store every undirected edge in both directions with the same weight")
+        raise ValueError(
+            "the matrix is not symmetric; store every undirected edge in both directions with the same weight"
+        )
     return graph
 
 
 def as_labels(labels: ArrayLike, num_nodes: int | None = None) -> NDArray[np.int64]:
-    """Renumber community ids to 0 ... k-1 in the order of the ids, int64 (N,). `ValueError` unless they are N integers."""
+    """Renumber community ids to 0 ... k-1 in the order of the ids, int64 (N,). `ValueError` unless they are N
+    integers.
+    """
     labels = _integers(labels, "labels", np.int64)
     if num_nodes is not None and len(labels) != num_nodes:
         raise ValueError(f"labels must hold one community for each of the {num_nodes} nodes, found {len(labels)}")
@@ -82,7 +89,7 @@ def _integers(values: ArrayLike, name: str, dtype: type) -> NDArray:
     return np.ascontiguousarray(array, dtype=dtype)
 
 
-# -- quality of one partition ------------------------------------------------------------------------------------------------------
+# -- quality of one partition ------------------------------------------------------------------------------------------
 
 
 class Volumes(NamedTuple):
@@ -102,9 +109,12 @@ def volumes(graph: Csr, labels: NDArray[np.int64]) -> Volumes:
     return Volumes(inside, volume, float(graph.weights.sum()))
 
 
-def modularity(indptr: ArrayLike, indices: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None,
-               resolution: float = 1.0) -> float:
-    """Q = sum_c [in(c) / 2m - gamma (vol(c) / 2m)^2] (Newman & Girvan 2004; gamma: Reichardt & Bornholdt 2006). 0 without edges."""
+def modularity(
+    indptr: ArrayLike, indices: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None, resolution: float = 1.0
+) -> float:
+    """Q = sum_c [in(c) / 2m - gamma (vol(c) / 2m)^2] (Newman & Girvan 2004; gamma: Reichardt & Bornholdt 2006). 0
+    without edges.
+    """
     graph = as_csr(indptr, indices, weights)
     return modularity_of(volumes(graph, as_labels(labels, graph.num_nodes)), resolution)
 
@@ -119,8 +129,8 @@ def modularity_of(parts: Volumes, resolution: float = 1.0) -> float:
 def conductance(indptr: ArrayLike, indices: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None) -> float:
     """Mean over communities of cut(c) / min(vol(c), 2m - vol(c)); lower is better.
 
-    A community without edges has no conductance and is left out of the mean, so that isolated nodes do not flatter it. One that nothing
-    leaves has conductance 0. Without any edge: 0.
+    A community without edges has no conductance and is left out of the mean, so that isolated nodes do not flatter it.
+    One that nothing leaves has conductance 0. Without any edge: 0.
     """
     graph = as_csr(indptr, indices, weights)
     inside, volume, total = volumes(graph, as_labels(labels, graph.num_nodes))
@@ -144,11 +154,13 @@ def num_communities(labels: ArrayLike) -> int:
     return len(np.unique(np.asarray(labels)))
 
 
-# -- two partitions compared -------------------------------------------------------------------------------------------------------
+# -- two partitions compared -------------------------------------------------------------------------------------------
 
 
 class Contingency(NamedTuple):
-    """The non-zero cells of the (k, l) table of two partitions: `cells` counts at (`rows`, `columns`); `left` (k,), `right` (l,) sums."""
+    """The non-zero cells of the (k, l) table of two partitions: `cells` counts at (`rows`, `columns`); `left` (k,),
+    `right` (l,) sums.
+    """
 
     rows: NDArray[np.int64]
     columns: NDArray[np.int64]
@@ -158,7 +170,9 @@ class Contingency(NamedTuple):
 
 
 def contingency(first: ArrayLike, second: ArrayLike) -> Contingency:
-    """How many nodes lie in community i of the first and j of the second partition. `ValueError` when their lengths differ."""
+    """How many nodes lie in community i of the first and j of the second partition. `ValueError` when their lengths
+    differ.
+    """
     a = as_labels(first)
     b = as_labels(second, len(a))
     left, right = np.bincount(a), np.bincount(b)
@@ -168,15 +182,19 @@ def contingency(first: ArrayLike, second: ArrayLike) -> Contingency:
 
 
 def nmi(first: ArrayLike, second: ArrayLike) -> float:
-    """Mutual information over the arithmetic mean of the two entropies, in [0, 1] (Danon et al. 2005; scikit-learn's default).
+    """Mutual information over the arithmetic mean of the two entropies, in [0, 1] (Danon et al. 2005; scikit-learn's
+    default).
 
-    Two partitions with one community each are equal: 1. No correction for chance: many small communities raise it, which `ari` corrects.
+    Two partitions with one community each are equal: 1. No correction for chance: many small communities raise it,
+    which `ari` corrects.
     """
     table = contingency(first, second)
     if len(table.left) == len(table.right) <= 1:
         return 1.0
     count = table.left.sum()
-    information = (table.cells / count * np.log(table.cells * count / (table.left[table.rows] * table.right[table.columns]))).sum()
+    information = (
+        table.cells / count * np.log(table.cells * count / (table.left[table.rows] * table.right[table.columns]))
+    ).sum()
     return float(np.clip(2 * information / (_entropy(table.left) + _entropy(table.right)), 0.0, 1.0))
 
 
@@ -187,7 +205,9 @@ def _entropy(counts: NDArray[np.float64]) -> float:
 
 
 def ari(first: ArrayLike, second: ArrayLike) -> float:
-    """Adjusted Rand index (Hubert & Arabie 1985): agreement on pairs of nodes, 0 in the mean for random partitions, 1 for equal ones."""
+    """Adjusted Rand index (Hubert & Arabie 1985): agreement on pairs of nodes, 0 in the mean for random partitions,
+    1 for equal ones.
+    """
     table = contingency(first, second)
     together, left, right = (_pairs(counts) for counts in (table.cells, table.left, table.right))
     if left == right == together:

@@ -1,7 +1,7 @@
 """Pictures of what a network has learned: PNG files of 800 pixels' width on a white ground, each under 300 kB.
 
-Colours are those of Okabe & Ito 2008, which people with any colour vision can tell apart; beyond eight classes the marker's shape
-changes as well. Unknown classes (-1) are grey.
+Colours are those of Okabe & Ito 2008, which people with any colour vision can tell apart; beyond eight classes the
+marker's shape changes as well. Unknown classes (-1) are grey.
 
 Legend: N nodes, E entries of the adjacency, D width of an embedding, H heads.
 """
@@ -36,8 +36,19 @@ UNKNOWN, INK, PALE = "#B8BDC6", "#334155", "#E2E8F0"
 MAX_BYTES = 300_000
 MAX_POINTS = 3_000  # of a t-SNE, whose cost grows faster than their number
 MAX_LEGEND = 20  # classes; of more, a legend is longer than the picture
-STYLE = {"font.size": 11, "axes.titlesize": 12, "axes.edgecolor": "#94A3B8", "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK,
-         "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "grid.color": PALE}
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.edgecolor": "#94A3B8",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.color": PALE,
+}
 
 
 @contextlib.contextmanager
@@ -90,17 +101,30 @@ def class_legend(axes: Axes, classes: Sequence[int], where: str = "lower center"
 
     if len(classes) > MAX_LEGEND:
         return
-    handles = [Line2D([], [], linestyle="", marker=marker(c), color=colour(c), markersize=8, label="unknown" if c < 0 else str(c))
-               for c in classes]
-    axes.figure.legend(handles=handles, loc=f"outside {where}", ncols=min(len(handles), 10), frameon=False, title="class",
-                       handletextpad=0.1, columnspacing=1.2)
+    handles = [
+        Line2D(
+            [], [], linestyle="", marker=marker(c), color=colour(c), markersize=8, label="unknown" if c < 0 else str(c)
+        )
+        for c in classes
+    ]
+    axes.figure.legend(
+        handles=handles,
+        loc=f"outside {where}",
+        ncols=min(len(handles), 10),
+        frameon=False,
+        title="class",
+        handletextpad=0.1,
+        columnspacing=1.2,
+    )
 
 
-# -- embeddings and errors -----------------------------------------------------------------------------------------------------------------
+# -- embeddings and errors ---------------------------------------------------------------------------------------------
 
 
 def draw_embedding(path: Path, hidden: Tensor | np.ndarray, labels: Tensor | np.ndarray | None, title: str) -> None:
-    """Rows of hidden (N, D) in the plane, coloured by labels (N,); of more than 3,000 rows a random part. See `project`."""
+    """Rows of hidden (N, D) in the plane, coloured by labels (N,); of more than 3,000 rows a random part. See
+    `project`.
+    """
     rows = array(hidden)
     classes = np.full(len(rows), -1) if labels is None else array(labels)
     if len(rows) > MAX_POINTS:
@@ -112,17 +136,23 @@ def draw_embedding(path: Path, hidden: Tensor | np.ndarray, labels: Tensor | np.
         size = 14 if len(points) > 1000 else 28 if len(points) > 100 else 60
         for c in np.unique(classes):  # grey first, below the others
             part = points[classes == c]
-            axes.scatter(*part.T, s=size, c=colour(c), marker=marker(c), alpha=0.85, linewidths=0.25, edgecolors="white")
+            axes.scatter(
+                *part.T, s=size, c=colour(c), marker=marker(c), alpha=0.85, linewidths=0.25, edgecolors="white"
+            )
         axes.set_title(title)
         blank(axes)
         class_legend(axes, np.unique(classes).tolist())
 
 
 def draw_confusion(path: Path, predicted: Tensor | np.ndarray, labels: Tensor | np.ndarray, num_classes: int) -> None:
-    """Share of each true class (row) that is predicted as each class (column), with counts; unknown labels are left out."""
+    """Share of each true class (row) that is predicted as each class (column), with counts; unknown labels are left
+    out.
+    """
     predicted, labels = array(predicted), array(labels)
     known = (labels >= 0) & (predicted >= 0)
-    counts = np.bincount(labels[known] * num_classes + predicted[known], minlength=num_classes**2).reshape(num_classes, num_classes)
+    counts = np.bincount(labels[known] * num_classes + predicted[known], minlength=num_classes**2).reshape(
+        num_classes, num_classes
+    )
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     with canvas(path, 6.4) as figure:
         axes = figure.subplots()
@@ -130,7 +160,9 @@ def draw_confusion(path: Path, predicted: Tensor | np.ndarray, labels: Tensor | 
         axes.spines[:].set_visible(False)
         if num_classes <= 12:
             for i, j in zip(*counts.nonzero(), strict=True):
-                axes.text(j, i, f"{counts[i, j]:,}", ha="center", va="center", color="white" if shares[i, j] > 0.55 else INK)
+                axes.text(
+                    j, i, f"{counts[i, j]:,}", ha="center", va="center", color="white" if shares[i, j] > 0.55 else INK
+                )
             axes.set_xticks(range(num_classes))
             axes.set_yticks(range(num_classes))
         axes.tick_params(length=0)
@@ -139,22 +171,35 @@ def draw_confusion(path: Path, predicted: Tensor | np.ndarray, labels: Tensor | 
         figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.85).outline.set_visible(False)
 
 
-# -- graphs --------------------------------------------------------------------------------------------------------------------------------
+# -- graphs ------------------------------------------------------------------------------------------------------------
 
 
-def draw_nodes(axes: Axes, points: np.ndarray, fill: np.ndarray, outline: np.ndarray | None, size: float, squares: np.ndarray) -> None:
-    """Nodes at points (N, 2): the fill's class inside, the outline's class around it; `squares` (N,) bool stand out by their shape."""
+def draw_nodes(
+    axes: Axes, points: np.ndarray, fill: np.ndarray, outline: np.ndarray | None, size: float, squares: np.ndarray
+) -> None:
+    """Nodes at points (N, 2): the fill's class inside, the outline's class around it; `squares` (N,) bool stand out
+    by their shape.
+    """
     fills = [colour(c) for c in fill]
     edges = ["white"] * len(fill) if outline is None else [colour(c) for c in outline]
     for part, shape in ((~squares, "o"), (squares, "s")):
         where = part.nonzero()[0]
         if len(where):
-            axes.scatter(*points[where].T, s=size, c=[fills[i] for i in where], edgecolors=[edges[i] for i in where], marker=shape,
-                         linewidths=0.8 if outline is None else 3, zorder=2)
+            axes.scatter(
+                *points[where].T,
+                s=size,
+                c=[fills[i] for i in where],
+                edgecolors=[edges[i] for i in where],
+                marker=shape,
+                linewidths=0.8 if outline is None else 3,
+                zorder=2,
+            )
 
 
 def draw_graph(path: Path, graph: Graph, predicted: Tensor | np.ndarray, title: str = "") -> None:
-    """A graph of up to a few hundred nodes: predicted class (N,) inside each node, true class around it, training nodes square."""
+    """A graph of up to a few hundred nodes: predicted class (N,) inside each node, true class around it, training
+    nodes square.
+    """
     from matplotlib.collections import LineCollection
 
     rows, columns = array(graph.edges())
@@ -165,14 +210,31 @@ def draw_graph(path: Path, graph: Graph, predicted: Tensor | np.ndarray, title: 
     with canvas(path, 6.8) as figure:
         axes = figure.subplots()
         once = rows < columns
-        axes.add_collection(LineCollection(np.stack([points[rows[once]], points[columns[once]]], axis=1), colors="#CBD5E1", linewidths=1))
+        axes.add_collection(
+            LineCollection(
+                np.stack([points[rows[once]], points[columns[once]]], axis=1), colors="#CBD5E1", linewidths=1
+            )
+        )
         size = float(np.clip(14_000 / graph.num_nodes, 60, 420))
         draw_nodes(axes, points, fill, truth, size, squares)
         if graph.num_nodes <= 60:
             for i, (x, y) in enumerate(points):
                 dark = fill[i] >= 0 and COLOURS[fill[i] % len(COLOURS)] in ("#0072B2", "#000000", "#D55E00", "#009E73")
-                axes.text(x, y, str(i), ha="center", va="center_baseline", fontsize=9, color="white" if dark else "black", zorder=3)
-        parts = ["fill: predicted"] + ["outline: true class"] * (truth is not None) + ["square: training node"] * bool(squares.any())
+                axes.text(
+                    x,
+                    y,
+                    str(i),
+                    ha="center",
+                    va="center_baseline",
+                    fontsize=9,
+                    color="white" if dark else "black",
+                    zorder=3,
+                )
+        parts = (
+            ["fill: predicted"]
+            + ["outline: true class"] * (truth is not None)
+            + ["square: training node"] * bool(squares.any())
+        )
         axes.set_title(title or f"{graph.name} ({', '.join(parts)})")
         blank(axes)
         class_legend(axes, np.unique(fill if truth is None else np.concatenate([fill, truth])).tolist())
@@ -180,11 +242,17 @@ def draw_graph(path: Path, graph: Graph, predicted: Tensor | np.ndarray, title: 
 
 @torch.no_grad()
 def attention_of(model: nn.Module, graph: Graph, structure: Structure) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, columns (E,) and attention weights (H, E) of the first layer, loops included; the model in evaluation mode."""
+    """Rows, columns (E,) and attention weights (H, E) of the first layer, loops included; the model in evaluation
+    mode.
+    """
     layer = model.layers[0]
     _, weights, _ = layer.attend(graph.features, structure)
     pattern = structure.with_loops.pattern
-    return array(pattern.rows).astype(np.int64), array(pattern.indices).astype(np.int64), array(weights).reshape(layer.heads, -1)
+    return (
+        array(pattern.rows).astype(np.int64),
+        array(pattern.indices).astype(np.int64),
+        array(weights).reshape(layer.heads, -1),
+    )
 
 
 def row_entropy(rows: np.ndarray, weights: np.ndarray, num_nodes: int) -> np.ndarray:
@@ -193,12 +261,17 @@ def row_entropy(rows: np.ndarray, weights: np.ndarray, num_nodes: int) -> np.nda
     return np.stack([np.bincount(rows, weights=term, minlength=num_nodes) for term in terms])
 
 
-def choose_centre(rows: np.ndarray, columns: np.ndarray, gap: np.ndarray, degree: np.ndarray, labels: np.ndarray) -> int:
-    """A node with a neighbourhood that fits a picture, if possible with neighbours of other classes, whose attention is least uniform.
+def choose_centre(
+    rows: np.ndarray, columns: np.ndarray, gap: np.ndarray, degree: np.ndarray, labels: np.ndarray
+) -> int:
+    """A node with a neighbourhood that fits a picture, if possible with neighbours of other classes, whose attention is
+    least uniform.
 
-    Args: gap (N,) between the largest possible entropy and that of the attention averaged over heads; degree (N,) without loops.
+    Args: gap (N,) between the largest possible entropy and that of the attention averaged over heads; degree (N,)
+        without loops.
     """
-    reach = np.bincount(rows, weights=degree[columns], minlength=len(degree))  # at least the size of the two-hop neighbourhood
+    # at least the size of the two-hop neighbourhood
+    reach = np.bincount(rows, weights=degree[columns], minlength=len(degree))
     mixed = np.bincount(rows, weights=labels[rows] != labels[columns], minlength=len(degree)) >= 2
     for low, high, most in ((4, 10, 50), (3, 15, 80), (2, 30, 150), (1, 60, 400)):
         fits = (degree >= low) & (degree <= high) & (reach <= most)
@@ -210,8 +283,10 @@ def choose_centre(rows: np.ndarray, columns: np.ndarray, gap: np.ndarray, degree
 def draw_attention(path: Path, model: nn.Module, graph: Graph, structure: Structure) -> None:
     """What one node and its neighbours listen to in the first layer, and how far all nodes' attention is from uniform.
 
-    Left: a two-hop neighbourhood; each edge has the weight, averaged over heads, that its end nearer to the centre gives to the other.
-    Width: the weight. Colour: the weight times the number of neighbours (itself included), which is 1 where attention is uniform.
+    Left: a two-hop neighbourhood; each edge has the weight, averaged over heads, that its end nearer to the centre
+        gives to the other.
+    Width: the weight. Colour: the weight times the number of neighbours (itself included), which is 1 where attention
+        is uniform.
     Right: entropies of the weights over nodes and heads, and those of uniform weights over the same neighbours.
     """
     rows, columns, weights = attention_of(model, graph, structure)
@@ -232,19 +307,32 @@ def draw_attention(path: Path, model: nn.Module, graph: Graph, structure: Struct
 
 
 def draw_entropies(axes: Axes, learned: np.ndarray, uniform: np.ndarray) -> None:
-    """Two histograms in one: entropies in nats of learned attention, and of uniform attention over the same neighbours."""
+    """Two histograms in one: entropies in nats of learned attention, and of uniform attention over the same
+    neighbours.
+    """
     top = float(np.quantile(uniform, 0.995)) if len(uniform) else 1.0  # a few hubs would squeeze the rest
     for values, name, kind, tint in ((uniform, "uniform", "bar", UNKNOWN), (learned, "learned", "step", COLOURS[1])):
         if len(values):
-            axes.hist(values, np.linspace(0, 1.05 * top, 32), weights=np.full(len(values), 1 / len(values)), histtype=kind, color=tint,
-                      linewidth=1.8, label=f"{name}: mean {values.mean():.3f}")
+            axes.hist(
+                values,
+                np.linspace(0, 1.05 * top, 32),
+                weights=np.full(len(values), 1 / len(values)),
+                histtype=kind,
+                color=tint,
+                linewidth=1.8,
+                label=f"{name}: mean {values.mean():.3f}",
+            )
     axes.set(xlabel="entropy of a node's attention (nats)", ylabel="share of nodes and heads")
     if len(uniform):
         axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
-def draw_neighbourhood(figure: Figure, axes: Axes, graph: Graph, attention: tuple[np.ndarray, ...], hop: np.ndarray) -> None:
-    """Nodes within two hops of the centre, fill = class. attention: rows, columns, colour value and weight of each entry (E,)."""
+def draw_neighbourhood(
+    figure: Figure, axes: Axes, graph: Graph, attention: tuple[np.ndarray, ...], hop: np.ndarray
+) -> None:
+    """Nodes within two hops of the centre, fill = class. attention: rows, columns, colour value and weight of each
+    entry (E,).
+    """
     from matplotlib.cm import ScalarMappable
     from matplotlib.collections import LineCollection
     from matplotlib.colors import TwoSlopeNorm
@@ -253,16 +341,25 @@ def draw_neighbourhood(figure: Figure, axes: Axes, graph: Graph, attention: tupl
     place = np.full(len(hop), -1)
     place[near] = np.arange(len(near))
     # of the two directions the one towards the centre; between equals the first
-    towards = (hop[attention[0]] <= 2) & ((hop[attention[0]] < hop[attention[1]])
-                                         | ((hop[attention[0]] == hop[attention[1]]) & (attention[0] < attention[1])))
+    towards = (hop[attention[0]] <= 2) & (
+        (hop[attention[0]] < hop[attention[1]])
+        | ((hop[attention[0]] == hop[attention[1]]) & (attention[0] < attention[1]))
+    )
     towards &= hop[attention[1]] <= 2
     rows, columns, ratio, weight = (part[towards] for part in attention)
-    points = stress_layout(np.concatenate([place[rows], place[columns]]), np.concatenate([place[columns], place[rows]]), len(near))
+    points = stress_layout(
+        np.concatenate([place[rows], place[columns]]), np.concatenate([place[columns], place[rows]]), len(near)
+    )
     points = spread_out(points)
     reach = max(float(np.abs(ratio - 1).max(initial=0.0)), 0.01)
     norm = TwoSlopeNorm(1.0, max(1 - reach, 0.0) if reach < 1 else 0.0, 1 + reach)
-    lines = LineCollection(np.stack([points[place[rows]], points[place[columns]]], axis=1), cmap="coolwarm", norm=norm,
-                           array=ratio, linewidths=1 + 6 * weight / max(weight.max(initial=0.0), 1e-9))
+    lines = LineCollection(
+        np.stack([points[place[rows]], points[place[columns]]], axis=1),
+        cmap="coolwarm",
+        norm=norm,
+        array=ratio,
+        linewidths=1 + 6 * weight / max(weight.max(initial=0.0), 1e-9),
+    )
     axes.add_collection(lines)
     classes = np.full(len(near), -1) if graph.labels is None else array(graph.labels)[near]
     draw_nodes(axes, points, classes, None, float(np.clip(6_000 / len(near), 30, 220)), hop[near] == 0)
@@ -270,11 +367,18 @@ def draw_neighbourhood(figure: Figure, axes: Axes, graph: Graph, attention: tupl
     axes.set_title(f"node {centre} of {graph.name} (square), two hops")
     blank(axes)
     class_legend(axes, np.unique(classes).tolist())
-    figure.colorbar(ScalarMappable(norm, "coolwarm"), ax=axes, location="bottom", shrink=0.8, aspect=30, pad=0.02,
-                    label="attention / uniform attention").outline.set_visible(False)
+    figure.colorbar(
+        ScalarMappable(norm, "coolwarm"),
+        ax=axes,
+        location="bottom",
+        shrink=0.8,
+        aspect=30,
+        pad=0.02,
+        label="attention / uniform attention",
+    ).outline.set_visible(False)
 
 
-# -- curves --------------------------------------------------------------------------------------------------------------------------------
+# -- curves ------------------------------------------------------------------------------------------------------------
 
 
 def draw_bands(path: Path, series: dict[str, dict[int, list[float]]]) -> None:
@@ -295,7 +399,14 @@ def draw_bands(path: Path, series: dict[str, dict[int, list[float]]]) -> None:
             rows = [np.asarray(values[step], dtype=float) for step in steps]
             mean = np.array([row.mean() for row in rows])
             style: dict[str, Any] = {"marker": "o"} if len(steps) < 3 else {}
-            axes.fill_between(steps, [row.min() for row in rows], [row.max() for row in rows], color=COLOURS[0], alpha=0.18, linewidth=0)
+            axes.fill_between(
+                steps,
+                [row.min() for row in rows],
+                [row.max() for row in rows],
+                color=COLOURS[0],
+                alpha=0.18,
+                linewidth=0,
+            )
             axes.plot(steps, mean, color=COLOURS[0], linewidth=1.6, **style)
             ordered = np.sort(mean)
             if "loss" in name and ordered[0] > 0 and ordered[-1] > 20 * ordered[0]:
@@ -309,7 +420,8 @@ def draw_bands(path: Path, series: dict[str, dict[int, list[float]]]) -> None:
 
 
 def draw_depth(path: Path, curves: dict[str, dict[int, tuple[float, float]]], ylabel: str = "test accuracy") -> None:
-    """Accuracy over the number of layers, one line a method with a band of one standard deviation: where deep networks wash out.
+    """Accuracy over the number of layers, one line a method with a band of one standard deviation: where deep networks
+    wash out.
 
     Args: curves: method -> number of layers -> (mean, standard deviation), as fractions.
     """
@@ -322,7 +434,9 @@ def draw_depth(path: Path, curves: dict[str, dict[int, tuple[float, float]]], yl
             steps = sorted(values)
             mean, std = (np.array([values[step][k] for step in steps]) for k in (0, 1))
             axes.fill_between(steps, mean - std, mean + std, color=colour(i), alpha=0.15, linewidth=0)
-            axes.plot(steps, mean, color=colour(i), marker=MARKERS[i % len(MARKERS)], markersize=6, linewidth=1.8, label=name)
+            axes.plot(
+                steps, mean, color=colour(i), marker=MARKERS[i % len(MARKERS)], markersize=6, linewidth=1.8, label=name
+            )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(depths))
         axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,7 +1,8 @@
-"""Random numbers as a function of (key, index), for compiled loops: no state, so no order of execution can change what is drawn.
+"""Random numbers as a function of (key, index), for compiled loops: no state, so no order of execution can change what
+is drawn.
 
-`mix64` is the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators"); element i of
-the stream with key k is mix64(k + i * golden), which is that generator's own sequence read at position i.
+`mix64` is the finaliser of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators");
+element i of the stream with key k is mix64(k + i * golden), which is that generator's own sequence read at position i.
 """
 
 from __future__ import annotations

@@ -28,14 +28,17 @@ from gnn.sparse import SparseFeatures, Structure
 from gnn.task import Task
 
 BIPARTITE = ("sage", "gat", "gatv2", "gin", "mlp")  # layers that need nothing of a source but its features
-Batch = tuple[Tensor, Structure | list[Structure], Tensor, Tensor]  # features, structure, rows with a loss, their labels
+# features, structure, rows with a loss, their labels
+Batch = tuple[Tensor, Structure | list[Structure], Tensor, Tensor]
 T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """Results of make(step), prepared up to `depth` steps ahead by one thread; the compiled sampling loops run outside Python's lock.
+    """Results of make(step), prepared up to `depth` steps ahead by one thread; the compiled sampling loops run outside
+    Python's lock.
 
-    make must be a function of the step alone: what comes out does not depend on whether, or how far, anything ran ahead.
+    make must be a function of the step alone: what comes out does not depend on whether, or how far, anything ran
+    ahead.
     """
 
     def __init__(self, make: Callable[[int], T], depth: int, last: int) -> None:
@@ -64,21 +67,29 @@ class Ahead(Generic[T]):
 class SampledNodeTask(Task):
     """A class for each node of a graph too large to pass through the network whole.
 
-    With several processes each takes its share of the B seed nodes. All processes keep the same neighbours of a node in a step, so
-    the mean of their gradients is that of one process with all B. A batch of clusters cannot be divided without losing edges: every
-    process computes the same one.
+    With several processes each takes its share of the B seed nodes. All processes keep the same neighbours of a node in
+    a step, so the mean of their gradients is that of one process with all B. A batch of clusters cannot be divided
+    without losing edges: every process computes the same one.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__(config, device)
         sampling, model = config.sampling, config.model
         if sampling.kind == "neighbors":
-            require(model.layer in BIPARTITE, "model.layer", f"{model.layer} needs the whole graph; sampled neighbours work with "
-                    f"{', '.join(BIPARTITE)}")
-            require(len(sampling.fanouts) == model.layers, "sampling.fanouts",
-                    f"has {len(sampling.fanouts)} numbers for model.layers={model.layers}; give one a layer")
+            require(
+                model.layer in BIPARTITE,
+                "model.layer",
+                f"{model.layer} needs the whole graph; sampled neighbours work with {', '.join(BIPARTITE)}",
+            )
+            require(
+                len(sampling.fanouts) == model.layers,
+                "sampling.fanouts",
+                f"has {len(sampling.fanouts)} numbers for model.layers={model.layers}; give one a layer",
+            )
         else:
-            require(model.layer != "grand", "model.layer", "grand propagates over the whole graph; use sampling.kind=none")
+            require(
+                model.layer != "grand", "model.layer", "grand propagates over the whole graph; use sampling.kind=none"
+            )
             usable = model.layer in BIPARTITE or sampling.validate == "full"
             require(usable, "sampling.validate", f"must be full for model.layer={model.layer}")
         self.whole = load_graph(config)  # stays in the CPU's memory, or on disk
@@ -87,7 +98,11 @@ class SampledNodeTask(Task):
         self.random = config.data.split == "random" or not len(self.whole.train)
         self.graph = random_split(self.whole, config.data, config.seed) if self.random else self.whole
         graph = self.graph
-        require(len(graph.val) and len(graph.test), "data.split", f"{graph.name} has no validation or test nodes; use data.split=random")
+        require(
+            len(graph.val) and len(graph.test),
+            "data.split",
+            f"{graph.name} has no validation or test nodes; use data.split=random",
+        )
         self.ahead: Ahead[Batch] | None = None
         self.clusters: ClusterBatches | None = None
 
@@ -108,13 +123,15 @@ class SampledNodeTask(Task):
         if sampling.kind == "neighbors":
             self.sampler = NeighborSampler(graph.indptr, graph.indices, sampling.fanouts, self.seed)
             return Ahead(self.neighbor_batch, sampling.prefetch, self.config.train.steps)
-        self.clusters = self.clusters or ClusterBatches(graph.indptr, graph.indices, sampling.clusters, sampling.clusters_per_batch)
+        self.clusters = self.clusters or ClusterBatches(
+            graph.indptr, graph.indices, sampling.clusters, sampling.clusters_per_batch
+        )
         self.clusters.seed = self.seed
         self.in_train = torch.zeros(graph.num_nodes, dtype=torch.bool)
         self.in_train[graph.train] = True
         return Ahead(self.cluster_batch, sampling.prefetch, self.config.train.steps)
 
-    # -- batches -------------------------------------------------------------------------------------------------------------------
+    # -- batches -------------------------------------------------------------------------------------------------------
 
     def neighbor_batch(self, step: int) -> Batch:
         """The sampled neighbourhood of this process's share of the step's seed nodes; they are the first rows."""
@@ -137,13 +154,15 @@ class SampledNodeTask(Task):
     def rows(self, nodes: Tensor) -> Tensor:
         """Features (n, F) of some nodes, on the device."""
         x = self.graph.features
-        return (x.rows(nodes) if isinstance(x, SparseFeatures) else x.index_select(0, nodes)).to(self.device, torch.get_default_dtype())
+        return (x.rows(nodes) if isinstance(x, SparseFeatures) else x.index_select(0, nodes)).to(
+            self.device, torch.get_default_dtype()
+        )
 
     def labels(self, nodes: Tensor) -> Tensor:
         """Labels (n,) of some nodes, on the device."""
         return self.graph.labels[nodes].to(self.device)
 
-    # -- what the loop asks --------------------------------------------------------------------------------------------------------
+    # -- what the loop asks --------------------------------------------------------------------------------------------
 
     def loss(self, net: nn.Module, step: int) -> Tensor:
         """Mean cross-entropy over the seed nodes of the step, or over the training nodes in its clusters."""
@@ -155,7 +174,9 @@ class SampledNodeTask(Task):
         return F.cross_entropy(logits.index_select(0, rows), labels)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Loss and accuracy on validation nodes: a fixed part with fixed sampled neighbours, or all of them with all neighbours."""
+        """Loss and accuracy on validation nodes: a fixed part with fixed sampled neighbours, or all of them with all
+        neighbours.
+        """
         sampling, val = self.config.sampling, self.graph.val
         if sampling.validate == "full":
             logits, labels = infer(model, self.graph, sampling.chunk_edges, self.device)[val], self.graph.labels[val]
@@ -168,7 +189,10 @@ class SampledNodeTask(Task):
 
     def sampled_logits(self, model: nn.Module, nodes: Tensor, fanouts: tuple[int, ...] | list[int]) -> Tensor:
         """(n, K) from sampled neighbourhoods that are the same at every call."""
-        sampler, size = NeighborSampler(self.graph.indptr, self.graph.indices, fanouts, fold(0, 1)), self.config.train.batch_size
+        sampler, size = (
+            NeighborSampler(self.graph.indptr, self.graph.indices, fanouts, fold(0, 1)),
+            self.config.train.batch_size,
+        )
         parts = [model(*self.around(sampler, part, 0)[:2]) for part in nodes.split(size)]
         return torch.cat(parts).cpu()
 
@@ -177,8 +201,11 @@ class SampledNodeTask(Task):
         graph = self.graph
         logits = infer(model, graph, self.config.sampling.chunk_edges, self.device)
         labels = graph.labels[graph.test]
-        return {"test_accuracy": accuracy(logits[graph.test], labels), "test_macro_f1": macro_f1(logits[graph.test], labels),
-                "val_accuracy": accuracy(logits[graph.val], graph.labels[graph.val])}
+        return {
+            "test_accuracy": accuracy(logits[graph.test], labels),
+            "test_macro_f1": macro_f1(logits[graph.test], labels),
+            "val_accuracy": accuracy(logits[graph.val], graph.labels[graph.val]),
+        }
 
     def tables(self, model: nn.Module) -> dict[str, float]:
         """On a planted network: what can be known from the features, and with the graph; see `ceilings`."""
@@ -188,13 +215,19 @@ class SampledNodeTask(Task):
     def describe(self) -> list[str]:
         """Sizes, and what a batch is."""
         graph, sampling, train = self.graph, self.config.sampling, self.config.train
-        lines = [f"{graph.name}: {graph.num_nodes:,} nodes, {graph.num_edges:,} edges, {graph.num_features} features, "
-                 f"{graph.num_classes} classes; {len(graph.train):,} train, {len(graph.val):,} validation, {len(graph.test):,} test"]
+        lines = [
+            f"{graph.name}: {graph.num_nodes:,} nodes, {graph.num_edges:,} edges, {graph.num_features} features, "
+            f"{graph.num_classes} classes; {len(graph.train):,} train, {len(graph.val):,} validation, "
+            f"{len(graph.test):,} test"
+        ]
         if sampling.kind == "clusters":
             return [*lines, f"a batch is {sampling.clusters_per_batch} of {sampling.clusters} clusters"]
         epochs = train.steps * train.batch_size / len(graph.train)
-        return [*lines, f"a batch is {train.batch_size} nodes with up to {' x '.join(map(str, sampling.fanouts))} neighbours; "
-                        f"{epochs:.1f} epochs"]
+        return [
+            *lines,
+            f"a batch is {train.batch_size} nodes with up to {' x '.join(map(str, sampling.fanouts))} neighbours; "
+            f"{epochs:.1f} epochs",
+        ]
 
 
 def as_structure(block: Block, device: torch.device, symmetric: bool = False) -> Structure:
@@ -205,9 +238,10 @@ def as_structure(block: Block, device: torch.device, symmetric: bool = False) ->
 def infer(model: nn.Module, graph: Graph, chunk_edges: int, device: torch.device) -> Tensor:
     """Outputs (N, K) of all nodes with all their neighbours, in the CPU's memory.
 
-    One layer for all nodes before the next, a range of rows of about `chunk_edges` edges at a time (Hamilton et al. 2017 would
-    compute a node's first layer again for everyone it is a neighbour of). Beside two layers' outputs, the memory is what a chunk's
-    sources take. Layers that need the degrees of their sources see the whole graph at once instead.
+    One layer for all nodes before the next, a range of rows of about `chunk_edges` edges at a time (Hamilton et al.
+    2017 would compute a node's first layer again for everyone it is a neighbour of). Beside two layers' outputs, the
+    memory is what a chunk's sources take. Layers that need the degrees of their sources see the whole graph at once
+    instead.
     """
     if getattr(model, "config", None) is None or model.config.layer not in BIPARTITE:
         whole = graph.to(device)

@@ -1,10 +1,11 @@
-"""Parts of a graph that fit in a training step: sampled neighbourhoods, blocks for layer-wise inference, induced subgraphs.
+"""Parts of a graph that fit in a training step: sampled neighbourhoods, blocks for layer-wise inference, induced
+subgraphs.
 
 Legend: N nodes, E directed edges, B seeds, n_k nodes after k hops.
 
-Neighbour sampling is GraphSAGE's (Hamilton, Ying, Leskovec 2017, algorithm 2) without replacement. Which neighbours of node v are
-kept at hop k is a function of (seed, step, k, v) alone: two processes that meet the same node in one step keep the same neighbours,
-so a batch split over processes gives the same gradient as the whole.
+Neighbour sampling is GraphSAGE's (Hamilton, Ying, Leskovec 2017, algorithm 2) without replacement. Which neighbours of
+node v are kept at hop k is a function of (seed, step, k, v) alone: two processes that meet the same node in one step
+keep the same neighbours, so a batch split over processes gives the same gradient as the whole.
 
 Compiled loops over int64 indptr and int32 indices, which may lie in a memory-mapped file (`gnn.storage`).
 """
@@ -64,13 +65,18 @@ class Sample:
 
 
 class NeighborSampler:
-    """Multi-hop neighbour sampling over a CSR graph. Not safe for two threads at once: it keeps 4 N bytes of scratch memory."""
+    """Multi-hop neighbour sampling over a CSR graph. Not safe for two threads at once: it keeps 4 N bytes of scratch
+    memory.
+    """
 
-    def __init__(self, indptr: Tensor | NDArray, indices: Tensor | NDArray, fanouts: Sequence[int], seed: int = 0) -> None:
+    def __init__(
+        self, indptr: Tensor | NDArray, indices: Tensor | NDArray, fanouts: Sequence[int], seed: int = 0
+    ) -> None:
         """
         Args:
             indptr, indices: int64 (N + 1,) and int32 (E,); neighbours of a row distinct.
-            fanouts: largest number of neighbours kept for each seed, then for each node met at hop 1, and so on; -1 = all.
+            fanouts: largest number of neighbours kept for each seed, then for each node met at hop 1, and so on; -1 =
+                all.
 
         Raises:
             ValueError: no fanout, or one that is neither positive nor -1; arrays that are not a CSR graph.
@@ -103,7 +109,9 @@ class NeighborSampler:
 
 
 class InducedSubgraphs:
-    """Subgraphs on chosen nodes, edges between them only, as in Cluster-GCN (Chiang et al. 2019) and GraphSAINT's node sampler."""
+    """Subgraphs on chosen nodes, edges between them only, as in Cluster-GCN (Chiang et al. 2019) and GraphSAINT's
+    node sampler.
+    """
 
     def __init__(self, indptr: Tensor | NDArray, indices: Tensor | NDArray) -> None:
         self.indptr, self.indices = _as_csr(indptr, indices)
@@ -124,13 +132,16 @@ class InducedSubgraphs:
 
 
 def epoch_batch(nodes: Tensor, batch_size: int, seed: int, step: int) -> Tensor:
-    """int64 (batch_size,): the batch of step 1, 2, ..., drawn without replacement within an epoch; a function of (seed, step).
+    """int64 (batch_size,): the batch of step 1, 2, ..., drawn without replacement within an epoch; a function of (seed,
+    step).
 
-    An epoch is len(nodes) // batch_size steps; the rest of a shuffle, smaller than a batch, is left out of that epoch. With fewer
-    nodes than batch_size every batch is all of them.
+    An epoch is len(nodes) // batch_size steps; the rest of a shuffle, smaller than a batch, is left out of that epoch.
+    With fewer nodes than batch_size every batch is all of them.
     """
     if not len(nodes):
-        raise ValueError("there are no nodes to draw a batch from: give some nodes a label and put them in the training split")
+        raise ValueError(
+            "there are no nodes to draw a batch from: give some nodes a label and put them in the training split"
+        )
     epoch, index = divmod(step - 1, max(1, len(nodes) // batch_size))
     generator = torch.Generator().manual_seed(int(make_key(seed, epoch)) >> 1)
     order = torch.randperm(len(nodes), generator=generator)
@@ -138,7 +149,9 @@ def epoch_batch(nodes: Tensor, batch_size: int, seed: int, step: int) -> Tensor:
 
 
 def edge_chunks(indptr: Tensor | NDArray, max_edges: int) -> list[tuple[int, int]]:
-    """Ranges of rows that cover all N rows in order, each of at most `max_edges` edges (a single larger row stands alone)."""
+    """Ranges of rows that cover all N rows in order, each of at most `max_edges` edges (a single larger row stands
+    alone).
+    """
     ends, ranges, start = np.asarray(indptr), [], 0
     while start < len(ends) - 1:
         stop = int(np.searchsorted(ends, ends[start] + max_edges, side="right")) - 1
@@ -193,7 +206,9 @@ def _forget(nodes: NDArray, position: NDArray) -> None:
 
 @njit(cache=True, nogil=True)
 def _pick_edges(indptr: NDArray, nodes: NDArray, fanout: int, key: int) -> tuple[NDArray, NDArray]:
-    """Row ends (n + 1,) and, row by row, the places in `indices` of the edges kept: a loop of its own, so that loads overlap."""
+    """Row ends (n + 1,) and, row by row, the places in `indices` of the edges kept: a loop of its own, so that loads
+    overlap.
+    """
     n = len(nodes)
     first, degree, ends = np.empty(n, np.int64), np.empty(n, np.int64), np.zeros(n + 1, np.int64)
     for i in range(n):
@@ -243,7 +258,9 @@ def _selection(row: NDArray, degree: int, first: int, z: int) -> None:
 
 @njit(cache=True, nogil=True)
 def _relabel(indices: NDArray, picked: NDArray, nodes: NDArray, position: NDArray) -> tuple[NDArray, NDArray]:
-    """Local numbers int32 of the neighbours at places `picked`, and `nodes` continued by those met for the first time."""
+    """Local numbers int32 of the neighbours at places `picked`, and `nodes` continued by those met for the first
+    time.
+    """
     local = np.empty(len(picked), np.int32)
     for e in range(len(picked)):  # independent loads: the processor keeps several on their way
         local[e] = indices[picked[e]]

@@ -1,8 +1,9 @@
 """Sparse matrices as a graph network needs them: the pattern is fixed, and every product knows its backward pass.
 
-A message-passing step is a product with a sparse matrix, out = A x, and its backward pass is the product with the transpose,
-dx = A^T dout. Gathering a vector for each edge and scattering the results would touch E x F numbers three times; the product in
-compressed sparse rows (CSR) reads them once and writes N x F. Nothing here is faster by cleverness, only by not doing that work.
+A message-passing step is a product with a sparse matrix, out = A x, and its backward pass is the product with the
+transpose, dx = A^T dout. Gathering a vector for each edge and scattering the results would touch E x F numbers three
+times; the product in compressed sparse rows (CSR) reads them once and writes N x F. Nothing here is faster by
+cleverness, only by not doing that work.
 
 Legend: N nodes (rows, destinations), M columns (sources), E entries (edges, both directions), F features, H heads.
 """
@@ -31,7 +32,8 @@ class Pattern:
     """
 
     def __init__(self, indptr: Tensor, indices: Tensor, shape: tuple[int, int]) -> None:
-        kind = torch.int32 if max(len(indices), *shape) <= INT32_MAX else torch.int64  # half the memory traffic where it fits
+        # half the memory traffic where it fits
+        kind = torch.int32 if max(len(indices), *shape) <= INT32_MAX else torch.int64
         self.indptr, self.indices, self.shape = indptr.to(kind), indices.to(kind), shape
 
     @cached_property
@@ -51,7 +53,9 @@ class Pattern:
 
     @cached_property
     def incidence(self) -> tuple[Pattern, Pattern]:
-        """Row by entry (N, E) and column by entry (M, E): products with them sum what the entries carry, at either end."""
+        """Row by entry (N, E) and column by entry (M, E): products with them sum what the entries carry, at either
+        end.
+        """
         E = len(self.indices)
         numbers = torch.arange(E, device=self.indices.device)
         transpose, order = self.transposed
@@ -63,13 +67,17 @@ class Pattern:
         return torch.mm(matrix, x)
 
     def dots(self, a: Tensor, b: Tensor) -> Tensor:
-        """For each entry (i, j) the product a_i . b_j of rows of a (N, F) and b (M, F): (E,). Not differentiable by itself."""
+        """For each entry (i, j) the product a_i . b_j of rows of a (N, F) and b (M, F): (E,). Not differentiable by
+        itself.
+        """
         zeros = torch.zeros(len(self.indices), dtype=a.dtype, device=a.device)
         matrix = torch.sparse_csr_tensor(self.indptr, self.indices, zeros, self.shape, check_invariants=False)
         return torch.sparse.sampled_addmm(matrix, a, b.T, beta=0.0).values()
 
     def blocks(self, count: int) -> Pattern:
-        """`count` copies of the pattern along the diagonal of a (count N, count M) matrix: all heads of attention in one product."""
+        """`count` copies of the pattern along the diagonal of a (count N, count M) matrix: all heads of attention in
+        one product.
+        """
         num_rows, num_columns = self.shape
         step = torch.arange(count, device=self.indices.device)[:, None]  # (H, 1), int64: the sums may leave int32
         indptr = (self.indptr[:-1] + step * len(self.indices)).flatten()
@@ -212,7 +220,9 @@ class Matrix:
 
 
 class SparseFeatures(Matrix):
-    """Input features (N, F) of which most are zero, such as word counts. `x @ weight` costs their non-zeros only, and so does dropout."""
+    """Input features (N, F) of which most are zero, such as word counts. `x @ weight` costs their non-zeros only,
+    and so does dropout.
+    """
 
     @classmethod
     def from_dense(cls, x: Tensor) -> SparseFeatures:
@@ -223,7 +233,9 @@ class SparseFeatures(Matrix):
         return cls(Pattern(indptr, columns, tuple(x.shape)), x[rows, columns])
 
     def dropout(self, p: float, training: bool = True) -> SparseFeatures:
-        """Dropout of the entries. A zero that is dropped stays zero, so this is dropout of the dense matrix at a hundredth of the cost."""
+        """Dropout of the entries. A zero that is dropped stays zero, so this is dropout of the dense matrix at a
+        hundredth of the cost.
+        """
         return SparseFeatures(self.pattern, dropout(self.values, p, training)) if training and p > 0 else self
 
     def scale_rows(self, factors: Tensor) -> SparseFeatures:
@@ -250,8 +262,8 @@ class SparseFeatures(Matrix):
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """Zero each number with probability p and scale the others by 1 / (1 - p) (Srivastava et al. 2014).
 
-    One 64-bit draw decides four numbers, 16 bits each, which is several times faster on a CPU than one draw a number; p is rounded to
-    a multiple of 2^-16, and the scale is that of the rounded p, so the expectation is exact.
+    One 64-bit draw decides four numbers, 16 bits each, which is several times faster on a CPU than one draw a number; p
+    is rounded to a multiple of 2^-16, and the scale is that of the rounded p, so the expectation is exact.
     """
     if not training or p <= 0:
         return x
@@ -264,9 +276,9 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
 class Structure:
     """Who hears from whom: an edge set that never changes, with its normalisations made once each.
 
-    Row i lists the sources whose messages destination i receives. For a whole graph the two sets are the nodes. For a sampled block
-    they differ: destinations are the first `num_dst` sources. The normalisations live and die with the edge set they belong to, so
-    no cached one can be used with other edges.
+    Row i lists the sources whose messages destination i receives. For a whole graph the two sets are the nodes. For a
+    sampled block they differ: destinations are the first `num_dst` sources. The normalisations live and die with the
+    edge set they belong to, so no cached one can be used with other edges.
 
     Args:
         indptr, indices: CSR (num_dst + 1,), (E,), within a row without repetition.
@@ -294,7 +306,8 @@ class Structure:
         """The same edges and a loop at each destination that has none."""
         rows, columns = self.pattern.rows.long(), self.pattern.indices.long()
         numbers = torch.arange(self.num_dst, device=self.device)
-        keys = torch.cat([rows * self.num_src + columns, numbers * self.num_src + numbers]).unique()  # sorted, each once
+        # sorted, each once
+        keys = torch.cat([rows * self.num_src + columns, numbers * self.num_src + numbers]).unique()
         rows = torch.div(keys, self.num_src, rounding_mode="floor")
         indptr = torch.zeros(self.num_dst + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(torch.bincount(rows, minlength=self.num_dst), 0, out=indptr[1:])
@@ -309,7 +322,9 @@ class Structure:
         return self._mean
 
     def gcn(self) -> Matrix:
-        """D^-1/2 (A + I) D^-1/2 with the degrees of A + I (Kipf & Welling 2017, the renormalisation trick). Square structures only."""
+        """D^-1/2 (A + I) D^-1/2 with the degrees of A + I (Kipf & Welling 2017, the renormalisation trick). Square
+        structures only.
+        """
         return self._gcn
 
     def heads(self, count: int) -> Pattern:
@@ -335,8 +350,10 @@ class Structure:
     @cached_property
     def _gcn(self) -> Matrix:
         if self.num_src != self.num_dst:
-            raise ValueError("the symmetric normalisation needs the degrees of all sources, which a sampled block does not hold: "
-                             "use model.layer=sage, gat or gin, or cluster batches")
+            raise ValueError(
+                "the symmetric normalisation needs the degrees of all sources, which a sampled block does not hold: "
+                "use model.layer=sage, gat or gin, or cluster batches"
+            )
         looped = self.with_loops
         rows, columns = looped.pattern.rows, looped.pattern.indices
         scale = looped.degree.to(torch.get_default_dtype()).rsqrt()

@@ -14,11 +14,14 @@ from sklearn.cluster import KMeans
 from gnn.partition_metrics import Csr, as_csr
 
 
-def spectral_communities(indptr: ArrayLike, indices: ArrayLike, num_communities: int, seed: int = 0) -> NDArray[np.int64]:
+def spectral_communities(
+    indptr: ArrayLike, indices: ArrayLike, num_communities: int, seed: int = 0
+) -> NDArray[np.int64]:
     """Normalised spectral clustering with c / N added to every entry of the adjacency (Amini et al. 2013); int64 (N,).
 
-    Without the addition, the leading eigenvectors of a sparse graph belong to its small components and dangling trees. K-means runs on
-    the rows of the k leading eigenvectors, scaled to length one (Ng, Jordan & Weiss 2002). `ValueError` unless 1 <= k <= N.
+    Without the addition, the leading eigenvectors of a sparse graph belong to its small components and dangling trees.
+    K-means runs on the rows of the k leading eigenvectors, scaled to length one (Ng, Jordan & Weiss 2002). `ValueError`
+    unless 1 <= k <= N.
     """
     graph, matrix = _matrix(indptr, indices, num_communities)
     size, tau = graph.num_nodes, float(graph.weights.sum()) / max(graph.num_nodes, 1)
@@ -36,11 +39,14 @@ def spectral_communities(indptr: ArrayLike, indices: ArrayLike, num_communities:
     return _k_means(vectors / np.maximum(length, 1e-12), num_communities, seed)
 
 
-def bethe_hessian_communities(indptr: ArrayLike, indices: ArrayLike, num_communities: int, seed: int = 0) -> NDArray[np.int64]:
-    """K-means on the k lowest eigenvectors of H(r) = (r^2 - 1) I - r A + D at r = sqrt(c) (Saade, Krzakala & Zdeborova 2014); int64 (N,).
+def bethe_hessian_communities(
+    indptr: ArrayLike, indices: ArrayLike, num_communities: int, seed: int = 0
+) -> NDArray[np.int64]:
+    """K-means on the k lowest eigenvectors of H(r) = (r^2 - 1) I - r A + D at r = sqrt(c) (Saade, Krzakala & Zdeborova
+    2014); int64 (N,).
 
-    On sparse random graphs it finds planted blocks down to the detectability threshold, where the adjacency's own eigenvectors fail.
-    `ValueError` unless 1 <= k <= N.
+    On sparse random graphs it finds planted blocks down to the detectability threshold, where the adjacency's own
+    eigenvectors fail. `ValueError` unless 1 <= k <= N.
     """
     graph, matrix = _matrix(indptr, indices, num_communities)
     degrees = graph.strength()
@@ -55,7 +61,9 @@ def _matrix(indptr: ArrayLike, indices: ArrayLike, num_communities: int) -> tupl
     """The checked graph, and the same as a scipy matrix."""
     graph = as_csr(indptr, indices)
     if not 1 <= num_communities <= graph.num_nodes:
-        raise ValueError(f"num_communities must be 1 to {graph.num_nodes}, the number of nodes; found {num_communities}")
+        raise ValueError(
+            f"num_communities must be 1 to {graph.num_nodes}, the number of nodes; found {num_communities}"
+        )
     return graph, sp.csr_array((graph.weights, graph.indices, graph.indptr), shape=(graph.num_nodes, graph.num_nodes))
 
 

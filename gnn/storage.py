@@ -1,4 +1,5 @@
-"""Graphs on disk: a folder of plain .npy files and a manifest, opened as memory maps so that a graph may exceed the memory.
+"""Graphs on disk: a folder of plain .npy files and a manifest, opened as memory maps so that a graph may exceed the
+memory.
 
 Legend: N nodes, E directed edges, F features.
 
@@ -22,8 +23,15 @@ from common.errors import ProjectError
 from common.files import write_json
 
 FORMAT = 1
-ARRAYS = {"indptr": "int64", "indices": "int32", "features": "float32", "labels": "int64", "train": "int64", "val": "int64",
-          "test": "int64"}
+ARRAYS = {
+    "indptr": "int64",
+    "indices": "int32",
+    "features": "float32",
+    "labels": "int64",
+    "train": "int64",
+    "val": "int64",
+    "test": "int64",
+}
 NEEDED = ("indptr", "indices")
 
 
@@ -44,7 +52,13 @@ def save_arrays(folder: Path, arrays: Mapping[str, NDArray], name: str = "graph"
             raise ValueError(f"{key}: {array.dtype} cannot be stored; a graph has {ARRAYS}")
         np.save(folder / f"{key}.npy", array, allow_pickle=False)
         about[key] = {"shape": list(array.shape), "dtype": str(array.dtype)}
-    text = {"format": FORMAT, "name": name, "num_nodes": len(arrays["indptr"]) - 1, "num_classes": num_classes, "arrays": about}
+    text = {
+        "format": FORMAT,
+        "name": name,
+        "num_nodes": len(arrays["indptr"]) - 1,
+        "num_classes": num_classes,
+        "arrays": about,
+    }
     write_json(manifest, text)
 
 
@@ -61,7 +75,9 @@ def open_arrays(folder: Path, in_memory: bool = False) -> tuple[dict[str, NDArra
         if manifest["format"] != FORMAT or not set(NEEDED) <= set(listed) <= set(ARRAYS):
             raise ProjectError(f"{path}: not a graph of format {FORMAT}; write it again with gnn.storage.save_arrays")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ProjectError(f"{path}: no graph here, or an unfinished one; write it with gnn.storage.save_arrays ({error})") from None
+        raise ProjectError(
+            f"{path}: no graph here, or an unfinished one; write it with gnn.storage.save_arrays ({error})"
+        ) from None
     arrays = {}
     for key, about in listed.items():
         file = folder / f"{key}.npy"
@@ -70,7 +86,9 @@ def open_arrays(folder: Path, in_memory: bool = False) -> tuple[dict[str, NDArra
         except (OSError, ValueError) as error:
             raise ProjectError(f"{file} cannot be read: {error}") from None
         if list(array.shape) != about["shape"] or str(array.dtype) != ARRAYS[key]:
-            raise ProjectError(f"{file} is {array.dtype} {array.shape}, but the manifest says {about['dtype']} {about['shape']}")
+            raise ProjectError(
+                f"{file} is {array.dtype} {array.shape}, but the manifest says {about['dtype']} {about['shape']}"
+            )
         arrays[key] = array.view(np.ndarray)  # compiled loops and PyTorch take a plain array over the same pages
     if arrays["indptr"][0] != 0 or arrays["indptr"][-1] != len(arrays["indices"]):
         raise ProjectError(f"{folder}: indptr does not span indices; the files are of different graphs")

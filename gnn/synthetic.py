@@ -2,15 +2,18 @@
 
 Legend: N nodes, M edges drawn, E directed edges kept, C communities, F features.
 
-DC-SBM   Degree-corrected stochastic block model, Karrer & Newman 2011: the number of edges between i and j is Poisson with mean
-         theta_i theta_j omega_{g_i g_j}. Here omega_rs is (1 - mixing) [r = s] / W_r + mixing / W, where W_r is the sum of theta in
-         community r and W that over all nodes: a share `mixing` of the edges ignores the communities. Given the number of edges, the
-         model is the same as drawing each edge by itself, both of its ends in proportion to theta; that is what is done, by Walker's
-         alias method (Walker 1977; Vose 1991), one table for each community. Expected degrees theta follow a bounded power law.
-R-MAT    Chakrabarti, Zhan, Faloutsos 2004: each edge descends into a quadrant of the adjacency matrix, once per bit of a node number.
+DC-SBM   Degree-corrected stochastic block model, Karrer & Newman 2011: the number of edges between i and j is Poisson
+         with mean theta_i theta_j omega_{g_i g_j}. Here omega_rs is (1 - mixing) [r = s] / W_r + mixing / W, where W_r
+         is the sum of theta in community r and W that over all nodes: a share `mixing` of the edges ignores the
+         communities. Given the number of edges, the model is the same as drawing each edge by itself, both of its ends
+         in proportion to theta; that is what is done, by Walker's alias method (Walker 1977; Vose 1991), one table for
+         each community.
+         Expected degrees theta follow a bounded power law.
+R-MAT    Chakrabarti, Zhan, Faloutsos 2004: each edge descends into a quadrant of the adjacency matrix, once per bit of
+         a node number.
 
-Self-loops and repeated edges are dropped, so a graph has somewhat fewer edges than were drawn. Features are drawn around one centre
-for each community with unit noise. All randomness is a function of (seed, node or edge number).
+Self-loops and repeated edges are dropped, so a graph has somewhat fewer edges than were drawn. Features are drawn
+around one centre for each community with unit noise. All randomness is a function of (seed, node or edge number).
 """
 
 from __future__ import annotations
@@ -34,7 +37,8 @@ from gnn.randomness import GOLDEN, below, low_unit, make_key, mix64, unit
 from gnn.storage import open_arrays, save_arrays
 
 _ROWS = 1 << 16  # nodes at a time where float temporaries would be large
-RMAT = (0.57, 0.19, 0.19, 0.05)  # the Graph500 benchmark's quadrants, close to those fitted to social networks in the R-MAT paper
+# the Graph500 benchmark's quadrants, close to those fitted to social networks in the R-MAT paper
+RMAT = (0.57, 0.19, 0.19, 0.05)
 
 
 @dataclass(frozen=True)
@@ -60,34 +64,52 @@ class Planted:
 
     @property
     def edge_evidence(self) -> NDArray:
-        """float64 (C,): log omega_rr - log omega_rs, what one neighbour known to be in r says for r against any other community."""
+        """float64 (C,): log omega_rr - log omega_rs, what one neighbour known to be in r says for r against any
+        other community.
+        """
         mixing = max(self.mixing, 1e-12)
         return np.log1p((1 - mixing) * self.weights.sum() / (mixing * np.maximum(self.weights, 1e-300)))
 
 
-def plant(num_nodes: int, num_edges: int, communities: int, mixing: float, exponent: float = 2.5, max_degree: float = 0.0,
-          size_skew: float = 0.0, seed: int = 0) -> Planted:
+def plant(
+    num_nodes: int,
+    num_edges: int,
+    communities: int,
+    mixing: float,
+    exponent: float = 2.5,
+    max_degree: float = 0.0,
+    size_skew: float = 0.0,
+    seed: int = 0,
+) -> Planted:
     """Draw communities and expected degrees of a DC-SBM with `num_edges` edges to be drawn.
 
     Args:
         exponent: density of theta falls as theta^-exponent; above 1.
-        max_degree: largest theta; 0 = sqrt(2 M), above which a simple graph cannot keep the wanted degrees (structural cut-off).
+        max_degree: largest theta; 0 = sqrt(2 M), above which a simple graph cannot keep the wanted degrees (structural
+            cut-off).
         size_skew: the share of community c is in proportion to (c + 1)^-size_skew; 0 = equal sizes.
 
     Raises:
         ValueError: a number is out of range, or max_degree is not above the mean degree.
     """
     if num_nodes < 2 or num_edges < 1 or not 1 <= communities <= num_nodes:
-        raise ValueError(f"{num_nodes} nodes, {num_edges} edges, {communities} communities: needs 2 nodes, 1 edge, and 1 to N communities")
+        raise ValueError(
+            f"{num_nodes} nodes, {num_edges} edges, {communities} communities: needs 2 nodes, 1 edge, and 1 to N "
+            "communities"
+        )
     if not 0 <= mixing <= 1 or exponent <= 1:
         raise ValueError(f"mixing={mixing} must lie in [0, 1] and exponent={exponent} above 1")
     mean = 2 * num_edges / num_nodes
     cap = max_degree or min(max((2 * num_edges) ** 0.5, 2 * mean), num_nodes - 1)
     if cap <= mean:
-        raise ValueError(f"max_degree={cap:g} must be above the mean degree {mean:g}; draw fewer edges or allow a larger degree")
+        raise ValueError(
+            f"max_degree={cap:g} must be above the mean degree {mean:g}; draw fewer edges or allow a larger degree"
+        )
     rng = np.random.Generator(np.random.PCG64(int(make_key(seed, 1))))
     shares = np.arange(1, communities + 1, dtype=np.float64) ** -size_skew
-    labels = np.searchsorted(np.cumsum(shares / shares.sum())[:-1], rng.random(num_nodes), side="right").astype(np.int32)
+    labels = np.searchsorted(np.cumsum(shares / shares.sum())[:-1], rng.random(num_nodes), side="right").astype(
+        np.int32
+    )
     theta = _power_law(rng.random(num_nodes), mean, cap, exponent)
     theta *= 2 * num_edges / theta.sum()
     return Planted(labels, theta, np.bincount(labels, theta, minlength=communities), mixing)
@@ -109,7 +131,8 @@ def _power_law(u: NDArray, mean: float, cap: float, exponent: float) -> NDArray:
 
 
 def dcsbm(planted: Planted, num_edges: int, seed: int = 0) -> tuple[NDArray, NDArray]:
-    """A graph of the model `planted` with `num_edges` edges drawn: indptr int64 (N + 1,), indices int32 (E,), see `undirected_csr`.
+    """A graph of the model `planted` with `num_edges` edges drawn: indptr int64 (N + 1,), indices int32 (E,), see
+    `undirected_csr`.
 
     Peak memory: 16 bytes for each edge drawn and about 40 for each node.
     """
@@ -125,7 +148,9 @@ def dcsbm(planted: Planted, num_edges: int, seed: int = 0) -> tuple[NDArray, NDA
 
 @njit(cache=True, nogil=True)
 def _alias_tables(weights: NDArray, starts: NDArray) -> tuple[NDArray, NDArray]:
-    """Vose's alias tables of each part weights[starts[r]:starts[r + 1]]: accept float32 (N,), alias int32 (N,) position in the whole."""
+    """Vose's alias tables of each part weights[starts[r]:starts[r + 1]]: accept float32 (N,), alias int32 (N,)
+    position in the whole.
+    """
     n = len(weights)
     accept, alias = np.ones(n, np.float32), np.arange(n).astype(np.int32)
     scaled, stack = np.empty(n, np.float64), np.empty(n, np.int32)
@@ -154,9 +179,20 @@ def _alias_tables(weights: NDArray, starts: NDArray) -> tuple[NDArray, NDArray]:
 
 
 @njit(cache=True, nogil=True)
-def _draw_blocks(key: int, src: NDArray, dst: NDArray, bounds: NDArray, starts: NDArray, accept: NDArray, own: NDArray, other: NDArray,
-                 mixing: float) -> None:
-    """Edge e: a community r by weight, an end in r by theta, and the other end in r too, or (share `mixing`) anywhere by theta."""
+def _draw_blocks(
+    key: int,
+    src: NDArray,
+    dst: NDArray,
+    bounds: NDArray,
+    starts: NDArray,
+    accept: NDArray,
+    own: NDArray,
+    other: NDArray,
+    mixing: float,
+) -> None:
+    """Edge e: a community r by weight, an end in r by theta, and the other end in r too, or (share `mixing`)
+    anywhere by theta.
+    """
     for e in range(len(src)):
         z = mix64(key + np.uint64(e) * GOLDEN)
         first = _pick(bounds, unit(z))
@@ -183,9 +219,15 @@ def _pick(bounds: NDArray, u: float) -> int:
     return low
 
 
-def rmat(num_nodes: int, num_edges: int, quadrants: tuple[float, float, float, float] = RMAT, seed: int = 0,
-         shuffle: bool = True) -> tuple[NDArray, NDArray, NDArray]:
-    """An R-MAT graph: indptr int64 (N + 1,), indices int32 (E,), and the address int32 (N,) of each node in the recursion.
+def rmat(
+    num_nodes: int,
+    num_edges: int,
+    quadrants: tuple[float, float, float, float] = RMAT,
+    seed: int = 0,
+    shuffle: bool = True,
+) -> tuple[NDArray, NDArray, NDArray]:
+    """An R-MAT graph: indptr int64 (N + 1,), indices int32 (E,), and the address int32 (N,) of each node in the
+    recursion.
 
     Args:
         quadrants: probabilities (a, b, c, d) of the four quadrants; they must sum to 1.
@@ -197,7 +239,9 @@ def rmat(num_nodes: int, num_edges: int, quadrants: tuple[float, float, float, f
     if min(quadrants) < 0 or abs(sum(quadrants) - 1) > 1e-6:
         raise ValueError(f"quadrants={quadrants} must be four probabilities that sum to 1")
     if quadrants[0] <= 0 or num_nodes < 2 or num_edges < 1:
-        raise ValueError(f"{num_nodes} nodes, {num_edges} edges, quadrant a={quadrants[0]}: needs 2 nodes, 1 edge and a above 0")
+        raise ValueError(
+            f"{num_nodes} nodes, {num_edges} edges, quadrant a={quadrants[0]}: needs 2 nodes, 1 edge and a above 0"
+        )
     order = np.arange(num_nodes, dtype=np.int32)
     if shuffle:
         np.random.Generator(np.random.PCG64(int(make_key(seed, 3)))).shuffle(order)
@@ -222,13 +266,16 @@ def _draw_quadrants(key: int, src: NDArray, dst: NDArray, bits: int, cuts: NDArr
                 if level % 4 == 0:
                     z = mix64(z + GOLDEN)
                 word = np.int64((z >> np.uint64(16 * (level % 4))) & np.uint64(0xFFFF))
-                quadrant = np.int64(word >= cuts[0]) + np.int64(word >= cuts[1]) + np.int64(word >= cuts[2])  # a b over c d
+                # a b over c d
+                quadrant = np.int64(word >= cuts[0]) + np.int64(word >= cuts[1]) + np.int64(word >= cuts[2])
                 u, v = 2 * u + quadrant // 2, 2 * v + quadrant % 2
         src[e], dst[e] = order[u], order[v]
 
 
 def centres(communities: int, num_features: int, signal: float, seed: int = 0) -> NDArray:
-    """float32 (C, F) community centres: random directions of length `signal`, in units of the noise's standard deviation."""
+    """float32 (C, F) community centres: random directions of length `signal`, in units of the noise's standard
+    deviation.
+    """
     rng = np.random.Generator(np.random.PCG64(int(make_key(seed, 5))))
     points = rng.standard_normal((communities, num_features))
     return (signal * points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
@@ -268,7 +315,8 @@ def split(labels: NDArray, shares: tuple[float, float, float], seed: int = 0) ->
 
 
 def load_social(config: Config) -> Graph:
-    """The network that `config.synthetic` describes, made anew or opened from `synthetic.folder`, where it is kept if that is set.
+    """The network that `config.synthetic` describes, made anew or opened from `synthetic.folder`, where it is kept if
+    that is set.
 
     Raises:
         ProjectError: the folder holds another graph.
@@ -286,7 +334,9 @@ def load_social(config: Config) -> Graph:
             shutil.rmtree(partial)
     arrays, manifest = open_arrays(folder)
     if manifest["name"] != about:
-        raise ProjectError(f"{folder} holds another graph than the config describes: remove the folder or change synthetic.folder")
+        raise ProjectError(
+            f"{folder} holds another graph than the config describes: remove the folder or change synthetic.folder"
+        )
     return _as_graph(arrays, settings)
 
 
@@ -302,14 +352,29 @@ def make_social(settings: SyntheticConfig) -> dict[str, NDArray]:
     points = centres(settings.communities, settings.features, settings.signal, settings.seed)
     labels = observed_labels(communities, settings.communities, settings.label_noise, settings.unknown, settings.seed)
     train, val, test = split(labels, (settings.train_share, settings.val_share, settings.test_share), settings.seed)
-    return {"indptr": indptr, "indices": indices, "features": features(communities, points, settings.seed), "labels": labels,
-            "train": train, "val": val, "test": test}
+    return {
+        "indptr": indptr,
+        "indices": indices,
+        "features": features(communities, points, settings.seed),
+        "labels": labels,
+        "train": train,
+        "val": val,
+        "test": test,
+    }
 
 
 def plant_social(settings: SyntheticConfig) -> Planted:
     """The communities and expected degrees of that network, without drawing its edges."""
-    return plant(settings.nodes, settings.edges, settings.communities, settings.mixing, settings.exponent, settings.max_degree,
-                 settings.size_skew, settings.seed)
+    return plant(
+        settings.nodes,
+        settings.edges,
+        settings.communities,
+        settings.mixing,
+        settings.exponent,
+        settings.max_degree,
+        settings.size_skew,
+        settings.seed,
+    )
 
 
 def _as_graph(arrays: dict[str, NDArray], settings: SyntheticConfig) -> Graph:

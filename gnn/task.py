@@ -1,8 +1,8 @@
 """What the training loop asks of a task.
 
-There is one loop (train.py) and there are four tasks, each in a module of its own: nodes (node.py; sampled.py where a step sees only a
-part of the graph), links (link.py), whole graphs (graphs.py), communities (community.py). A task holds the data and knows losses and
-metrics; it never holds the model.
+There is one loop (train.py) and there are four tasks, each in a module of its own: nodes (node.py; sampled.py where a
+step sees only a part of the graph), links (link.py), whole graphs (graphs.py), communities (community.py). A task holds
+the data and knows losses and metrics; it never holds the model.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from gnn.config import Config
 class Task:
     """One kind of question about graphs, for one dataset.
 
-    A run repeats the training `num_trials` times. Everything random in trial t is a function of (config.seed + t, step) alone, so a
-    trial gives the same result whether it runs first, last or resumed.
+    A run repeats the training `num_trials` times. Everything random in trial t is a function of (config.seed + t, step)
+    alone, so a trial gives the same result whether it runs first, last or resumed.
 
     Attributes:
         num_trials: how often the training is repeated: seeds, or folds of a cross-validation.
@@ -37,14 +37,21 @@ class Task:
         return self.config.seed + trial
 
     def build(self, trial: int) -> nn.Module:
-        """A fresh model on the device, and the trial's own split where it has one. The global generator has been seeded."""
+        """A fresh model on the device, and the trial's own split where it has one. The global generator has been
+        seeded.
+        """
         raise NotImplementedError
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """Adam with L2 penalty, as the papers of this field use it. A model may group its weights with `weight_groups()`."""
+        """Adam with L2 penalty, as the papers of this field use it. A model may group its weights with
+        `weight_groups()`.
+        """
         train = self.config.train
         first, rest = model.weight_groups() if hasattr(model, "weight_groups") else (list(model.parameters()), [])
-        groups = [{"params": first, "weight_decay": train.weight_decay}, {"params": rest, "weight_decay": train.weight_decay_rest}]
+        groups = [
+            {"params": first, "weight_decay": train.weight_decay},
+            {"params": rest, "weight_decay": train.weight_decay_rest},
+        ]
         groups = [group for group in groups if group["params"]]
         return torch.optim.Adam(groups, lr=train.lr, fused=self.device.type in ("cpu", "cuda"))
 
@@ -53,7 +60,9 @@ class Task:
         raise NotImplementedError
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """What is logged of the held-out part; "criterion" (lower is better) chooses the weights to keep. Never sees the test part."""
+        """What is logged of the held-out part; "criterion" (lower is better) chooses the weights to keep. Never sees
+        the test part.
+        """
         raise NotImplementedError
 
     def test(self, model: nn.Module) -> dict[str, float]:

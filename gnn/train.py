@@ -1,7 +1,9 @@
-"""Train graph neural networks:  python -m gnn.train --config configs/gcn_cora.yaml [key=value ...] [--resume] [--dry-run]
+"""Train graph neural networks:
 
-A run is `train.seeds` trainings one after another (or one a fold), each of `train.steps` updates; the weights that were best on the
-validation part are kept of each. Test labels and test edges are for gnn.eval alone.
+    python -m gnn.train --config configs/gcn_cora.yaml [key=value ...] [--resume] [--dry-run]
+
+A run is `train.seeds` trainings one after another (or one a fold), each of `train.steps` updates; the weights that were
+best on the validation part are kept of each. Test labels and test edges are for gnn.eval alone.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
@@ -55,7 +57,8 @@ def train(config: Config, options: Options) -> None:
             if not best.exhausted(epoch, config.train.patience):
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(epoch, config.train)
-                runtime.seed_generators(run.device, task.seed_of(trial), epoch)  # the same in every process, and whatever ran before
+                # the same in every process, and whatever ran before
+                runtime.seed_generators(run.device, task.seed_of(trial), epoch)
                 model.train()
                 optimizer.zero_grad(set_to_none=True)
                 loss = task.loss(net, epoch)
@@ -68,7 +71,12 @@ def train(config: Config, options: Options) -> None:
                     best.update(values.pop("criterion"), epoch, model)
                 run.log(step, config.train.log_every, {"steps": 1}, loss=loss.detach(), grad_norm=grad_norm, **values)
             if epoch == steps and run.is_main:
-                facts = {"project": "gnn", "seed": str(task.seed_of(trial)), "step": str(best.step), "config": to_yaml(config)}
+                facts = {
+                    "project": "gnn",
+                    "seed": str(task.seed_of(trial)),
+                    "step": str(best.step),
+                    "config": to_yaml(config),
+                }
                 export_weights(run.folder / f"models/{trial:04d}.safetensors", best.weights, facts)
             if run.save_due(step, config.train.save_every):
                 run.save(step, model=model, optimizer=optimizer, kept=best)
@@ -124,7 +132,9 @@ def describe(config: Config) -> None:
     print(to_yaml(config), end="")
     for line in task.describe():
         print(f"# {line}")
-    print(f"# {runtime.count_parameters(model):,} parameters; {task.num_trials} trainings of {config.train.steps} steps")
+    print(
+        f"# {runtime.count_parameters(model):,} parameters; {task.num_trials} trainings of {config.train.steps} steps"
+    )
 
 
 if __name__ == "__main__":

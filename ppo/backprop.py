@@ -1,11 +1,12 @@
 """Backpropagation by hand: the gradient of the clipped objective for small MLPs on a CPU, without autograd.
 
-With layers of 64 units PyTorch spends most of a minibatch on dispatching about 150 small operations and on recording them; the arithmetic
-is a fifth of it. Here the chain rule is written out in NumPy, on arrays that share their memory with the model's weights and gradients.
-What comes out is what `loss.backward()` would give, up to rounding (tests/ppo/test_backprop.py), at a fourth of the time.
+With layers of 64 units PyTorch spends most of a minibatch on dispatching about 150 small operations and on recording
+them; the arithmetic is a fifth of it. Here the chain rule is written out in NumPy, on arrays that share their memory
+with the model's weights and gradients. What comes out is what `loss.backward()` would give, up to rounding
+(tests/ppo/test_backprop.py), at a fourth of the time.
 
-Legend: B samples of a minibatch, O numbers of an observation, P numbers that describe a distribution, A actions, D dimensions of an
-action, N rows of the whole rollout. dX is the derivative of the loss with respect to X.
+Legend: B samples of a minibatch, O numbers of an observation, P numbers that describe a distribution, A actions, D
+dimensions of an action, N rows of the whole rollout. dX is the derivative of the loss with respect to X.
 """
 
 from __future__ import annotations
@@ -20,13 +21,23 @@ from ppo.config import TrainConfig
 from ppo.distributions import LOG_SQRT_2PI, Categorical, Distribution, Gaussian
 from ppo.model import ActorCritic
 
-ACTIVATIONS = {nn.Tanh: (np.tanh, lambda y: 1 - y * y), nn.ReLU: (lambda x, out: np.maximum(x, 0, out=out), lambda y: y > 0)}
+ACTIVATIONS = {
+    nn.Tanh: (np.tanh, lambda y: 1 - y * y),
+    nn.ReLU: (lambda x, out: np.maximum(x, 0, out=out), lambda y: y > 0),
+}
 
 
 def can_backprop(model: ActorCritic, distribution: Distribution, device: torch.device, world: int) -> bool:
-    """Whether this module knows the derivatives: separate MLPs, one categorical or Gaussian action, one process, a CPU."""
-    return (device.type == "cpu" and world == 1 and model.kind == "mlp" and model.critic_trunk is not None
-            and type(distribution) in (Categorical, Gaussian))
+    """Whether this module knows the derivatives: separate MLPs, one categorical or Gaussian action, one process, a
+    CPU.
+    """
+    return (
+        device.type == "cpu"
+        and world == 1
+        and model.kind == "mlp"
+        and model.critic_trunk is not None
+        and type(distribution) in (Categorical, Gaussian)
+    )
 
 
 @dataclass
@@ -80,7 +91,8 @@ class Backprop:
     All weights are moved into one vector, so that clipping and Adam handle a single tensor.
 
     Attributes:
-        weights: that vector, with its gradient in `weights.grad`: what the optimizer gets. The model's own parameters are views of it.
+        weights: that vector, with its gradient in `weights.grad`: what the optimizer gets. The model's own parameters
+            are views of it.
     """
 
     def __init__(self, model: ActorCritic, distribution: Distribution, settings: TrainConfig) -> None:
@@ -102,15 +114,21 @@ class Backprop:
         """As `ActorCritic.act`, without recording anything: parameters of the distribution (B, P)."""
         x = observations.reshape(len(observations), -1).astype(self.actor.layers[0].weight.dtype, copy=False)
         out = self.actor.forward(x)[-1]
-        return torch.from_numpy(np.concatenate([out, np.broadcast_to(self.log_std, out.shape)], axis=1) if self.gaussian else out)
+        return torch.from_numpy(
+            np.concatenate([out, np.broadcast_to(self.log_std, out.shape)], axis=1) if self.gaussian else out
+        )
 
-    def gradients(self, observations: Tensor, actions: Tensor, numbers: Tensor, rows: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    def gradients(
+        self, observations: Tensor, actions: Tensor, numbers: Tensor, rows: Tensor, clip: float
+    ) -> tuple[Tensor, Tensor]:
         """Fill `weights.grad` for the minibatch `rows` (B,).
 
         Args:
-            observations: (N, O). actions: (N,) or (N, D). numbers: (4, N): old log-probability, old value, advantage, return.
+            observations: (N, O). actions: (N,) or (N, D). numbers: (4, N): old log-probability, old value, advantage,
+                return.
         Returns:
-            the loss, and the means of policy loss, value loss, entropy, KL and clipped share (5,), as `objective.Terms`.
+            the loss, and the means of policy loss, value loss, entropy, KL and clipped share (5,), as
+            `objective.Terms`.
         """
         s, chosen = self.settings, rows.numpy()
         x, a = observations.numpy()[chosen], actions.numpy()[chosen]
@@ -126,7 +144,8 @@ class Backprop:
         ratio = np.exp(log_ratio)
         plain, clipped = ratio * advantages, np.minimum(np.maximum(ratio, 1 - clip), 1 + clip) * advantages
         weight = 1 / len(rows)
-        d_log_prob = np.where(plain <= clipped, -weight * plain, 0)  # d ratio = ratio d log_prob; 0 where the clipped one counts
+        # d ratio = ratio d log_prob; 0 where the clipped one counts
+        d_log_prob = np.where(plain <= clipped, -weight * plain, 0)
         error = d_values = values - returns
         if s.clip_value > 0:
             moved = values - old_values
@@ -137,14 +156,20 @@ class Backprop:
         self.critic.backward(critic_hidden, (s.value_weight * weight) * d_values[:, None])
         self.actor.backward(hidden, score(d_log_prob, -s.entropy_weight * weight))
 
-        means = [-mean(np.minimum(plain, clipped)), error @ error * (weight / 2), mean(entropy), mean(np.expm1(log_ratio) - log_ratio),
-                 np.count_nonzero(abs(ratio - 1) > clip) * weight]
+        means = [
+            -mean(np.minimum(plain, clipped)),
+            error @ error * (weight / 2),
+            mean(entropy),
+            mean(np.expm1(log_ratio) - log_ratio),
+            np.count_nonzero(abs(ratio - 1) > clip) * weight,
+        ]
         loss = means[0] + s.value_weight * means[1] - s.entropy_weight * means[2]
         return torch.tensor(loss), torch.tensor(means, dtype=self.weights.dtype)
 
     @staticmethod
     def score_categorical(logits: np.ndarray, actions: np.ndarray) -> tuple:
-        """Log-probability (B,) and entropy (B,) of actions (B,), and the function that carries their derivatives on to the logits (B, A).
+        """Log-probability (B,) and entropy (B,) of actions (B,), and the function that carries their derivatives on to
+        the logits (B, A).
 
         d log p(a) / d z_k = [k = a] - p_k and d H / d z_k = -p_k (log p_k + H).
         """
@@ -180,7 +205,10 @@ class Backprop:
 def network(trunk: nn.Sequential, head: nn.Linear, arrays: dict) -> Network:
     """The layers of a trunk and its head; `arrays` has each parameter's values and gradient."""
     modules = [*trunk, head]
-    layers = [Layer(arrays[m.weight][0], arrays[m.bias][0], arrays[m.weight][1], arrays[m.bias][1]) for m in modules
-              if isinstance(m, nn.Linear)]
+    layers = [
+        Layer(arrays[m.weight][0], arrays[m.bias][0], arrays[m.weight][1], arrays[m.bias][1])
+        for m in modules
+        if isinstance(m, nn.Linear)
+    ]
     activation = next((type(m) for m in modules if not isinstance(m, nn.Linear)), nn.Tanh)
     return Network(layers, activation)

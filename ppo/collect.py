@@ -36,7 +36,9 @@ class Collector:
         num_episodes, num_steps: since the start; dead rows are not steps.
     """
 
-    def __init__(self, config: Config, vector: Vector, distribution: Distribution, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self, config: Config, vector: Vector, distribution: Distribution, rank: int = 0, world: int = 1
+    ) -> None:
         self.config, self.vector, self.distribution, self.rank, self.world = config, vector, distribution, rank, world
         self.space = vector.observation_space
         shape, count, train, env = observation_shape(self.space), len(vector), config.train, config.env
@@ -55,20 +57,25 @@ class Collector:
         self.returns, self.lengths = np.zeros(count), np.zeros(count, dtype=np.int64)  # of the running games
 
     @torch.inference_mode()
-    def collect(self, model: ActorCritic, generator: torch.Generator, device: torch.device, act: Act | None = None) -> Rollout:
+    def collect(
+        self, model: ActorCritic, generator: torch.Generator, device: torch.device, act: Act | None = None
+    ) -> Rollout:
         """T steps of each environment with actions drawn from the policy.
 
         Args:
-            act: from observations (N, *O) to the distribution's parameters (N, P); `model.act` where there is nothing quicker.
+            act: from observations (N, *O) to the distribution's parameters (N, P); `model.act` where there is nothing
+                quicker.
 
-        The noise of all environments of all processes is drawn at once, and each process takes its part, so that what environment n does
-        does not depend on how they are spread.
+        The noise of all environments of all processes is drawn at once, and each process takes its part, so that what
+        environment n does does not depend on how they are spread.
         """
         rollout, distribution, count = self.rollout, self.distribution, len(self.vector)
         rollout.clear()
         steps = len(rollout.rewards)
         act = act or (lambda seen: model.act(torch.from_numpy(np.ascontiguousarray(seen)).to(device)))
-        noise = distribution.noise((steps, count * self.world), generator)[:, self.rank * count : (self.rank + 1) * count]
+        noise = distribution.noise((steps, count * self.world), generator)[
+            :, self.rank * count : (self.rank + 1) * count
+        ]
         for t in range(steps):
             seen = self.observations(self.current)
             rollout.observations[t] = seen
@@ -111,18 +118,29 @@ class Collector:
         self.num_episodes += len(rollout.episodes)
 
     def played(self) -> dict[str, float]:
-        """Mean return and length of the last 100 episodes of each process (NaN before the first), episodes and steps of all processes."""
+        """Mean return and length of the last 100 episodes of each process (NaN before the first), episodes and steps
+        of all processes.
+        """
         pairs = np.array(self.recent, dtype=np.float64).reshape(-1, 2)
-        sums = shared_sum(np.array([len(pairs), *pairs.sum(axis=0), self.num_episodes, self.num_steps], dtype=np.float64))
-        count, returned, length, num_episodes, num_steps = sums.tolist()  # plain numbers: a checkpoint holds no numpy scalars
+        sums = shared_sum(
+            np.array([len(pairs), *pairs.sum(axis=0), self.num_episodes, self.num_steps], dtype=np.float64)
+        )
+        # plain numbers: a checkpoint holds no numpy scalars
+        count, returned, length, num_episodes, num_steps = sums.tolist()
         count = count or math.nan
-        return {"return_mean": returned / count, "length_mean": length / count, "episodes": num_episodes, "env_steps": num_steps}
+        return {
+            "return_mean": returned / count,
+            "length_mean": length / count,
+            "episodes": num_episodes,
+            "env_steps": num_steps,
+        }
 
     def restart(self, update: int) -> None:
-        """New episodes from (seed, update) where the simulators' state can only be played again, so that this stays short.
+        """New episodes from (seed, update) where the simulators' state can only be played again, so that this stays
+        short.
 
-        The training program calls it before every regular save, and not where a stop signal brought one, so that a run that was stopped
-        and one that was not do the same.
+        The training program calls it before every regular save, and not where a stop signal brought one, so that a run
+        that was stopped and one that was not do the same.
         """
         if isinstance(self.vector, GymVector) and not self.vector.readable:
             self.current = as_input(self.space, self.vector.reset(update))
@@ -134,13 +152,21 @@ class Collector:
 
     def state_dict(self) -> dict[str, Any]:
         """All that this process would need to go on."""
-        return {"vector": self.vector.state_dict(), "observations": self.observations.state_dict(), "rewards": self.rewards.state_dict(),
-                "recent": [list(pair) for pair in self.recent], "num_episodes": self.num_episodes, "num_steps": self.num_steps,
-                "current": torch.from_numpy(np.array(self.current)), "returns": torch.from_numpy(self.returns.copy()),
-                "lengths": torch.from_numpy(self.lengths.copy())}
+        return {
+            "vector": self.vector.state_dict(),
+            "observations": self.observations.state_dict(),
+            "rewards": self.rewards.state_dict(),
+            "recent": [list(pair) for pair in self.recent],
+            "num_episodes": self.num_episodes,
+            "num_steps": self.num_steps,
+            "current": torch.from_numpy(np.array(self.current)),
+            "returns": torch.from_numpy(self.returns.copy()),
+            "lengths": torch.from_numpy(self.lengths.copy()),
+        }
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """From a checkpoint, as `gathered`. `ProjectError` for another number of processes, or an environment that does not repeat itself.
+        """From a checkpoint, as `gathered`. `ProjectError` for another number of processes, or an environment that does
+        not repeat itself.
 
         Worker processes' environments that do not repeat themselves begin new episodes.
         """
@@ -156,6 +182,9 @@ class Collector:
         if np.array_equal(self.current, state["current"].numpy()):
             return
         if isinstance(self.vector, LocalVector) or self.vector.readable:
-            raise ProjectError(f"{self.config.env.id} does not come back to where it was: the same seed and actions led elsewhere; use "
-                               "env.backend=processes, which starts new episodes at each checkpoint")
+            raise ProjectError(
+                f"{self.config.env.id} does not come back to where it was: the same seed and actions led elsewhere; "
+                "use "
+                "env.backend=processes, which starts new episodes at each checkpoint"
+            )
         self.restart(self.num_steps)

@@ -1,4 +1,5 @@
-"""Every setting of the ppo project, with its default and its unit. YAML files override these, `key=value` overrides both.
+"""Every setting of the ppo project, with its default and its unit. YAML files override these, `key=value` overrides
+both.
 
 This module imports nothing heavy, so that a mistake in a config is reported before PyTorch has loaded.
 """
@@ -18,7 +19,8 @@ class EnvConfig:
 
     id: str = "CartPole-v1"  # a gymnasium id, or ALE/<Game>-v5
     count: int = 8  # copies side by side, over all processes together
-    # auto: atari for ALE, native where there is one, else local; envpool: its own C++ versions of these environments, in threads
+    # auto: atari for ALE, native where there is one, else local; envpool: its own C++ versions of these environments,
+    # in threads
     backend: Literal["auto", "local", "native", "processes", "atari", "envpool"] = "auto"
     continuous: bool = False  # passed to environments that know it, such as LunarLander-v3
     max_episode_steps: int = 0  # 0 = what the environment was registered with
@@ -80,12 +82,14 @@ class TrainConfig:
     entropy_weight: float = 0.0
     normalize_advantage: bool = True  # in each minibatch: zero mean, unit variance
     max_grad_norm: float = 0.5  # 0 = no limit
-    target_kl: float = 0.0  # stop all remaining epochs of an update when the approximate KL exceeds 1.5 times this; 0 = never
+    # stop all remaining epochs of an update when the approximate KL exceeds 1.5 times this; 0 = never
+    target_kl: float = 0.0
     adam_eps: float = 1e-5
     bootstrap_truncated: bool = True  # add the value of the final observation where an episode ran out of time
     log_every: int = 1  # updates
     save_every: int = 20  # updates
-    backprop: Literal["auto", "autograd", "manual"] = "auto"  # manual: by hand in NumPy, for MLPs on a CPU; auto: where that is known
+    # manual: by hand in NumPy, for MLPs on a CPU; auto: where that is known
+    backprop: Literal["auto", "autograd", "manual"] = "auto"
     threads: int = 1  # CPU threads: these networks are too small for more; 0 = all
 
     def __post_init__(self) -> None:
@@ -129,4 +133,6 @@ class Config(BaseConfig):
 
     def __post_init__(self) -> None:
         size = self.env.count * self.train.rollout
-        require(self.train.batch_size <= size, "train.batch_size", f"must be at most env.count * train.rollout = {size}")
+        require(
+            self.train.batch_size <= size, "train.batch_size", f"must be at most env.count * train.rollout = {size}"
+        )

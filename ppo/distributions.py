@@ -1,7 +1,8 @@
 """Distributions over actions: how one is drawn, how likely it was, how spread they are.
 
-Each is a handful of functions of the network's output, with the noise handed in, so that a rollout's randomness is drawn at once, from
-a generator that depends on (seed, update) only. Tests hold them against torch.distributions and stable-baselines3.
+Each is a handful of functions of the network's output, with the noise handed in, so that a rollout's randomness is
+drawn at once, from a generator that depends on (seed, update) only. Tests hold them against torch.distributions and
+stable-baselines3.
 
 Legend: B batch, A actions of a discrete space, D dimensions of an action, P numbers that the network puts out.
 """
@@ -53,10 +54,16 @@ class Categorical:
 
 
 class MultiCategorical:
-    """Several independent choices at a time, from all their logits side by side (B, sum A_i). Actions are int64 (B, D)."""
+    """Several independent choices at a time, from all their logits side by side (B, sum A_i). Actions are int64 (B,
+    D).
+    """
 
     def __init__(self, space: gym.spaces.MultiDiscrete | gym.spaces.MultiBinary) -> None:
-        sizes = [2] * int(np.prod(space.shape)) if isinstance(space, gym.spaces.MultiBinary) else [int(n) for n in space.nvec.flatten()]
+        sizes = (
+            [2] * int(np.prod(space.shape))
+            if isinstance(space, gym.spaces.MultiBinary)
+            else [int(n) for n in space.nvec.flatten()]
+        )
         self.sizes, self.start = sizes, np.asarray(getattr(space, "start", 0)).flatten()
         self.num_parameters, self.action_shape, self.discrete = sum(sizes), (len(sizes),), True
         self.noise_shape, self.shape = (self.num_parameters,), space.shape
@@ -76,8 +83,10 @@ class MultiCategorical:
 
     def log_prob_entropy(self, parameters: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """Sums over the choices, both (B,)."""
-        pairs = [part.log_prob_entropy(logits, actions[..., i])
-                 for i, (part, logits) in enumerate(zip(self.parts, parameters.split(self.sizes, dim=-1)))]
+        pairs = [
+            part.log_prob_entropy(logits, actions[..., i])
+            for i, (part, logits) in enumerate(zip(self.parts, parameters.split(self.sizes, dim=-1)))
+        ]
         return sum(p for p, _ in pairs), sum(e for _, e in pairs)
 
     def to_env(self, actions: np.ndarray) -> np.ndarray:
@@ -86,10 +95,11 @@ class MultiCategorical:
 
 
 class Gaussian:
-    """Independent normals, from means and log standard deviations side by side (B, 2 D). Actions are floats (B, D), not bounded.
+    """Independent normals, from means and log standard deviations side by side (B, 2 D). Actions are floats (B, D), not
+    bounded.
 
-    The environment gets them clipped to its bounds; what is scored is the action as it was drawn, for the density of the clipped one
-    would be another function, and its gradient wrong at the bounds.
+    The environment gets them clipped to its bounds; what is scored is the action as it was drawn, for the density of
+    the clipped one would be another function, and its gradient wrong at the bounds.
     """
 
     def __init__(self, space: gym.spaces.Box) -> None:
@@ -123,10 +133,12 @@ class Gaussian:
 
 
 class SquashedGaussian(Gaussian):
-    """tanh of a Gaussian, stretched to the bounds (Haarnoja et al. 2018, appendix C). Stored actions are those before the tanh.
+    """tanh of a Gaussian, stretched to the bounds (Haarnoja et al. 2018, appendix C). Stored actions are those before
+    the tanh.
 
-    The density is that of tanh(u) in (-1, 1): log N(u) - sum log(1 - tanh(u)^2), the last term as 2 (log 2 - u - softplus(-2 u)), which
-    does not lose its digits for large u. The entropy has no closed form; its estimate from the action at hand is -log p.
+    The density is that of tanh(u) in (-1, 1): log N(u) - sum log(1 - tanh(u)^2), the last term as 2 (log 2 - u -
+    softplus(-2 u)), which does not lose its digits for large u. The entropy has no closed form; its estimate from the
+    action at hand is -log p.
     """
 
     def __init__(self, space: gym.spaces.Box) -> None:
@@ -156,11 +168,15 @@ def distribution_for(space: gym.Space, squash: bool = False) -> Distribution:
         return MultiCategorical(space)
     if isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
         return SquashedGaussian(space) if squash else Gaussian(space)
-    raise ProjectError(f"action space {space} is not supported: Discrete, MultiDiscrete, MultiBinary and floating-point Box are")
+    raise ProjectError(
+        f"action space {space} is not supported: Discrete, MultiDiscrete, MultiBinary and floating-point Box are"
+    )
 
 
 class PolicyHead(nn.Module):
-    """From features (B, F) to the parameters of a distribution (B, P); a Gaussian's log standard deviations do not depend on the state."""
+    """From features (B, F) to the parameters of a distribution (B, P); a Gaussian's log standard deviations do not
+    depend on the state.
+    """
 
     def __init__(self, features: int, distribution: Any, log_std: float) -> None:
         super().__init__()

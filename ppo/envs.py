@@ -1,10 +1,12 @@
-"""Environments side by side, under gymnasium 1.x: one meaning of a step, whatever resets what, and a state that can be saved.
+"""Environments side by side, under gymnasium 1.x: one meaning of a step, whatever resets what, and a state that can be
+saved.
 
-Gymnasium's vector environments reset a finished copy in one of three ways (`AutoresetMode`). NEXT_STEP: the step after the last one
-ignores its action and returns the first observation of a new episode with reward 0: a dead row, nothing was learned from it. SAME_STEP:
-the last step already returns the new episode's first observation, and the old one's last hides in `infos["final_obs"]`. DISABLED:
-nothing happens until somebody resets. Code that takes one for another trains on dead rows, or bootstraps from the wrong observation.
-Here a `Step` says which rows are valid and where an episode's final observation is; the rest of the project knows no modes.
+Gymnasium's vector environments reset a finished copy in one of three ways (`AutoresetMode`). NEXT_STEP: the step after
+the last one ignores its action and returns the first observation of a new episode with reward 0: a dead row, nothing
+was learned from it. SAME_STEP: the last step already returns the new episode's first observation, and the old one's
+last hides in `infos["final_obs"]`. DISABLED: nothing happens until somebody resets. Code that takes one for another
+trains on dead rows, or bootstraps from the wrong observation. Here a `Step` says which rows are valid and where an
+episode's final observation is; the rest of the project knows no modes.
 
 Legend: N environments, O shape of an observation.
 """
@@ -32,9 +34,12 @@ class Step:
 
     Attributes:
         observations: (N, *O), what the next action answers to.
-        rewards: float64 (N,). terminated, truncated, valid: bool (N,). A row that is not valid was a reset and ignored its action.
-        final: n -> observation (*O) in which the episode of environment n ended, where `observations` holds the next one's first.
-        over: bool (N,), the game is over; None = wherever an episode ended. In Atari an episode may end with a life, the game goes on.
+        rewards: float64 (N,). terminated, truncated, valid: bool (N,). A row that is not valid was a reset and ignored
+            its action.
+        final: n -> observation (*O) in which the episode of environment n ended, where `observations` holds the next
+            one's first.
+        over: bool (N,), the game is over; None = wherever an episode ended. In Atari an episode may end with a life,
+            the game goes on.
     """
 
     observations: np.ndarray
@@ -49,8 +54,9 @@ class Step:
 class LocalVector:
     """Environments in this process, stepped one after another: for cheap ones nothing is faster.
 
-    Each episode starts with `reset(seed=...)`, a seed that depends on (seed, environment, episode) alone. So an episode's state is its
-    seed and the actions since, which is what a checkpoint holds: resuming plays them again, exactly, without help from the simulator.
+    Each episode starts with `reset(seed=...)`, a seed that depends on (seed, environment, episode) alone. So an
+    episode's state is its seed and the actions since, which is what a checkpoint holds: resuming plays them again,
+    exactly, without help from the simulator.
 
     Args:
         first: number of the first environment among those of all processes.
@@ -58,7 +64,8 @@ class LocalVector:
 
     def __init__(self, environments: list[gym.Env], seed: int, first: int = 0, max_episode_steps: int = 0) -> None:
         self.wrapped = environments
-        self.environments = [e.unwrapped if bare(e) else e for e in environments]  # the time limit is kept here: no wrappers a step
+        # the time limit is kept here: no wrappers a step
+        self.environments = [e.unwrapped if bare(e) else e for e in environments]
         limit = max_episode_steps or (environments[0].spec.max_episode_steps if environments[0].spec else None) or 0
         self.limit = limit if bare(environments[0]) else 0
         self.seed, self.first = seed, first
@@ -92,7 +99,8 @@ class LocalVector:
             observation, rewards[n], over, cut, _ = environment.step(action)
             cut = cut or (limit > 0 and len(history) >= limit)
             if over or cut:
-                terminated[n], truncated[n], final[n] = over, cut, np.array(observation)  # a copy: resetting may overwrite it
+                # a copy: resetting may overwrite it
+                terminated[n], truncated[n], final[n] = over, cut, np.array(observation)
                 self.episode[n] += 1
                 observation = self._begin(n)
             observations[n] = observation
@@ -100,7 +108,10 @@ class LocalVector:
 
     def state_dict(self) -> dict[str, Any]:
         """Episode numbers and the actions since each began."""
-        return {"episode": list(self.episode), "actions": [torch.from_numpy(np.array(history)) for history in self.actions]}
+        return {
+            "episode": list(self.episode),
+            "actions": [torch.from_numpy(np.array(history)) for history in self.actions],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> np.ndarray:
         """Play the saved actions again; returns the observations (N, *O) they lead to."""
@@ -121,7 +132,9 @@ class LocalVector:
 
 
 def bare(environment: gym.Env) -> bool:
-    """Whether only gymnasium's own time limit and order checks are around the simulator, so that both can be done without."""
+    """Whether only gymnasium's own time limit and order checks are around the simulator, so that both can be done
+    without.
+    """
     names = []
     while environment is not environment.unwrapped:
         names.append(type(environment).__name__)
@@ -132,9 +145,10 @@ def bare(environment: gym.Env) -> bool:
 class GymVector:
     """Any vector environment of gymnasium, in any of its three reset modes.
 
-    Where the simulator's state can be read (`state`, `steps`, `prev_done` and a generator, as in gymnasium's own numpy environments) a
-    checkpoint holds it. Where it cannot, it holds the numbers of the last `reset` and the actions since, to be played again. So that
-    these do not grow for ever, the training program resets to (seed, update) at every regular save.
+    Where the simulator's state can be read (`state`, `steps`, `prev_done` and a generator, as in gymnasium's own numpy
+    environments) a checkpoint holds it. Where it cannot, it holds the numbers of the last `reset` and the actions
+    since, to be played again. So that these do not grow for ever, the training program resets to (seed, update) at
+    every regular save.
 
     Attributes:
         readable: whether the state can be read.
@@ -145,8 +159,12 @@ class GymVector:
     def __init__(self, environment: gym.vector.VectorEnv, seed: int, first: int = 0) -> None:
         self.environment, self.seed, self.first = environment, seed, first
         self.mode = AutoresetMode(environment.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
-        self.observation_space, self.action_space = environment.single_observation_space, environment.single_action_space
-        self.frame_limit = getattr(environment, "frame_limit", 0)  # set where an episode ends with a life and the game goes on
+        self.observation_space, self.action_space = (
+            environment.single_observation_space,
+            environment.single_action_space,
+        )
+        # set where an episode ends with a life and the game goes on
+        self.frame_limit = getattr(environment, "frame_limit", 0)
         self.before = np.zeros(len(self), dtype=bool)  # NEXT_STEP: whose episode ended in the last step
         self.readable, self.numbers = True, ()
         self.actions: list[np.ndarray] = []
@@ -171,8 +189,10 @@ class GymVector:
         """A worker process has died: end the others, for none of them would notice."""
         self.end_workers()
         self.environment.closed = True  # it would wait for answers when it is deleted
-        return ProjectError(f"an environment's worker process is gone ({type(error).__name__}: {error}); the last checkpoint stands, "
-                            "--resume continues from it")
+        return ProjectError(
+            f"an environment's worker process is gone ({type(error).__name__}: {error}); the last checkpoint stands, "
+            "--resume continues from it"
+        )
 
     def step(self, actions: np.ndarray) -> Step:
         """Play one action in each."""
@@ -185,7 +205,8 @@ class GymVector:
         terminated, truncated = np.array(terminated, dtype=bool), np.array(truncated, dtype=bool)
         done, valid, final = terminated | truncated, np.ones(len(self), dtype=bool), {}
         over = done
-        if self.frame_limit:  # the vector resets where the game is over; a life lost in the last frame is not called truncated
+        # the vector resets where the game is over; a life lost in the last frame is not called truncated
+        if self.frame_limit:
             over = done & (truncated | (infos["lives"] == 0) | (infos["episode_frame_number"] >= self.frame_limit))
         if self.mode == AutoresetMode.NEXT_STEP:
             valid, self.before = ~self.before, over  # the final observation is the one returned, the dead row's own
@@ -197,7 +218,9 @@ class GymVector:
         return Step(observations, np.asarray(rewards, dtype=np.float64), terminated, truncated, valid, final, over)
 
     def state_dict(self) -> dict[str, Any]:
-        """The simulator's arrays and generator; where they cannot be read, what has been done since the last `reset`."""
+        """The simulator's arrays and generator; where they cannot be read, what has been done since the last
+        `reset`.
+        """
         inner = self.environment.unwrapped
         if not self.readable:
             return {"numbers": list(self.numbers), "actions": torch.from_numpy(np.array(self.actions))}
@@ -228,20 +251,29 @@ class GymVector:
 class PoolVector(GymVector):
     """Environments of envpool, stepped by its C++ threads.
 
-    Left to itself, envpool resets in the next step, takes no seed once it is made, and says "truncated" alone of an episode that
-    terminates in the very step in which its time is up. Here the time limit is kept by this class, envpool's own lies one step beyond,
-    and who has ended is reset at once: no row is dead, and both flags mean what they say. Its state cannot be read, but equal seeds and
-    actions lead to equal steps, so a checkpoint holds those, as for other environments of this kind.
+    Left to itself, envpool resets in the next step, takes no seed once it is made, and says "truncated" alone of an
+    episode that terminates in the very step in which its time is up. Here the time limit is kept by this class,
+    envpool's own lies one step beyond, and who has ended is reset at once: no row is dead, and both flags mean what
+    they say. Its state cannot be read, but equal seeds and actions lead to equal steps, so a checkpoint holds those, as
+    for other environments of this kind.
 
     Args:
         build: seeds, one for each environment -> an envpool of as many.
-        first: number of the first environment among those of all processes; environment n begins the same, whoever plays it.
+        first: number of the first environment among those of all processes; environment n begins the same, whoever
+            plays it.
         limit: steps of an episode; 0 = none.
         by_lives: an episode ends with a lost life; the game goes on.
     """
 
-    def __init__(self, build: Callable[[list[int]], Any], count: int, seed: int, first: int = 0, limit: int = 0,
-                 by_lives: bool = False) -> None:
+    def __init__(
+        self,
+        build: Callable[[list[int]], Any],
+        count: int,
+        seed: int,
+        first: int = 0,
+        limit: int = 0,
+        by_lives: bool = False,
+    ) -> None:
         self.build, self.limit, self.by_lives, self.fresh = build, limit, by_lives, True
         super().__init__(build([fold(seed, first + n) % 2**31 for n in range(count)]), seed, first)
         self.readable = False
@@ -276,7 +308,15 @@ class PoolVector(GymVector):
             if "lives" in infos:
                 self.lives = lives.copy()
                 self.lives[numbers] = infos["lives"]
-        return Step(observations, np.asarray(rewards, dtype=np.float64), terminated, truncated, np.ones(len(self), dtype=bool), final, over)
+        return Step(
+            observations,
+            np.asarray(rewards, dtype=np.float64),
+            terminated,
+            truncated,
+            np.ones(len(self), dtype=bool),
+            final,
+            over,
+        )
 
 
 def end(processes: list[BaseProcess]) -> None:
@@ -290,14 +330,22 @@ def end(processes: list[BaseProcess]) -> None:
 def pack_generator(generator: np.random.Generator) -> dict[str, Any]:
     """The state of a PCG64 generator in types that a checkpoint can hold; its integers have 128 bits."""
     state = generator.bit_generator.state
-    return {"state": str(state["state"]["state"]), "inc": str(state["state"]["inc"]), "has_uint32": state["has_uint32"],
-            "uinteger": state["uinteger"]}
+    return {
+        "state": str(state["state"]["state"]),
+        "inc": str(state["state"]["inc"]),
+        "has_uint32": state["has_uint32"],
+        "uinteger": state["uinteger"],
+    }
 
 
 def unpack_generator(generator: np.random.Generator, saved: dict[str, Any]) -> None:
     """Set a PCG64 generator to a packed state."""
-    generator.bit_generator.state = {"bit_generator": "PCG64", "state": {"state": int(saved["state"]), "inc": int(saved["inc"])},
-                                     "has_uint32": saved["has_uint32"], "uinteger": saved["uinteger"]}
+    generator.bit_generator.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": int(saved["state"]), "inc": int(saved["inc"])},
+        "has_uint32": saved["has_uint32"],
+        "uinteger": saved["uinteger"],
+    }
 
 
 Vector = LocalVector | GymVector
@@ -305,11 +353,18 @@ Vector = LocalVector | GymVector
 
 def check_finite(step: Step, numbers: int) -> None:
     """`ProjectError` if an environment returned NaN or infinity; the policy would carry it into every weight."""
-    seen = [step.rewards] if step.observations.dtype.kind != "f" else [step.rewards, step.observations, *step.final.values()]
+    seen = (
+        [step.rewards]
+        if step.observations.dtype.kind != "f"
+        else [step.rewards, step.observations, *step.final.values()]
+    )
     if not all(np.isfinite(values).all() for values in seen):
         rows = ~np.isfinite(step.rewards)
         if len(seen) > 1:
             rows |= ~np.isfinite(step.observations.reshape(len(rows), -1)).all(axis=1)
             rows[[n for n, observation in step.final.items() if not np.isfinite(observation).all()]] = True
-        raise ProjectError(f"environment {int(rows.nonzero()[0][0])} returned NaN or infinity after {numbers} steps; nothing was learned "
-                           "from it, and the last checkpoint stands")
+        raise ProjectError(
+            f"environment {int(rows.nonzero()[0][0])} returned NaN or infinity after {numbers} steps; nothing was "
+            "learned "
+            "from it, and the last checkpoint stands"
+        )

@@ -1,8 +1,8 @@
 """Measure a trained agent:  python -m ppo.eval --run runs/ppo_lunarlander [eval.episodes=100 eval.policy=last ...]
 
-The best and the last policy each play episodes in environments of new seeds, once with the most likely action and once with drawn ones.
-Writes `eval.json`, `episodes.csv`, curves and a film of one episode into the run folder; the last line of stdout is the content of
-`eval.json`. Nothing that was learned changes here.
+The best and the last policy each play episodes in environments of new seeds, once with the most likely action and once
+with drawn ones. Writes `eval.json`, `episodes.csv`, curves and a film of one episode into the run folder; the last line
+of stdout is the content of `eval.json`. Nothing that was learned changes here.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
@@ -52,16 +52,26 @@ def main(config: Config, options: Options) -> None:
                 returns = [value for value, _ in games]
                 metrics[f"return_mean{kind}{suffix}"] = statistics.fmean(returns)
                 metrics[f"return_std{kind}{suffix}"] = statistics.stdev(returns) if len(returns) > 1 else 0.0
-                rows += [{"policy": name, "kind": kind.removeprefix("_") or "deterministic", "return": a, "length": b} for a, b in games]
+                rows += [
+                    {"policy": name, "kind": kind.removeprefix("_") or "deterministic", "return": a, "length": b}
+                    for a, b in games
+                ]
             update = update or int(facts["update"])
         metrics |= when_solved(run.folder, config)
         write_csv(run.folder / "episodes.csv", rows)
         draw(run.folder, config)
         if config.eval.video:
             save_film(config, run, names[0])
-        result = {"project": "ppo", "config": run.folder.name, "checkpoint_step": update, "metrics": metrics,
-                  "n": {"episodes": config.eval.episodes}, "seeds": [config.seed], "policy": names[0],
-                  "seconds": round(time.perf_counter() - started, 1)}
+        result = {
+            "project": "ppo",
+            "config": run.folder.name,
+            "checkpoint_step": update,
+            "metrics": metrics,
+            "n": {"episodes": config.eval.episodes},
+            "seeds": [config.seed],
+            "policy": names[0],
+            "seconds": round(time.perf_counter() - started, 1),
+        }
         write_json(run.folder / "eval.json", result)
         show(metrics, run.folder.name)
         print(json.dumps(result), flush=True)
@@ -70,7 +80,9 @@ def main(config: Config, options: Options) -> None:
 def measure(config: Config, path: Path, run: Run, stochastic: bool) -> tuple[list[tuple[float, int]], dict[str, str]]:
     """(return, length) of each episode, and what is noted beside the weights."""
     count = config.eval.count or min(config.eval.episodes, 16)
-    environments = dataclasses.replace(config.env, backend="local" if config.env.backend == "native" else config.env.backend)
+    environments = dataclasses.replace(
+        config.env, backend="local" if config.env.backend == "native" else config.env.backend
+    )
     vector = make_vector(environments, fold(config.seed, SEED_STREAM), count, training=False)
     try:
         policy = Policy(path, config, vector.observation_space, vector.action_space, run.device)
@@ -87,9 +99,15 @@ def threshold(config: Config) -> float:
 
 
 def when_solved(folder: Path, config: Config) -> dict[str, float]:
-    """Episodes and steps of training until the mean return of the last 100 training episodes reached the threshold; and in all."""
+    """Episodes and steps of training until the mean return of the last 100 training episodes reached the threshold;
+    and in all.
+    """
     lines = read_metrics(folder / "metrics.jsonl")
-    found = {f"{name}_total": lines[-1][key] for name, key in (("episodes", "episodes"), ("steps", "env_steps"))} if lines else {}
+    found = (
+        {f"{name}_total": lines[-1][key] for name, key in (("episodes", "episodes"), ("steps", "env_steps"))}
+        if lines
+        else {}
+    )
     for line in lines:
         if line["episodes"] >= ENOUGH and line["return_mean"] >= threshold(config):
             return found | {"episodes_to_solve": line["episodes"], "steps_to_solve": line["env_steps"]}
@@ -100,22 +118,38 @@ def draw(folder: Path, config: Config) -> None:
     """The learning curve of this run."""
     from ppo.pictures import draw_curve
 
-    lines = [line for line in read_metrics(folder / "metrics.jsonl") if not math.isnan(line.get("return_mean", math.nan))]
+    lines = [
+        line for line in read_metrics(folder / "metrics.jsonl") if not math.isnan(line.get("return_mean", math.nan))
+    ]
     if lines:
-        draw_curve(folder / "figures/learning_curve.png", {folder.name: [[(line["env_steps"], line["return_mean"]) for line in lines]]},
-                   threshold(config), config.env.id)
+        draw_curve(
+            folder / "figures/learning_curve.png",
+            {folder.name: [[(line["env_steps"], line["return_mean"]) for line in lines]]},
+            threshold(config),
+            config.env.id,
+        )
 
 
 def save_film(config: Config, run: Run, name: str) -> None:
-    """figures/episode.gif, where the environment can be rendered; a note where it cannot. Of Atari, what the policy sees."""
+    """figures/episode.gif, where the environment can be rendered; a note where it cannot. Of Atari, what the policy
+    sees.
+    """
     from ppo.pictures import save_gif
 
     pixels, seed, frames = config.env.id.startswith("ALE/"), fold(config.seed, SEED_STREAM, 2), config.eval.video_frames
     try:
         environment = make_vector(config.env, seed, 1, training=False) if pixels else make_one(config.env, "rgb_array")
         try:
-            policy = Policy(run.folder / f"{name}.safetensors", config, environment.observation_space, environment.action_space, run.device)
-            pictures, total = film_pixels(policy, environment, frames) if pixels else film(policy, environment, frames, seed % 2**31)
+            policy = Policy(
+                run.folder / f"{name}.safetensors",
+                config,
+                environment.observation_space,
+                environment.action_space,
+                run.device,
+            )
+            pictures, total = (
+                film_pixels(policy, environment, frames) if pixels else film(policy, environment, frames, seed % 2**31)
+            )
         finally:
             environment.close()
     except (ProjectError, gym.error.Error) as error:

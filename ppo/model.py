@@ -1,6 +1,7 @@
 """Actor and critic. Pure: no files, no command line, no device.
 
-Legend: B batch, O numbers of an observation, P numbers that describe a distribution over actions, C channels, H x W pixels.
+Legend: B batch, O numbers of an observation, P numbers that describe a distribution over actions, C channels, H x W
+    pixels.
 """
 
 from __future__ import annotations
@@ -29,12 +30,21 @@ def mlp(sizes: list[int], activation: str) -> nn.Sequential:
 
 
 class NatureCNN(nn.Module):
-    """Pixels uint8 (B, C, 84, 84) to 512 features: the network of Mnih et al. 2015, for the sizes of any image of at least 36 pixels."""
+    """Pixels uint8 (B, C, 84, 84) to 512 features: the network of Mnih et al. 2015, for the sizes of any image of at
+    least 36 pixels.
+    """
 
     def __init__(self, channels: int, height: int, width: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(channels, 32, 8, stride=4), nn.ReLU(), nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
-                                  nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(), nn.Flatten())
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 32, 8, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
         with torch.no_grad():
             flat = self.body(torch.zeros(1, channels, height, width)).shape[1]
         self.last = nn.Linear(flat, 512)
@@ -55,8 +65,12 @@ class ActorCritic(nn.Module):
         self.kind = config.kind
         if config.kind == "cnn":
             fits = len(observation_shape) == 3 and min(observation_shape[1:]) >= SMALLEST_IMAGE
-            require(fits, "model.kind", f"cnn reads images (C, H, W) of at least {SMALLEST_IMAGE} x {SMALLEST_IMAGE} pixels, not shape "
-                    f"{observation_shape}")
+            require(
+                fits,
+                "model.kind",
+                f"cnn reads images (C, H, W) of at least {SMALLEST_IMAGE} x {SMALLEST_IMAGE} pixels, not shape "
+                f"{observation_shape}",
+            )
             self.actor_trunk: nn.Module = NatureCNN(*observation_shape)
             features, shared = 512, True
         else:
@@ -70,7 +84,9 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Orthogonal weights and zero biases; a policy head of gain 0.01 starts close to uniform (Andrychowicz et al. 2021)."""
+        """Orthogonal weights and zero biases; a policy head of gain 0.01 starts close to uniform (Andrychowicz et
+        al. 2021).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 gain = {id(self.policy.linear): 0.01, id(self.value): 1.0}.get(id(module), math.sqrt(2))

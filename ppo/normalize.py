@@ -1,7 +1,8 @@
-"""Running mean and standard deviation of observations and of discounted returns: part of the policy, so part of the checkpoint.
+"""Running mean and standard deviation of observations and of discounted returns: part of the policy, so part of the
+checkpoint.
 
-They change between rollouts only: all steps of a rollout, and the epochs that learn from it, see one and the same scaling. Evaluation
-never changes them.
+They change between rollouts only: all steps of a rollout, and the epochs that learn from it, see one and the same
+scaling. Evaluation never changes them.
 
 Legend: T steps, N environments, O shape of an observation.
 """
@@ -44,11 +45,19 @@ class RunningMoments:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"mean": torch.from_numpy(np.array(self.mean)), "var": torch.from_numpy(np.array(self.var)), "count": self.count}
+        return {
+            "mean": torch.from_numpy(np.array(self.mean)),
+            "var": torch.from_numpy(np.array(self.var)),
+            "count": self.count,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
-        self.mean, self.var, self.count = state["mean"].numpy().copy(), state["var"].numpy().copy(), float(state["count"])
+        self.mean, self.var, self.count = (
+            state["mean"].numpy().copy(),
+            state["var"].numpy().copy(),
+            float(state["count"]),
+        )
 
 
 def gather_states(state: dict[str, Any], world: int) -> list[dict[str, Any]]:
@@ -64,7 +73,10 @@ def gather_states(state: dict[str, Any], world: int) -> list[dict[str, Any]]:
     longest = int(max(sizes))
     parts = [torch.empty(longest, dtype=torch.uint8, device=device) for _ in range(world)]
     dist.all_gather(parts, torch.nn.functional.pad(data, (0, longest - len(data))))
-    return [torch.load(io.BytesIO(part[:size].cpu().numpy().tobytes()), weights_only=True) for part, size in zip(parts, map(int, sizes))]
+    return [
+        torch.load(io.BytesIO(part[:size].cpu().numpy().tobytes()), weights_only=True)
+        for part, size in zip(parts, map(int, sizes))
+    ]
 
 
 def shared_sum(values: np.ndarray) -> np.ndarray:
@@ -109,7 +121,8 @@ class ObservationNormalizer:
 
 
 class RewardNormalizer:
-    """Rewards over the standard deviation of the discounted return G_t = gamma G_{t-1} + r_t, which starts anew with each episode.
+    """Rewards over the standard deviation of the discounted return G_t = gamma G_{t-1} + r_t, which starts anew with
+    each episode.
 
     The mean is not subtracted: that would change which behaviour is best, scaling does not.
     """

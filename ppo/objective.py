@@ -23,14 +23,24 @@ class Terms(NamedTuple):
     clipped: Tensor
 
 
-def ppo_terms(log_prob: Tensor, entropy: Tensor, values: Tensor, old_log_prob: Tensor, old_values: Tensor, advantages: Tensor,
-              returns: Tensor, clip: float, clip_value: float) -> Terms:
+def ppo_terms(
+    log_prob: Tensor,
+    entropy: Tensor,
+    values: Tensor,
+    old_log_prob: Tensor,
+    old_values: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    clip: float,
+    clip_value: float,
+) -> Terms:
     """Losses of each sample; all arguments are (B,) but the two clips.
 
-        ratio = pi(a | s) / pi_old(a | s)
-        policy = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)                                   (eq. 7)
-        value = 1/2 (V - R)^2, or with clip_value > 0 the larger of that and the same for V within clip_value of the old one
-        kl = (ratio - 1) - log ratio, an estimate of KL(old || new) that is never negative           (Schulman 2020)
+    ratio = pi(a | s) / pi_old(a | s)
+    policy = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)                                   (eq. 7)
+    value = 1/2 (V - R)^2, or with clip_value > 0 the larger of that and the same for V within clip_value of the old
+    one
+    kl = (ratio - 1) - log ratio, an estimate of KL(old || new) that is never negative           (Schulman 2020)
     """
     log_ratio = log_prob - old_log_prob
     ratio = log_ratio.exp()
@@ -50,6 +60,8 @@ def total_loss(terms: Terms, config: TrainConfig) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R): 1 for a critic that knows, 0 for one that names the mean, negative for one that misleads."""
+    """1 - Var(R - V) / Var(R): 1 for a critic that knows, 0 for one that names the mean, negative for one that
+    misleads.
+    """
     variance = returns.var()
     return torch.where(variance > 0, 1 - (returns - values).var() / variance.clamp(min=1e-12), torch.nan)

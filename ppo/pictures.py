@@ -13,15 +13,19 @@ from PIL import Image
 
 from common.files import atomic_open
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7")  # Okabe & Ito 2008: told apart by colour-blind people, too
+# Okabe & Ito 2008: told apart by colour-blind people, too
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7")
 GIF_WIDTH = 320  # pixels
 FPS = 25
 
 
-def draw_curve(path: Path, curves: dict[str, list[list[tuple[float, float]]]], solved: float = math.inf, title: str = "") -> None:
+def draw_curve(
+    path: Path, curves: dict[str, list[list[tuple[float, float]]]], solved: float = math.inf, title: str = ""
+) -> None:
     """Return over environment steps: for each name the median of its runs, with a band from the worst to the best.
 
-    Args: curves: name -> runs -> (steps, mean return of the last 100 episodes). solved: a line at this return, if it is finite.
+    Args: curves: name -> runs -> (steps, mean return of the last 100 episodes). solved: a line at this return, if it is
+        finite.
     """
     from matplotlib.figure import Figure
 
@@ -38,7 +42,9 @@ def draw_curve(path: Path, curves: dict[str, list[list[tuple[float, float]]]], s
     if math.isfinite(solved):
         axes.axhline(solved, color="#475569", linestyle="--", linewidth=1, label=f"solved: {solved:g}")
     axes.set(xlabel="environment steps", ylabel="return, mean of the last 100 episodes", title=title)
-    axes.xaxis.set_major_formatter(lambda steps, _: f"{steps / 1e6:g}M" if steps >= 1e6 else f"{steps / 1e3:g}k" if steps else "0")
+    axes.xaxis.set_major_formatter(
+        lambda steps, _: f"{steps / 1e6:g}M" if steps >= 1e6 else f"{steps / 1e3:g}k" if steps else "0"
+    )
     axes.grid(color="#e2e8f0")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
@@ -55,4 +61,6 @@ def save_gif(pictures: list[np.ndarray], path: Path, fps: float) -> None:
         frames = [frame.resize(size, Image.Resampling.LANCZOS) for frame in frames]
     frames = [frame.quantize(64) for frame in frames]
     with atomic_open(path) as file:
-        frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 * every / fps), loop=0)
+        frames[0].save(
+            file, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 * every / fps), loop=0
+        )

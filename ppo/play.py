@@ -32,7 +32,9 @@ class Policy:
         ProjectError: the file is missing, damaged, or of another config.
     """
 
-    def __init__(self, path: Path, config: Config, observation_space: gym.Space, action_space: gym.Space, device: torch.device) -> None:
+    def __init__(
+        self, path: Path, config: Config, observation_space: gym.Space, action_space: gym.Space, device: torch.device
+    ) -> None:
         self.space, self.device = observation_space, device
         self.distribution = distribution_for(action_space, config.model.squash)
         shape = observation_shape(observation_space)
@@ -42,27 +44,41 @@ class Policy:
             with safe_open(path, "pt") as file:
                 self.facts: dict[str, str] = file.metadata()
                 parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            self.model.load_state_dict({name.removeprefix("model."): value for name, value in parts.items() if name.startswith("model.")})
-            moments = {name.removeprefix("observations."): value for name, value in parts.items() if name.startswith("observations.")}
+            self.model.load_state_dict(
+                {name.removeprefix("model."): value for name, value in parts.items() if name.startswith("model.")}
+            )
+            moments = {
+                name.removeprefix("observations."): value
+                for name, value in parts.items()
+                if name.startswith("observations.")
+            }
             self.scale.load_state_dict(moments)
         except (OSError, SafetensorError, RuntimeError, KeyError, ConfigError) as error:
-            raise ProjectError(f"{path}: no policy for this config ({(str(error).splitlines() or ['unreadable'])[0][:150]}); "
-                               "train first, or give another --run") from None
+            raise ProjectError(
+                f"{path}: no policy for this config ({(str(error).splitlines() or ['unreadable'])[0][:150]}); "
+                "train first, or give another --run"
+            ) from None
         self.model.to(device).eval()
 
     @torch.inference_mode()
     def __call__(self, observations: np.ndarray, generator: torch.Generator | None) -> np.ndarray:
-        """What the environment takes, for observations (N, *O): the most likely actions, or drawn ones where there is a generator."""
+        """What the environment takes, for observations (N, *O): the most likely actions, or drawn ones where there
+        is a generator.
+        """
         seen = torch.from_numpy(np.ascontiguousarray(self.scale(as_input(self.space, observations)))).to(self.device)
         parameters = self.model.act(seen)
         if generator is None:
             actions = self.distribution.mode(parameters)
         else:
-            actions = self.distribution.sample(parameters, self.distribution.noise((len(seen),), generator).to(self.device))
+            actions = self.distribution.sample(
+                parameters, self.distribution.noise((len(seen),), generator).to(self.device)
+            )
         return self.distribution.to_env(actions.cpu().numpy())
 
 
-def play(policy: Policy, vector: Vector, episodes: int, generator: torch.Generator | None, track: Any = iter) -> list[tuple[float, int]]:
+def play(
+    policy: Policy, vector: Vector, episodes: int, generator: torch.Generator | None, track: Any = iter
+) -> list[tuple[float, int]]:
     """(return, length) of `episodes` whole games, rewards as the environment gives them.
 
     Each environment plays a fixed number of games. Taking the first so many that end would favour short ones.
@@ -89,13 +105,16 @@ def play(policy: Policy, vector: Vector, episodes: int, generator: torch.Generat
 
 
 def film_pixels(policy: Policy, vector: Vector, frames: int, scale: int = 3) -> tuple[list[np.ndarray], float]:
-    """`film` for a policy that sees images: pictures uint8 (scale H, scale W, 3) of the newest image that it sees, and the return so far.
+    """`film` for a policy that sees images: pictures uint8 (scale H, scale W, 3) of the newest image that it sees, and
+    the return so far.
 
     Args: vector: one environment whose observations are stacks uint8 (1, K, H, W), the newest image last.
     """
     observations, pictures, total = vector.reset(), [], 0.0
     for _ in range(frames):
-        pictures.append(np.repeat(observations[0, -1].repeat(scale, axis=0).repeat(scale, axis=1)[..., None], 3, axis=-1))
+        pictures.append(
+            np.repeat(observations[0, -1].repeat(scale, axis=0).repeat(scale, axis=1)[..., None], 3, axis=-1)
+        )
         step = vector.step(policy(observations, None))
         observations, total = step.observations, total + float(step.rewards[0])
         if step.terminated[0] or step.truncated[0]:
@@ -104,7 +123,9 @@ def film_pixels(policy: Policy, vector: Vector, frames: int, scale: int = 3) -> 
 
 
 def film(policy: Policy, environment: gym.Env, frames: int, seed: int) -> tuple[list[np.ndarray], float]:
-    """Pictures uint8 (H, W, 3) of one episode with the most likely actions, at most `frames` of them, and its return so far."""
+    """Pictures uint8 (H, W, 3) of one episode with the most likely actions, at most `frames` of them, and its return
+    so far.
+    """
     observation, _ = environment.reset(seed=seed)
     pictures, total = [environment.render()], 0.0
     for _ in range(frames - 1):

@@ -19,8 +19,14 @@ from ppo.config import EnvConfig
 from ppo.envs import GymVector, LocalVector, PoolVector, Vector
 from ppo.model import SMALLEST_IMAGE
 
-EXTRAS = {"box2d": 'pip install "gymnasium[box2d]"', "mujoco": 'pip install "gymnasium[mujoco]"', "ale_py": "pip install ale-py",
-          "pygame": "pip install pygame", "cv2": "pip install opencv-python", "envpool": "pip install envpool"}
+EXTRAS = {
+    "box2d": 'pip install "gymnasium[box2d]"',
+    "mujoco": 'pip install "gymnasium[mujoco]"',
+    "ale_py": "pip install ale-py",
+    "pygame": "pip install pygame",
+    "cv2": "pip install opencv-python",
+    "envpool": "pip install envpool",
+}
 NATIVE = "vector_entry_point"
 NO_LIMIT = 2**31 - 1  # what envpool calls it
 
@@ -32,8 +38,8 @@ def make_vector(config: EnvConfig, seed: int, count: int, first: int = 0, traini
         first: number of the first one among those of all processes; seeds differ by it.
         training: Atari ends an episode with a lost life and rewards are signs only in training.
     Raises:
-        ProjectError: an unknown environment (with the nearest names), a missing package (with how to install it), or a space that this
-            project has no policy for.
+        ProjectError: an unknown environment (with the nearest names), a missing package (with how to install it), or a
+            space that this project has no policy for.
     """
     if config.backend == "envpool":
         return checked(make_pool(config, seed, count, first, training), config)
@@ -45,7 +51,9 @@ def make_vector(config: EnvConfig, seed: int, count: int, first: int = 0, traini
         return checked(GymVector(make_atari(config, count, training), seed, first), config)
     if backend == "native":
         extra = {"max_episode_steps": config.max_episode_steps} if config.max_episode_steps else {}
-        vector = attempt(config.id, lambda: gym.make_vec(config.id, count, vectorization_mode=NATIVE, vector_kwargs={}, **extra))
+        vector = attempt(
+            config.id, lambda: gym.make_vec(config.id, count, vectorization_mode=NATIVE, vector_kwargs={}, **extra)
+        )
         return checked(GymVector(vector, seed, first), config)
     if backend == "processes":
         build = [lambda: make_worker(config) for _ in range(count)]
@@ -90,7 +98,9 @@ def make_one(config: EnvConfig, render_mode: str | None = None) -> gym.Env:
 
 
 def make_worker(config: EnvConfig) -> gym.Env:
-    """`make_one` in a worker process. Stop signals often go to all processes; this one goes on until the main one has no use for it."""
+    """`make_one` in a worker process. Stop signals often go to all processes; this one goes on until the main one
+    has no use for it.
+    """
     if multiprocessing.parent_process():  # the main process makes one, too, to look at its spaces
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
@@ -100,8 +110,8 @@ def make_worker(config: EnvConfig) -> gym.Env:
 def make_atari(config: EnvConfig, count: int, training: bool) -> gym.vector.VectorEnv:
     """ale-py's own vector environment: C++ threads do the emulation, resizing to 84 x 84 grey pixels and stacking.
 
-    Its option `episodic_life` starts a new game after each lost life. What is wanted is `life_loss_info`: the life's end is an
-    episode's, and the game goes on.
+    Its option `episodic_life` starts a new game after each lost life. What is wanted is `life_loss_info`: the life's
+    end is an episode's, and the game goes on.
     """
     lives = config.episodic_life and training
     limit = config.max_episode_steps * config.frame_skip or 108_000  # frames: half an hour
@@ -110,10 +120,22 @@ def make_atari(config: EnvConfig, count: int, training: bool) -> gym.vector.Vect
         from ale_py.vector_env import AtariVectorEnv
 
         register_atari()
-        vector = AtariVectorEnv(rom_name(config.id), count, stack_num=config.frame_stack, frameskip=config.frame_skip,
-                                noop_max=config.noop_max, repeat_action_probability=config.sticky_actions, life_loss_info=lives,
-                                reward_clipping=False, use_fire_reset=True, maxpool=True, grayscale=True, img_height=84, img_width=84,
-                                max_num_frames_per_episode=limit)
+        vector = AtariVectorEnv(
+            rom_name(config.id),
+            count,
+            stack_num=config.frame_stack,
+            frameskip=config.frame_skip,
+            noop_max=config.noop_max,
+            repeat_action_probability=config.sticky_actions,
+            life_loss_info=lives,
+            reward_clipping=False,
+            use_fire_reset=True,
+            maxpool=True,
+            grayscale=True,
+            img_height=84,
+            img_width=84,
+            max_num_frames_per_episode=limit,
+        )
         vector.frame_limit = limit if lives else 0
         return vector
 
@@ -126,7 +148,10 @@ def rom_name(name: str) -> str:
 
 
 def make_pool(config: EnvConfig, seed: int, count: int, first: int, training: bool) -> PoolVector:
-    """Envpool's version of an environment. Its time limit is gymnasium's, its rewards are never clipped, its lives are counted here."""
+    """Envpool's version of an environment. Its time limit is gymnasium's, its rewards are never clipped, its lives
+    are counted here.
+    """
+
     def load() -> Any:
         import envpool
 
@@ -137,15 +162,31 @@ def make_pool(config: EnvConfig, seed: int, count: int, first: int, training: bo
     options: dict[str, Any] = {}
     if atari:
         if not config.noop_max:
-            raise ProjectError("env.noop_max must be at least 1 with env.backend=envpool, which crashes at 0; env.backend=atari does not")
-        options = {"stack_num": config.frame_stack, "frame_skip": config.frame_skip, "noop_max": config.noop_max, "reward_clip": False,
-                   "repeat_action_probability": config.sticky_actions, "episodic_life": False, "use_fire_reset": True}
+            raise ProjectError(
+                "env.noop_max must be at least 1 with env.backend=envpool, which crashes at 0; env.backend=atari does "
+                "not"
+            )
+        options = {
+            "stack_num": config.frame_stack,
+            "frame_skip": config.frame_skip,
+            "noop_max": config.noop_max,
+            "reward_clip": False,
+            "repeat_action_probability": config.sticky_actions,
+            "episodic_life": False,
+            "use_fire_reset": True,
+        }
     own = attempt(config.id, lambda: present(lambda: envpool.make_spec(task))).config
     if own.max_num_players != 1:
         raise ProjectError(f"{config.id} is played by {own.max_num_players}; this project knows one player")
     if hasattr(own, "noop_max") and not atari:
         raise ProjectError(f"Atari games are called ALE/{task} here, not {config.id}")
-    usual = 108_000 // config.frame_skip if atari else gym.spec(config.id).max_episode_steps if config.id in gym.registry else None
+    usual = (
+        108_000 // config.frame_skip
+        if atari
+        else gym.spec(config.id).max_episode_steps
+        if config.id in gym.registry
+        else None
+    )
     limit = config.max_episode_steps or usual or own.max_episode_steps
     options["max_episode_steps"] = min(limit + 1, NO_LIMIT)  # `PoolVector` keeps ours
 
@@ -157,11 +198,16 @@ def make_pool(config: EnvConfig, seed: int, count: int, first: int, training: bo
         return pool
 
     lives = atari and config.episodic_life and training
-    return attempt(config.id, lambda: present(lambda: PoolVector(build, count, seed, first, limit if limit < NO_LIMIT else 0, lives)))
+    return attempt(
+        config.id,
+        lambda: present(lambda: PoolVector(build, count, seed, first, limit if limit < NO_LIMIT else 0, lives)),
+    )
 
 
 def pool_task(config: EnvConfig, tasks: list[str]) -> str:
-    """Envpool's name of an environment. Never another version: `ProjectError` with the nearest names where it has not got this one."""
+    """Envpool's name of an environment. Never another version: `ProjectError` with the nearest names where it has
+    not got this one.
+    """
     task, (stem, mark, version) = config.id, config.id.rpartition("-v")
     if config.id.startswith("ALE/"):
         known(config.id)
@@ -171,12 +217,17 @@ def pool_task(config: EnvConfig, tasks: list[str]) -> str:
     if task in tasks:
         return task
     near = difflib.get_close_matches(task, tasks, n=3, cutoff=0.5)
-    raise ProjectError(f"envpool has no {task!r}" + (f"; its nearest: {', '.join(near)}" if near else "")
-                       + ("; gymnasium has it: env.backend=auto" if config.id in gym.registry else ""))
+    raise ProjectError(
+        f"envpool has no {task!r}"
+        + (f"; its nearest: {', '.join(near)}" if near else "")
+        + ("; gymnasium has it: env.backend=auto" if config.id in gym.registry else "")
+    )
 
 
 def present(build: Callable[[], Any]) -> Any:
-    """Call `build`, which uses a package that is installed: if it still fails to import something, the message has its own remedy."""
+    """Call `build`, which uses a package that is installed: if it still fails to import something, the message has
+    its own remedy.
+    """
     try:
         return build()
     except ImportError as error:
@@ -189,25 +240,37 @@ def attempt(name: str, build: Callable[[], Any]) -> Any:
         return build()
     except (ImportError, gym.error.DependencyNotInstalled) as error:
         text = f"{error} {getattr(error, 'name', '')}".lower()
-        hint = next((command for word, command in EXTRAS.items() if word in text), "see the environment's own documentation")
-        raise ProjectError(f"{name} needs a package that is not installed ({str(error).splitlines()[0][:100]}): {hint}") from None
+        hint = next(
+            (command for word, command in EXTRAS.items() if word in text), "see the environment's own documentation"
+        )
+        raise ProjectError(
+            f"{name} needs a package that is not installed ({str(error).splitlines()[0][:100]}): {hint}"
+        ) from None
     except (gym.error.Error, TypeError, ValueError, RuntimeError) as error:
-        raise ProjectError(f"{name} cannot be made: {(str(error).splitlines() or [type(error).__name__])[0][:200]}") from None
+        raise ProjectError(
+            f"{name} cannot be made: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
+        ) from None
 
 
 def checked(vector: Vector, config: EnvConfig) -> Vector:
-    """`ProjectError` for observations that the networks here cannot read, `ConfigError` for a setting that does not go with them."""
+    """`ProjectError` for observations that the networks here cannot read, `ConfigError` for a setting that does not
+    go with them.
+    """
     space, trouble = vector.observation_space, ""
     numbers = isinstance(space, gym.spaces.Box) and space.dtype.kind in "fuib"
     if not (isinstance(space, gym.spaces.Discrete) or (numbers and 0 not in space.shape)):
         trouble = "a Box of numbers or pixels, or Discrete; flatten it with a wrapper of your own"
     elif is_image(space) and not plain_pixels(space):
-        trouble = ("pixels are uint8, or have bounds [0, 1] or [0, 255]; gymnasium.wrappers.TransformObservation scales them, "
-                   "FlattenObservation makes them numbers for model.kind=mlp")
+        trouble = (
+            "pixels are uint8, or have bounds [0, 1] or [0, 255]; gymnasium.wrappers.TransformObservation scales them, "
+            "FlattenObservation makes them numbers for model.kind=mlp"
+        )
     if trouble:
         vector.close()
         text = " ".join(str(space).split())  # one line, without hundreds of bounds
-        raise ProjectError(f"observation space {text if len(text) < 120 else f'{text[:100]}...'} is not supported: {trouble}")
+        raise ProjectError(
+            f"observation space {text if len(text) < 120 else f'{text[:100]}...'} is not supported: {trouble}"
+        )
     if config.normalize_observations and is_image(space):
         vector.close()
         raise ConfigError("env.normalize_observations", "pixels are not normalised: the network divides them by 255")
@@ -216,21 +279,31 @@ def checked(vector: Vector, config: EnvConfig) -> Vector:
 
 def is_image(space: gym.Space) -> bool:
     """Whether observations are pictures, (C, H, W) or (H, W, C), large enough for the convolutional network."""
-    return isinstance(space, gym.spaces.Box) and len(space.shape) == 3 and (channels_last(space) or min(space.shape[1:]) >= SMALLEST_IMAGE)
+    return (
+        isinstance(space, gym.spaces.Box)
+        and len(space.shape) == 3
+        and (channels_last(space) or min(space.shape[1:]) >= SMALLEST_IMAGE)
+    )
 
 
 def channels_last(space: gym.Space) -> bool:
-    """Whether observations are pictures (H, W, C) of 1, 3 or 4 channels, as most simulators draw them; such a W x C is no picture."""
+    """Whether observations are pictures (H, W, C) of 1, 3 or 4 channels, as most simulators draw them; such a W x C
+    is no picture.
+    """
     return len(space.shape) == 3 and space.shape[2] in (1, 3, 4) and min(space.shape[:2]) >= SMALLEST_IMAGE
 
 
 def plain_pixels(space: gym.spaces.Box) -> bool:
-    """Whether it is known what the brightest pixel is: the network divides by 255, and would make noughts of anything else."""
+    """Whether it is known what the brightest pixel is: the network divides by 255, and would make noughts of
+    anything else.
+    """
     return space.dtype == np.uint8 or (space.low.min() >= 0 and space.high.max() in (1, 255))
 
 
 def observation_shape(space: gym.Space) -> tuple[int, ...]:
-    """Shape of what the network sees: a discrete observation becomes one-hot, a single number (1,), a picture (C, H, W)."""
+    """Shape of what the network sees: a discrete observation becomes one-hot, a single number (1,), a picture (C, H,
+    W).
+    """
     if isinstance(space, gym.spaces.Discrete):
         return (int(space.n),)
     if channels_last(space):
@@ -241,8 +314,8 @@ def observation_shape(space: gym.Space) -> tuple[int, ...]:
 def as_input(space: gym.Space, observations: np.ndarray) -> np.ndarray:
     """Observations (N, ...) as the network sees them: (N, *observation_shape(space)).
 
-    float32, one-hot for discrete ones. Pictures have channels first and go up to 255, whatever the environment's brightest is; uint8
-    stays so. It is the convolutional network that divides by 255.
+    float32, one-hot for discrete ones. Pictures have channels first and go up to 255, whatever the environment's
+    brightest is; uint8 stays so. It is the convolutional network that divides by 255.
     """
     if isinstance(space, gym.spaces.Discrete):
         return np.eye(int(space.n), dtype=np.float32)[np.asarray(observations, dtype=np.int64) - int(space.start)]

@@ -19,10 +19,11 @@ class Rollout:
     Attributes:
         observations: (T + 1, N, *O), as the network sees them; the last row is what comes after the rollout.
         actions: (T, N, *D). rewards: float32 (T, N), as the learner sees them.
-        terminated: bool (T, N), the task ended, nothing follows. done: bool (T, N), the episode ended, by termination or for lack of time.
+        terminated: bool (T, N), the task ended, nothing follows. done: bool (T, N), the episode ended, by termination
+            or for lack of time.
         valid: bool (T, N), false for a dead row: a step in which the environment was reset and ignored the action.
-        final: observations (K, *O) in which the episodes of the rows `final_at` (K, 2), pairs (t, n), ended, where row t + 1 holds
-            another episode's first one.
+        final: observations (K, *O) in which the episodes of the rows `final_at` (K, 2), pairs (t, n), ended, where row
+            t + 1 holds another episode's first one.
         episodes: (return, length) of each episode that ended, rewards as the environment gave them.
     """
 
@@ -39,35 +40,56 @@ class Rollout:
         self.episodes: list[tuple[float, int]] = []
 
     @classmethod
-    def empty(cls, steps: int, count: int, observation: tuple[int, ...], action: tuple[int, ...], observation_type: type,
-              action_type: type) -> Rollout:
+    def empty(
+        cls,
+        steps: int,
+        count: int,
+        observation: tuple[int, ...],
+        action: tuple[int, ...],
+        observation_type: type,
+        action_type: type,
+    ) -> Rollout:
         """Room for T = steps and N = count."""
         flags = [np.zeros((steps, count), dtype=bool) for _ in range(3)]
-        return cls(np.zeros((steps + 1, count, *observation), dtype=observation_type), np.zeros((steps, count, *action), dtype=action_type),
-                   np.zeros((steps, count), dtype=np.float32), *flags)
+        return cls(
+            np.zeros((steps + 1, count, *observation), dtype=observation_type),
+            np.zeros((steps, count, *action), dtype=action_type),
+            np.zeros((steps, count), dtype=np.float32),
+            *flags,
+        )
 
     def clear(self) -> None:
         """Forget what is kept in lists; the arrays are overwritten."""
         self.final, self.final_at, self.episodes = [], [], []
 
 
-def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor, done: Tensor, valid: Tensor, gamma: float,
-        gae_lambda: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    done: Tensor,
+    valid: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), with the two kinds of ends kept apart.
 
         delta_t = r_t + gamma V(s_{t+1}) (1 - terminated_t) - V(s_t)
         A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}
 
-    An episode that ran out of time is cut (done) but not over (terminated): the value of where it stopped counts. If both flags are
-    set, it is over. A dead row has no advantage and passes none on.
+    An episode that ran out of time is cut (done) but not over (terminated): the value of where it stopped counts. If
+    both flags are set, it is over. A dead row has no advantage and passes none on.
 
     Args:
-        rewards, values, next_values: (T, N); next_values is V of the observation that the step led to, the final one at an episode's end.
+        rewards, values, next_values: (T, N); next_values is V of the observation that the step led to, the final one at
+            an episode's end.
         terminated, done, valid: bool (T, N).
     Returns:
         advantages and returns A + V, both (T, N), zero in dead rows.
     """
-    dead = ~valid  # filled with zeros, not multiplied by them: whatever the row holds, NaN and infinity included, ends here
+    # filled with zeros, not multiplied by them: whatever the row holds, NaN and infinity included, ends here
+    dead = ~valid
     delta = (rewards + gamma * next_values.masked_fill(terminated, 0) - values).masked_fill(dead, 0)
     carry = gamma * gae_lambda * (valid & ~done).to(rewards.dtype)
     advantages, last = torch.empty_like(rewards), torch.zeros_like(rewards[0])
@@ -78,7 +100,8 @@ def gae(rewards: Tensor, values: Tensor, next_values: Tensor, terminated: Tensor
 
 
 def minibatches(rows: Tensor, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-    """The rows int64 (M,) in random order, cut into M / batch_size parts, rounded, at least one, whose sizes differ by one at most.
+    """The rows int64 (M,) in random order, cut into M / batch_size parts, rounded, at least one, whose sizes differ by
+    one at most.
 
     Rounded, for a few dead rows must not make one part less of a rollout.
     """

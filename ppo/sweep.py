@@ -1,9 +1,12 @@
-"""Train many seeds side by side and say what they amount to:  python -m ppo.sweep --config configs/ppo_cartpole.yaml --seeds 10 --jobs 2
+"""Train many seeds side by side and say what they amount to:
 
-Each seed is `python -m ppo.train` and `python -m ppo.eval` in a process of its own, in runs/<name>_seeds/<seed>. A seed that is done is
-not repeated, one that was stopped goes on. Writes `sweep.json`, `seeds.csv` and `learning_curve.png` into that folder; the last line of
-stdout is the content of `sweep.json`: for each metric the mean, the standard deviation, the worst seed and the interquartile mean with
-its 95 % bootstrap interval (Agarwal et al. 2021, "Deep reinforcement learning at the edge of the statistical precipice").
+    python -m ppo.sweep --config configs/ppo_cartpole.yaml --seeds 10 --jobs 2
+
+Each seed is `python -m ppo.train` and `python -m ppo.eval` in a process of its own, in runs/<name>_seeds/<seed>. A seed
+that is done is not repeated, one that was stopped goes on. Writes `sweep.json`, `seeds.csv` and `learning_curve.png`
+into that folder; the last line of stdout is the content of `sweep.json`: for each metric the mean, the standard
+deviation, the worst seed and the interquartile mean with its 95 % bootstrap interval (Agarwal et al. 2021, "Deep
+reinforcement learning at the edge of the statistical precipice").
 """
 
 from __future__ import annotations
@@ -41,9 +44,15 @@ def main() -> None:
     run_all([(seed, folder / f"{seed:03d}") for seed in seeds], args)
     rows = [read_seed(folder / f"{seed:03d}", seed) for seed in seeds]
     write_csv(folder / "seeds.csv", rows)
-    result = {"project": "ppo", "config": args.config.stem, "metrics": aggregate(rows), "seeds": seeds,
-              "episodes": config.eval.episodes, "seconds": round(time.perf_counter() - started, 1),
-              "command": "python -m ppo.sweep " + " ".join(sys.argv[1:])}
+    result = {
+        "project": "ppo",
+        "config": args.config.stem,
+        "metrics": aggregate(rows),
+        "seeds": seeds,
+        "episodes": config.eval.episodes,
+        "seconds": round(time.perf_counter() - started, 1),
+        "command": "python -m ppo.sweep " + " ".join(sys.argv[1:]),
+    }
     write_json(folder / "sweep.json", result)
     draw(folder, seeds, config)
     show(result["metrics"], f"{folder}, {len(seeds)} seeds")
@@ -52,11 +61,15 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The arguments; a mistake ends the program with status 2."""
-    parser = argparse.ArgumentParser(prog="python -m ppo.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m ppo.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5, help="how many (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="the first of them (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at a time (default: one a core)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="how many at a time (default: one a core)"
+    )
     parser.add_argument("--folder", default="", help="default: runs/<config>_seeds")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
@@ -66,7 +79,9 @@ def parse() -> argparse.Namespace:
 
 
 def run_all(todo: list[tuple[int, Path]], args: argparse.Namespace) -> None:
-    """Train and evaluate each seed, some at a time; a stop signal stops them all, each saving first. `ProjectError` if one fails."""
+    """Train and evaluate each seed, some at a time; a stop signal stops them all, each saving first. `ProjectError`
+    if one fails.
+    """
     waiting = [(seed, folder) for seed, folder in todo if not (folder / "eval.json").exists()]
     running: dict[subprocess.Popen, tuple[int, Path, bool]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -75,11 +90,26 @@ def run_all(todo: list[tuple[int, Path]], args: argparse.Namespace) -> None:
         signal.signal(number, lambda number, frame: stopped.append(number))
 
     def start(seed: int, folder: Path, evaluation: bool) -> None:
-        words = ["ppo.eval", "--run", str(folder)] if evaluation else \
-            ["ppo.train", "--config", str(args.config), f"run_dir={folder}", f"seed={seed}", "--resume", *args.overrides]
+        words = (
+            ["ppo.eval", "--run", str(folder)]
+            if evaluation
+            else [
+                "ppo.train",
+                "--config",
+                str(args.config),
+                f"run_dir={folder}",
+                f"seed={seed}",
+                "--resume",
+                *args.overrides,
+            ]
+        )
         folder.mkdir(parents=True, exist_ok=True)
         log = (folder / f"{'eval' if evaluation else 'train'}.log").open("a")
-        running[subprocess.Popen([sys.executable, "-m", *words], stdout=log, stderr=log, env=environment)] = (seed, folder, evaluation)
+        running[subprocess.Popen([sys.executable, "-m", *words], stdout=log, stderr=log, env=environment)] = (
+            seed,
+            folder,
+            evaluation,
+        )
         log.close()
 
     while waiting or running:
@@ -111,7 +141,9 @@ def read_seed(folder: Path, seed: int) -> dict[str, float]:
 
 
 def aggregate(rows: list[dict[str, float]]) -> dict[str, float]:
-    """`<name>` the mean over the seeds, `_std`, `_min`, `_median`, `_iqm`, `_iqm_low`, `_iqm_high`; `_seeds` where some lack it."""
+    """`<name>` the mean over the seeds, `_std`, `_min`, `_median`, `_iqm`, `_iqm_low`, `_iqm_high`; `_seeds` where
+    some lack it.
+    """
     found: dict[str, float] = {}
     for name in sorted({key for row in rows for key in row} - {"seed"}):
         values = [row[name] for row in rows if name in row]
@@ -121,8 +153,12 @@ def aggregate(rows: list[dict[str, float]]) -> dict[str, float]:
             found[f"{name}_seeds"] = len(values)
         if len(values) > 1:
             low, high = bootstrap_interval(values, statistic=interquartile_mean, num_resamples=2000)
-            found |= {f"{name}_std": statistics.stdev(values), f"{name}_iqm": float(interquartile_mean(values)), f"{name}_iqm_low": low,
-                      f"{name}_iqm_high": high}
+            found |= {
+                f"{name}_std": statistics.stdev(values),
+                f"{name}_iqm": float(interquartile_mean(values)),
+                f"{name}_iqm_low": low,
+                f"{name}_iqm_high": high,
+            }
     return found
 
 
@@ -131,8 +167,14 @@ def draw(folder: Path, seeds: list[int], config: Config) -> None:
     from ppo.eval import threshold
     from ppo.pictures import draw_curve
 
-    runs = [[(line["env_steps"], line["return_mean"]) for line in read_metrics(folder / f"{seed:03d}" / "metrics.jsonl")
-             if line["return_mean"] == line["return_mean"]] for seed in seeds]
+    runs = [
+        [
+            (line["env_steps"], line["return_mean"])
+            for line in read_metrics(folder / f"{seed:03d}" / "metrics.jsonl")
+            if line["return_mean"] == line["return_mean"]
+        ]
+        for seed in seeds
+    ]
     if all(runs):
         name = config.env.id + (", continuous" if config.env.continuous else "")
         draw_curve(folder / "learning_curve.png", {name: runs}, threshold(config), f"{name}, {len(seeds)} seeds")
@@ -146,10 +188,20 @@ def show(metrics: dict[str, float], title: str) -> None:
     table = Table("metric", "mean", "std", "worst", "median", "interquartile mean", title=title, title_justify="left")
     for name, mean in metrics.items():
         if f"{name}_min" in metrics:
-            interval = f"{metrics[f'{name}_iqm']:,.1f} ({metrics[f'{name}_iqm_low']:,.1f} to {metrics[f'{name}_iqm_high']:,.1f})" \
-                if f"{name}_iqm" in metrics else ""
-            table.add_row(name, f"{mean:,.1f}", f"{metrics.get(f'{name}_std', 0):,.1f}", f"{metrics[f'{name}_min']:,.1f}",
-                          f"{metrics[f'{name}_median']:,.1f}", interval)
+            interval = (
+                f"{metrics[f'{name}_iqm']:,.1f} ({metrics[f'{name}_iqm_low']:,.1f} to "
+                f"{metrics[f'{name}_iqm_high']:,.1f})"
+                if f"{name}_iqm" in metrics
+                else ""
+            )
+            table.add_row(
+                name,
+                f"{mean:,.1f}",
+                f"{metrics.get(f'{name}_std', 0):,.1f}",
+                f"{metrics[f'{name}_min']:,.1f}",
+                f"{metrics[f'{name}_median']:,.1f}",
+                interval,
+            )
     Console().print(table)
 
 

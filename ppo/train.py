@@ -34,7 +34,9 @@ from ppo.rollout import Rollout, gae, minibatches
 ACTION_STREAM, ORDER_STREAM = 1, 2  # keep the generators of actions and of minibatches apart
 WATCHED = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")  # as in `Terms`
 KL = 3
-PART = 512  # rows a forward pass when a whole rollout is read: more need gigabytes for pixels, and break up the heap for small networks
+# rows a forward pass when a whole rollout is read: more need gigabytes for pixels, and break up the heap for small
+# networks
+PART = 512
 
 
 @exits_cleanly
@@ -46,7 +48,11 @@ def train(config: Config, options: Options) -> None:
     run = Run.start(config, options)
     with run:
         use_threads(settings.threads)
-        require(config.env.count % run.world == 0, "env.count", f"{config.env.count} must be divisible by {run.world} processes")
+        require(
+            config.env.count % run.world == 0,
+            "env.count",
+            f"{config.env.count} must be divisible by {run.world} processes",
+        )
         count = config.env.count // run.world
         vector = make_vector(config.env, config.seed, count, first=run.rank * count)
         distribution = distribution_for(vector.action_space, config.model.squash)
@@ -58,8 +64,11 @@ def train(config: Config, options: Options) -> None:
         collector, best = Collector(config, vector, distribution, run.rank, run.world), Best()
         done = run.resume(model=model, optimizer=optimizer, collector=collector, leader=best)  # updates; 0 when fresh
         net, updates = run.prepare(model), num_updates(config)
-        run.display.say(f"{config.env.id}: {config.env.count} environments, {updates} updates of {settings.rollout * config.env.count:,} "
-                        f"steps, {count_parameters(model):,} parameters")
+        run.display.say(
+            f"{config.env.id}: {config.env.count} environments, {updates} updates of "
+            f"{settings.rollout * config.env.count:,} "
+            f"steps, {count_parameters(model):,} parameters"
+        )
 
         for update in run.steps(done, updates):
             left = 1 - (update - 1) / updates  # from one down towards zero
@@ -81,8 +90,19 @@ def train(config: Config, options: Options) -> None:
                     log_prob, entropy = distribution.log_prob_entropy(parameters, actions.index_select(0, mine))
                     if settings.normalize_advantage:
                         advantages = normalized(advantages, len(part), run)
-                    terms = ppo_terms(log_prob, entropy, values, old_log_prob, old_values, advantages, returns, clip, settings.clip_value)
-                    loss = total_loss(terms, settings).sum() * (run.world / len(part))  # processes' gradients are averaged, hence x world
+                    terms = ppo_terms(
+                        log_prob,
+                        entropy,
+                        values,
+                        old_log_prob,
+                        old_values,
+                        advantages,
+                        returns,
+                        clip,
+                        settings.clip_value,
+                    )
+                    # processes' gradients are averaged, hence x world
+                    loss = total_loss(terms, settings).sum() * (run.world / len(part))
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
                     means = summed(torch.stack([term.detach() for term in terms]).sum(dim=1), run) / len(part)
@@ -93,8 +113,18 @@ def train(config: Config, options: Options) -> None:
                     break  # without this step, all remaining minibatches and all remaining epochs
                 grad_norm = run.optimize(optimizer, loss, settings.max_grad_norm)  # stops on a non-finite value
             played = collector.played()  # the same numbers in every process
-            run.log(update, settings.log_every, {"updates": 1}, **played, **dict(zip(WATCHED, torch.stack(watched).mean(dim=0))),
-                    explained_variance=explained, epochs=epoch, grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"], clip=clip)
+            run.log(
+                update,
+                settings.log_every,
+                {"updates": 1},
+                **played,
+                **dict(zip(WATCHED, torch.stack(watched).mean(dim=0))),
+                explained_variance=explained,
+                epochs=epoch,
+                grad_norm=grad_norm,
+                lr=optimizer.param_groups[0]["lr"],
+                clip=clip,
+            )
             best.update(played, update, model, collector)
             if run.save_due(update, settings.save_every):
                 if run.due(update, settings.save_every):
@@ -108,13 +138,17 @@ def train(config: Config, options: Options) -> None:
 def by_hand(config: Config, model: ActorCritic, distribution: Distribution, run: Run) -> Backprop | None:
     """What computes gradients without autograd, where the config wants that and it can be done."""
     possible = can_backprop(model, distribution, run.device, run.world)
-    require(possible or config.train.backprop != "manual", "train.backprop",
-            "manual works for two separate MLPs and one categorical or Gaussian action, in one process on a CPU")
+    require(
+        possible or config.train.backprop != "manual",
+        "train.backprop",
+        "manual works for two separate MLPs and one categorical or Gaussian action, in one process on a CPU",
+    )
     return Backprop(model, distribution, config.train) if possible and config.train.backprop != "autograd" else None
 
 
-def prepare(rollout: Rollout, model: ActorCritic, distribution: Distribution, settings: TrainConfig,
-            device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def prepare(
+    rollout: Rollout, model: ActorCritic, distribution: Distribution, settings: TrainConfig, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """What the epochs learn from; row t N + n belongs to step t of environment n.
 
     Values and log-probabilities of the whole rollout are computed in one pass, with the weights that played it.
@@ -127,7 +161,10 @@ def prepare(rollout: Rollout, model: ActorCritic, distribution: Distribution, se
     actions = torch.from_numpy(rollout.actions).to(device, copy=True).flatten(0, 1)
     with torch.no_grad():
         passes = [model(part) for part in observations.split(PART)]
-        parameters, values = torch.cat([p for p, _ in passes])[: T * N], torch.cat([v for _, v in passes]).view(T + 1, N)
+        parameters, values = (
+            torch.cat([p for p, _ in passes])[: T * N],
+            torch.cat([v for _, v in passes]).view(T + 1, N),
+        )
         next_values = values[1:].clone()
         if rollout.final_at:
             final = torch.from_numpy(np.stack(rollout.final)).to(device)
@@ -135,15 +172,25 @@ def prepare(rollout: Rollout, model: ActorCritic, distribution: Distribution, se
             next_values[t, n] = torch.cat([model.evaluate(part) for part in final.split(PART)])
         observations = observations[: T * N]
         log_prob, _ = distribution.log_prob_entropy(parameters, actions)
-        terminated, done, valid = (torch.from_numpy(flags).to(device) for flags in (rollout.terminated, rollout.done, rollout.valid))
+        terminated, done, valid = (
+            torch.from_numpy(flags).to(device) for flags in (rollout.terminated, rollout.done, rollout.valid)
+        )
         ends = terminated if settings.bootstrap_truncated else done
         rewards = torch.from_numpy(rollout.rewards).to(device, values.dtype)
-        advantages, returns = gae(rewards, values[:-1], next_values, ends, done, valid, settings.gamma, settings.gae_lambda)
-    return observations, actions, torch.stack([log_prob, values[:-1].flatten(), advantages.flatten(), returns.flatten()])
+        advantages, returns = gae(
+            rewards, values[:-1], next_values, ends, done, valid, settings.gamma, settings.gae_lambda
+        )
+    return (
+        observations,
+        actions,
+        torch.stack([log_prob, values[:-1].flatten(), advantages.flatten(), returns.flatten()]),
+    )
 
 
 def valid_rows(rollout: Rollout, run: Run) -> Tensor:
-    """Numbers t N' + n of the rows that hold a real step, n counting the N' environments of all processes: int64 (M,) on the CPU."""
+    """Numbers t N' + n of the rows that hold a real step, n counting the N' environments of all processes: int64
+    (M,) on the CPU.
+    """
     valid = torch.from_numpy(rollout.valid)
     if run.world > 1:
         parts = [torch.empty_like(valid, dtype=torch.uint8, device=run.device) for _ in range(run.world)]
@@ -175,7 +222,9 @@ def summed(values: Tensor, run: Run) -> Tensor:
 
 
 def normalized(advantages: Tensor, total: int, run: Run) -> Tensor:
-    """Zero mean and unit variance over the whole minibatch of `total` rows, whoever played them. One row alone stays as it is."""
+    """Zero mean and unit variance over the whole minibatch of `total` rows, whoever played them. One row alone stays
+    as it is.
+    """
     if total < 2:
         return advantages
     if run.world == 1:
@@ -188,13 +237,17 @@ def normalized(advantages: Tensor, total: int, run: Run) -> Tensor:
 
 
 class Best:
-    """The policy with the highest mean return over the last 100 training episodes, with the scaling of observations that it saw."""
+    """The policy with the highest mean return over the last 100 training episodes, with the scaling of observations
+    that it saw.
+    """
 
     def __init__(self) -> None:
         self.score, self.update_number, self.weights = -math.inf, 0, {}
 
     def update(self, played: dict[str, float], update: int, model: ActorCritic, collector: Collector) -> None:
-        """Keep a copy if it is the best so far; only once 100 episodes have been played, or means of a few lucky ones would win."""
+        """Keep a copy if it is the best so far; only once 100 episodes have been played, or means of a few lucky
+        ones would win.
+        """
         if collector.num_episodes * collector.world >= RECENT and played["return_mean"] >= self.score:
             self.score, self.update_number = played["return_mean"], update
             self.weights = everything(model, collector)
@@ -220,7 +273,9 @@ def export(run: Run, config: Config, model: ActorCritic, collector: Collector, b
     facts = {"project": "ppo", "config": to_yaml(config), "env_steps": str(collector.num_steps * run.world)}
     last = everything(model, collector)
     export_weights(run.folder / "last.safetensors", last, facts | {"update": str(run.step)})
-    export_weights(run.folder / "best.safetensors", best.weights or last, facts | {"update": str(best.update_number or run.step)})
+    export_weights(
+        run.folder / "best.safetensors", best.weights or last, facts | {"update": str(best.update_number or run.step)}
+    )
 
 
 def num_updates(config: Config) -> int:
@@ -235,8 +290,10 @@ def describe(config: Config) -> None:
     model = ActorCritic(config.model, observation_shape(vector.observation_space), distribution)
     print(to_yaml(config), end="")
     print(f"# {config.env.id}: observations {vector.observation_space}, actions {vector.action_space}")
-    print(f"# {count_parameters(model):,} parameters; {num_updates(config)} updates of {config.env.count} x "
-          f"{config.train.rollout} steps, {config.train.epochs} epochs of minibatches of {config.train.batch_size}")
+    print(
+        f"# {count_parameters(model):,} parameters; {num_updates(config)} updates of {config.env.count} x "
+        f"{config.train.rollout} steps, {config.train.epochs} epochs of minibatches of {config.train.batch_size}"
+    )
     vector.close()
 
 

@@ -26,9 +26,24 @@ from diffusion.ema import EMA
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "configs/ddpm_digits.yaml"
 # 64 images in batches of 16: an epoch is four steps, the run three epochs
-TINY = ["model.channels=8", "model.groups=4", "model.multipliers=[1]", "model.attention=[]", "model.dropout=0.3", "data.max_images=64",
-        "data.flip=true", "train.batch_size=16", "train.steps=12", "train.log_every=1", "train.save_every=100", "train.sample_every=0",
-        "sample.count=4", "sample.steps=3", "precision=fp32", "device=cpu"]
+TINY = [
+    "model.channels=8",
+    "model.groups=4",
+    "model.multipliers=[1]",
+    "model.attention=[]",
+    "model.dropout=0.3",
+    "data.max_images=64",
+    "data.flip=true",
+    "train.batch_size=16",
+    "train.steps=12",
+    "train.log_every=1",
+    "train.save_every=100",
+    "train.sample_every=0",
+    "sample.count=4",
+    "sample.steps=3",
+    "precision=fp32",
+    "device=cpu",
+]
 
 STEPS = 12
 TIMING = ("images_per_second",)
@@ -62,7 +77,9 @@ def status(main: Any, *args: Any) -> int:
 
 def python(*words: str) -> subprocess.CompletedProcess[str]:
     """Run the interpreter from the repository's root."""
-    return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=250, check=False)
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=250, check=False
+    )
 
 
 def start_python(*words: str) -> subprocess.Popen[str]:
@@ -82,7 +99,10 @@ def checkpoint(run_dir: Path, step: int = STEPS) -> dict:
 
 def log(run_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl without what depends on the clock."""
-    return [{name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(run_dir / "metrics.jsonl")]
+    return [
+        {name: value for name, value in line.items() if name not in TIMING}
+        for line in read_metrics(run_dir / "metrics.jsonl")
+    ]
 
 
 def same(a: object, b: object) -> bool:

@@ -1,7 +1,8 @@
 """What the GPU campaigns share: the facts of a machine, a time budget, results with their evidence, the command line.
 
-A campaign is a program of a few parts that measure one project at GPU scale: `python -m bench.gpu.<project> <part>`. Each part is one
-command that ends by itself within `--minutes`, with status 0 when it is done and `UNFINISHED` when the same command, given again, goes on.
+A campaign is a program of a few parts that measure one project at GPU scale: `python -m bench.gpu.<project> <part>`.
+Each part is one command that ends by itself within `--minutes`, with status 0 when it is done and `UNFINISHED` when the
+same command, given again, goes on.
 
     parser = campaign.parser("ppo", __doc__)                    # then parser.add_argument(...) of one's own
     args = campaign.settle(parser.parse_args())                 # folders made; --tiny turned away from docs/
@@ -36,18 +37,27 @@ STOPPED = 128 + signal.SIGTERM  # exit status of a program of ours that has save
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """What produced a result, in JSON types: machine, driver, cuda, versions of torch, python and packages, commit, date, threads, command.
+    """What produced a result, in JSON types: machine, driver, cuda, versions of torch, python and packages, commit,
+    date, threads, command.
 
-    The commit is git's, or the environment variable COMMIT where a copy of the files has no .git; None where neither is there.
+    The commit is git's, or the environment variable COMMIT where a copy of the files has no .git; None where neither is
+    there.
     """
     known = runtime.environment(runtime.Runtime(device, None, 0, 1, None))
     packages = {name: version for name, version in known["versions"].items() if name not in ("torch", "python")}
     return {
-        "machine": known["device_name"], "device": str(device),
-        "driver": _driver() if device.type == "cuda" else None, "cuda": known["cuda"],
-        "torch": str(torch.__version__), "python": known["versions"]["python"], "packages": packages, "platform": known["platform"],
-        "commit": known["commit"] or os.environ.get("COMMIT"), "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "threads": known["threads"], "command": known["command"],
+        "machine": known["device_name"],
+        "device": str(device),
+        "driver": _driver() if device.type == "cuda" else None,
+        "cuda": known["cuda"],
+        "torch": str(torch.__version__),
+        "python": known["versions"]["python"],
+        "packages": packages,
+        "platform": known["platform"],
+        "commit": known["commit"] or os.environ.get("COMMIT"),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "threads": known["threads"],
+        "command": known["command"],
     }
 
 
@@ -88,11 +98,13 @@ class Budget:
 
 
 def run_until(command: Sequence[str], seconds: float, grace: float = 60.0, env: Mapping[str, str] | None = None) -> int:
-    """Run a program that saves and leaves on SIGTERM, and send it that after `seconds`. Returns its exit status: STOPPED if it was sent it.
+    """Run a program that saves and leaves on SIGTERM, and send it that after `seconds`. Returns its exit status:
+    STOPPED if it was sent it.
 
-    A SIGTERM or SIGINT to this process is passed on as one SIGTERM, and then ends this process as it would have: the program is in a
-    process group of its own, so that a Ctrl-C does not reach it twice. If it is still there `grace` seconds after its SIGTERM, it is
-    killed (status -9). With no time left nothing is started. Its output goes where ours goes.
+    A SIGTERM or SIGINT to this process is passed on as one SIGTERM, and then ends this process as it would have: the
+    program is in a process group of its own, so that a Ctrl-C does not reach it twice. If it is still there `grace`
+    seconds after its SIGTERM, it is killed (status -9). With no time left nothing is started. Its output goes where
+    ours goes.
 
     Args:
         env: added to the environment.
@@ -124,7 +136,9 @@ def run_until(command: Sequence[str], seconds: float, grace: float = 60.0, env: 
 
 
 def spend(work: Path, part: str, seconds: float) -> float:
-    """Add this command's `seconds` to what `part` has taken so far, in `<work>/seconds.json`; returns the sum over all its commands."""
+    """Add this command's `seconds` to what `part` has taken so far, in `<work>/seconds.json`; returns the sum over
+    all its commands.
+    """
     path = work / "seconds.json"
     spent = read_json(path)
     spent[part] = round(spent.get(part, 0.0) + seconds, 1)
@@ -147,7 +161,9 @@ def write_result(path: Path, content: dict[str, Any], facts: dict[str, Any], sec
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file, such as an earlier result to go on from; {} where there is none, `ValueError` where it is not one."""
+    """An object from a JSON file, such as an earlier result to go on from; {} where there is none, `ValueError`
+    where it is not one.
+    """
     if not path.is_file():
         return {}
     value = json.loads(path.read_text(encoding="utf-8"))
@@ -178,21 +194,35 @@ def _cell(value: Any) -> str:
 
 def parser(project: str, description: str | None) -> argparse.ArgumentParser:
     """The arguments that every campaign has. Give the parsed ones to `settle`."""
-    result = argparse.ArgumentParser(prog=f"python -m bench.gpu.{project}", description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = argparse.ArgumentParser(
+        prog=f"python -m bench.gpu.{project}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     result.set_defaults(project=project)
-    result.add_argument("--minutes", type=float, default=9.0, help="the command ends by itself within so many (default 9)")
+    result.add_argument(
+        "--minutes", type=float, default=9.0, help="the command ends by itself within so many (default 9)"
+    )
     result.add_argument("--out", type=Path, help=f"where results go (default docs/results/{project}/gpu)")
-    result.add_argument("--work", type=Path, default=Path(f"runs/gpu_{project}"),
-                        help="checkpoints and intermediate files (default %(default)s)")
-    result.add_argument("--tiny", action="store_true",
-                        help="rehearsal on a CPU at tiny size; results into <work>/results, never into docs/")
+    result.add_argument(
+        "--work",
+        type=Path,
+        default=Path(f"runs/gpu_{project}"),
+        help="checkpoints and intermediate files (default %(default)s)",
+    )
+    result.add_argument(
+        "--tiny",
+        action="store_true",
+        help="rehearsal on a CPU at tiny size; results into <work>/results, never into docs/",
+    )
     result.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default %(default)s)")
     return result
 
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill in `out` of parsed arguments, with --tiny <work>/results, and make both folders. Exits where --tiny would write into docs/."""
+    """Fill in `out` of parsed arguments, with --tiny <work>/results, and make both folders. Exits where --tiny would
+    write into docs/.
+    """
     args.out = args.out or (args.work / "results" if args.tiny else Path("docs/results") / args.project / "gpu")
     if args.tiny and args.out.resolve().is_relative_to(Path("docs").resolve()):
         raise SystemExit("error: --tiny is a rehearsal; its results do not go into docs/")

@@ -1,7 +1,8 @@
-"""How fast a GPU trains the network of configs/edm_cifar_cond.yaml, by setting: the part `speed` of bench.gpu.diffusion.
+"""How fast a GPU trains the network of configs/edm_cifar_cond.yaml, by setting: the part `speed` of
+bench.gpu.diffusion.
 
-A step here is that of diffusion/train.py, built from the same functions: images as uint8 on the GPU, flips, noise, loss, backward,
-clipping, AdamW, average.
+A step here is that of diffusion/train.py, built from the same functions: images as uint8 on the GPU, flips, noise,
+loss, backward, clipping, AdamW, average.
 """
 
 from __future__ import annotations
@@ -30,8 +31,14 @@ from diffusion.objectives import build_objective
 from diffusion.train import drop_labels, random_flip, training_flops
 
 # precision, channels_last, compiled, batch; the likely best first, in case the time is over
-SETTINGS = (("bf16", True, True, 512), ("bf16", True, False, 512), ("bf16", True, True, 1024), ("bf16", True, True, 256),
-            ("bf16", False, True, 512), ("fp32", True, False, 512))  # fp32 on a GPU: matrix products in TF32
+SETTINGS = (
+    ("bf16", True, True, 512),
+    ("bf16", True, False, 512),
+    ("bf16", True, True, 1024),
+    ("bf16", True, True, 256),
+    ("bf16", False, True, 512),
+    ("fp32", True, False, 512),
+)  # fp32 on a GPU: matrix products in TF32
 TINY_SETTINGS = (("bf16", False, False, 4), ("fp32", True, False, 8))
 COMPILATION = 150.0  # seconds that a setting may need beside its steady steps
 START = 25.0  # seconds of each command that train no image: imports, data, first step, last checkpoint
@@ -40,7 +47,9 @@ CHUNK = 10  # steps between two readings of the clock
 
 
 def speed(args: argparse.Namespace, config: Config, budget: campaign.Budget, facts: dict[str, Any]) -> bool:
-    """Measure the settings not measured yet, and say how many images fit into `--train-seconds`. False if the budget is over before."""
+    """Measure the settings not measured yet, and say how many images fit into `--train-seconds`. False if the budget
+    is over before.
+    """
     kept, started = args.work / "speed.json", time.monotonic()
     wanted = (TINY_SETTINGS if args.tiny else SETTINGS)[: args.first]
     earlier = campaign.read_json(kept)
@@ -69,8 +78,12 @@ def speed(args: argparse.Namespace, config: Config, budget: campaign.Budget, fac
     return len(rows) >= len(wanted)
 
 
-def measure(setting: tuple[str, bool, bool, int], config: Config, images: Images, seconds: float) -> tuple[dict[str, Any], Run]:
-    """One row: images a second over `seconds` of steady steps, and what they cost. A setting that fails is a row with its error."""
+def measure(
+    setting: tuple[str, bool, bool, int], config: Config, images: Images, seconds: float
+) -> tuple[dict[str, Any], Run]:
+    """One row: images a second over `seconds` of steady steps, and what they cost. A setting that fails is a row
+    with its error.
+    """
     precision, channels_last, compiled, batch = setting
     train = dataclasses.replace(config.train, batch_size=batch, microbatch=0)
     config = dataclasses.replace(config, precision=precision, compile=compiled, train=train)
@@ -87,7 +100,8 @@ def measure(setting: tuple[str, bool, bool, int], config: Config, images: Images
     except Exception as error:  # a compiler or a kernel fails in its own way, and the other settings still count
         return row | {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}, run
     peak = peak_flops(run.device)
-    row["mfu"] = row["images_per_second"] * training_flops(config) / peak if peak else None  # of the bf16 peak, in fp32 too
+    # of the bf16 peak, in fp32 too
+    row["mfu"] = row["images_per_second"] * training_flops(config) / peak if peak else None
     row["memory_gib"] = torch.cuda.max_memory_allocated(run.device) / 2**30 if run.device.type == "cuda" else None
     return row, run
 
@@ -96,8 +110,13 @@ def training_step(config: Config, images: Images, run: Run) -> Callable[[int], t
     """A new network and its optimizer; the result makes step 1, 2, ... and returns its loss, on the device."""
     objective = build_objective(config.objective, images.head(0).pixel_std())
     model = UNet(config.model, config.data.image_size).to(run.device, memory_format=run.memory_format)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.lr, betas=config.train.betas,
-                                  weight_decay=config.train.weight_decay, fused=run.device.type != "mps")
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.train.lr,
+        betas=config.train.betas,
+        weight_decay=config.train.weight_decay,
+        fused=run.device.type != "mps",
+    )
     ema, net = EMA(model, config.train.ema), run.prepare(model)
     batches = images.batches(1, config.train.batch_size, config.seed, run.device)
 
@@ -120,7 +139,9 @@ def training_step(config: Config, images: Images, run: Run) -> Callable[[int], t
 
 
 def timed(step: Callable[[int], torch.Tensor], run: Run, seconds: float, batch: int) -> dict[str, float]:
-    """Images a second of `step`. The first three steps, with the compilation, are apart; ends early after a stop signal."""
+    """Images a second of `step`. The first three steps, with the compilation, are apart; ends early after a stop
+    signal.
+    """
     start = time.perf_counter()
     for number in (1, 2, 3):
         loss = step(number)
@@ -143,9 +164,16 @@ def synchronise(device: torch.device) -> None:
 
 
 def content(rows: list[dict[str, Any]], config: Config, args: argparse.Namespace) -> dict[str, Any]:
-    """The rows, the faster of the settings that `train` can take (compiled or not), and how many images it would train in a given time."""
-    usable = [row for row in rows if "error" not in row and (args.tiny or (row["precision"], row["channels_last"]) == ("bf16", True))
-              and (args.tiny or row["batch"] == config.train.batch_size)]
+    """The rows, the faster of the settings that `train` can take (compiled or not), and how many images it would
+    train in a given time.
+    """
+    usable = [
+        row
+        for row in rows
+        if "error" not in row
+        and (args.tiny or (row["precision"], row["channels_last"]) == ("bf16", True))
+        and (args.tiny or row["batch"] == config.train.batch_size)
+    ]
     result: dict[str, Any] = {"rows": rows, "mfu_is": "of the dense bf16 peak, whatever the precision"}
     if not usable:
         return result | {"advice": "no setting that train can take was measured"}
@@ -153,7 +181,12 @@ def content(rows: list[dict[str, Any]], config: Config, args: argparse.Namespace
     commands = math.ceil(args.train_seconds / (60 * args.minutes))
     useful = SHARE * (args.train_seconds - commands * (START + best["first_steps_seconds"]))
     fits = max(0, int(useful * best["images_per_second"] / 1000)) * 1000
-    advice = (f"in {args.train_seconds:g} s, {commands} command(s) of {args.minutes:g} minutes, about {fits:,} images "
-              f"({best['images_per_second']:,.0f} a second, compile={str(best['compile']).lower()})")
-    return result | {"train": {"compile": best["compile"], "images_per_second": best["images_per_second"]},
-                     "fits": {"seconds": args.train_seconds, "images": fits}, "advice": advice}
+    advice = (
+        f"in {args.train_seconds:g} s, {commands} command(s) of {args.minutes:g} minutes, about {fits:,} images "
+        f"({best['images_per_second']:,.0f} a second, compile={str(best['compile']).lower()})"
+    )
+    return result | {
+        "train": {"compile": best["compile"], "images_per_second": best["images_per_second"]},
+        "fits": {"seconds": args.train_seconds, "images": fits},
+        "advice": advice,
+    }

@@ -1,8 +1,9 @@
-"""GraphSAGE on sampled neighbourhoods, as fast as a machine goes: threads sample, the accelerator learns, nothing waits that need not.
+"""GraphSAGE on sampled neighbourhoods, as fast as a machine goes: threads sample, the accelerator learns, nothing waits
+that need not.
 
-`gnn.train` prepares batches in one thread beside the training, which keeps one CPU core's step busy. A GPU's step takes a few
-milliseconds, sampling from a graph of 10^8 edges ten times as many: so several threads sample, each with a sampler of its own.
-The batch of a step is the one that `gnn.train` would have made, whichever thread makes it.
+`gnn.train` prepares batches in one thread beside the training, which keeps one CPU core's step busy. A GPU's step takes
+a few milliseconds, sampling from a graph of 10^8 edges ten times as many: so several threads sample, each with a
+sampler of its own. The batch of a step is the one that `gnn.train` would have made, whichever thread makes it.
 
 Legend: N nodes, E sampled edges, B seed nodes, n nodes of a batch, F features.
 """
@@ -87,7 +88,9 @@ class Feed:
         """The batch of a step; called in the threads, each of which keeps a sampler (4 N bytes)."""
         graph = self.task.graph
         if not hasattr(self.own, "sampler"):
-            self.own.sampler = NeighborSampler(graph.indptr, graph.indices, self.task.config.sampling.fanouts, self.task.seed)
+            self.own.sampler = NeighborSampler(
+                graph.indptr, graph.indices, self.task.config.sampling.fanouts, self.task.seed
+            )
         seeds = self.seeds(step)
         sample = self.own.sampler.sample(seeds, step)
         blocks = [(block.indptr.int(), block.indices, block.num_src) for block in sample.blocks]
@@ -128,7 +131,8 @@ class Learner:
     """
 
     def __init__(self, task: SampledNodeTask, device: torch.device, resident: bool) -> None:
-        task.device = device  # where `start_trial` puts the model and validation its batches; the graph stays where it is
+        # where `start_trial` puts the model and validation its batches; the graph stays where it is
+        task.device = device
         self.task, self.device = task, device
         self.model: nn.Module = start_trial(task, 0)
         self.optimizer = task.optimizer(self.model)
@@ -149,15 +153,17 @@ class Learner:
         return loss.detach()
 
 
-def measure(task: SampledNodeTask, device: torch.device, resident: bool, batch_size: int, seconds: float,
-            cores: int) -> dict[str, Any]:
+def measure(
+    task: SampledNodeTask, device: torch.device, resident: bool, batch_size: int, seconds: float, cores: int
+) -> dict[str, Any]:
     """Train for about `seconds`, then time the parts of a step one by one.
 
-    For a GPU all of the CPU's `cores` but one sample; on the CPU a quarter of them do, and the step is computed with all.
+    For a GPU all of the CPU's `cores` but one sample; on the CPU a quarter of them do, and the step is computed with
+    all.
 
-    Returns a row: edges trained per second and all that explains it; `sample_ms` is a batch's share of the threads' time together,
-    `copy_ms` and `step_ms` are of one batch alone, `waiting` the share of the training's time in which no batch was ready.
-    Raises:
+    Returns a row: edges trained per second and all that explains it; `sample_ms` is a batch's share of the threads'
+    time together, `copy_ms` and `step_ms` are of one batch alone, `waiting` the share of the training's time in which
+    no batch was ready. Raises:
         ProjectError: the loss is not finite.
     """
     gpu = device.type == "cuda"
@@ -167,7 +173,10 @@ def measure(task: SampledNodeTask, device: torch.device, resident: bool, batch_s
     if gpu:
         torch.set_float32_matmul_precision("high")  # as `common.runtime.start` does for a training
         torch.cuda.reset_peak_memory_stats(device)
-    feed, learner = Feed(task, batch_size, workers, gather=gpu and not resident, pin=gpu), Learner(task, device, resident or not gpu)
+    feed, learner = (
+        Feed(task, batch_size, workers, gather=gpu and not resident, pin=gpu),
+        Learner(task, device, resident or not gpu),
+    )
     try:
         row = train(feed, learner, seconds)
         with torch.no_grad():
@@ -198,13 +207,22 @@ def train(feed: Feed, learner: Learner, seconds: float) -> dict[str, Any]:
     ends = [float(torch.stack(list(part)).mean()) for part in (first, last)]
     if not all(map(math.isfinite, ends)):
         raise ProjectError("the loss is not finite: nothing is reported")
-    return {"edges_per_s": edges / total, "nodes_per_s": steps * len(batch.labels) / total, "steps": steps + WARM_UP,
-            "edges_per_step": edges / steps, "ms": 1000 * total / steps, "waiting": waited / total, "first_loss": ends[0],
-            "last_loss": ends[1]}
+    return {
+        "edges_per_s": edges / total,
+        "nodes_per_s": steps * len(batch.labels) / total,
+        "steps": steps + WARM_UP,
+        "edges_per_step": edges / steps,
+        "ms": 1000 * total / steps,
+        "waiting": waited / total,
+        "first_loss": ends[0],
+        "last_loss": ends[1],
+    }
 
 
 def parts(feed: Feed, learner: Learner, first: int) -> dict[str, float]:
-    """Milliseconds a batch of sampling (all threads at once, nothing else running), of copying and of a step, each by itself."""
+    """Milliseconds a batch of sampling (all threads at once, nothing else running), of copying and of a step, each
+    by itself.
+    """
     batches, device = feed.batches(first), learner.device
     for _ in range(feed.workers + 2):  # made while nobody was asking
         next(batches)

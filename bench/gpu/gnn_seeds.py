@@ -1,8 +1,10 @@
-"""Many trainings of a GCN at once: S copies of the graph along the diagonal of one sparse matrix, S weight matrices in one batched product.
+"""Many trainings of a GCN at once: S copies of the graph along the diagonal of one sparse matrix, S weight matrices in
+one batched product.
 
-A training of a small graph keeps a GPU idle: its kernels are shorter than their launch. Here one kernel does the work of S trainings.
-Nothing is shared between them: each has its own initial weights, dropout masks, Adam moments and choice of the step that is kept, as
-`gnn.train` makes them, so seed by seed the same thing happens as in S runs of it (tests/bench/test_gpu_gnn.py).
+A training of a small graph keeps a GPU idle: its kernels are shorter than their launch. Here one kernel does the work
+of S trainings. Nothing is shared between them: each has its own initial weights, dropout masks, Adam moments and choice
+of the step that is kept, as `gnn.train` makes them, so seed by seed the same thing happens as in S runs of it
+(tests/bench/test_gpu_gnn.py).
 
 Legend: S seeds, N nodes, E entries, F features, D width, K classes, T training nodes.
 """
@@ -40,7 +42,8 @@ class BatchedGCN(nn.Module):
         super().__init__()
         self.config, self.seeds = config, seeds
         widths = [in_features, *[config.hidden] * (config.layers - 1), out_features]
-        self.weights = nn.ParameterList(glorot(seeds, a, b, fan=(a, b)) for a, b in pairwise(widths))  # (S, F, D) ... (S, D, K)
+        # (S, F, D) ... (S, D, K)
+        self.weights = nn.ParameterList(glorot(seeds, a, b, fan=(a, b)) for a, b in pairwise(widths))
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(seeds, 1, b)) for b in widths[1:])
         self.activation = ACTIVATIONS[config.activation]
 
@@ -77,7 +80,9 @@ def diagonal(matrix: Matrix, count: int) -> Matrix:
 
 
 class Best:
-    """`gnn.train.Best` for S seeds: the weights of each with the lowest validation loss so far. Nothing here waits for the device."""
+    """`gnn.train.Best` for S seeds: the weights of each with the lowest validation loss so far. Nothing here waits
+    for the device.
+    """
 
     def __init__(self, model: BatchedGCN, patience: int) -> None:
         device = model.weights[0].device
@@ -87,7 +92,9 @@ class Best:
         self.weights = [p.detach().clone() for p in model.parameters()]
 
     def update(self, loss: Tensor, step: int, model: BatchedGCN) -> None:
-        """Take over the seeds whose validation loss (S,) is lower than ever; after `patience` steps without that a seed has ended."""
+        """Take over the seeds whose validation loss (S,) is lower than ever; after `patience` steps without that a
+        seed has ended.
+        """
         better = (loss < self.loss) | (self.step == 0)  # NaN is never lower
         if self.patience:
             better &= step - self.step <= self.patience
@@ -105,10 +112,20 @@ class Best:
 
 def check(config: Config, task: NodeTask) -> None:
     """`ConfigError` for what is not trained here."""
-    require(config.task == "node" and config.sampling.kind == "none", "task", "many seeds at once: node classification on the whole graph")
+    require(
+        config.task == "node" and config.sampling.kind == "none",
+        "task",
+        "many seeds at once: node classification on the whole graph",
+    )
     require(config.model.layer == "gcn", "model.layer", f"many seeds at once: gcn, not {config.model.layer}")
-    require(config.model.norm == "none" and not config.model.residual, "model.norm", "many seeds at once: no norm, no residuals")
-    require(config.train.grad_clip == 0, "train.grad_clip", "many seeds at once: 0, for its norm is of one seed's gradients")
+    require(
+        config.model.norm == "none" and not config.model.residual,
+        "model.norm",
+        "many seeds at once: no norm, no residuals",
+    )
+    require(
+        config.train.grad_clip == 0, "train.grad_clip", "many seeds at once: 0, for its norm is of one seed's gradients"
+    )
     require(not task.random, "data.split", "many seeds at once: one split for all of them")
 
 
@@ -124,14 +141,18 @@ def accuracies(logits: Tensor, nodes: Tensor, labels: Tensor) -> Tensor:
     return (logits.index_select(1, nodes).argmax(dim=2) == labels).double().mean(dim=1)
 
 
-def train_together(task: NodeTask, first: int, count: int, model: BatchedGCN | None = None) -> tuple[list[dict[str, float]], Tensor]:
-    """Train `count` seeds at once, from number `first`; which numbers are together decides what is drawn, and nothing else does.
+def train_together(
+    task: NodeTask, first: int, count: int, model: BatchedGCN | None = None
+) -> tuple[list[dict[str, float]], Tensor]:
+    """Train `count` seeds at once, from number `first`; which numbers are together decides what is drawn, and nothing
+    else does.
 
     Args:
         task: the graph on its device, as `gnn.task.build_task` makes it.
         model: initial weights; default fresh ones.
     Returns:
-        For each seed what `gnn.eval` reports (seed, step, test_accuracy, val_accuracy), and the training losses (steps, S).
+        For each seed what `gnn.eval` reports (seed, step, test_accuracy, val_accuracy), and the training losses (steps,
+        S).
     Raises:
         ProjectError: a loss is not finite.
     """
@@ -164,14 +185,19 @@ def train_together(task: NodeTask, first: int, count: int, model: BatchedGCN | N
     followed = torch.stack(curve)  # (steps, S)
     if not bool(followed.isfinite().all()):
         raise ProjectError("a training loss is not finite: nothing is reported")
-    columns = {"step": best.step, "test_accuracy": accuracies(logits, graph.test, graph.labels[graph.test]),
-               "val_accuracy": accuracies(logits, graph.val, val_labels)}
+    columns = {
+        "step": best.step,
+        "test_accuracy": accuracies(logits, graph.test, graph.labels[graph.test]),
+        "val_accuracy": accuracies(logits, graph.val, val_labels),
+    }
     values = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [{"seed": task.seed_of(first + i), **dict(zip(columns, row))} for i, row in enumerate(values)], followed
 
 
 def draw_histogram(path: Path, accuracy: list[float], title: str, published: float | None = None) -> None:
-    """Test accuracies of the seeds, a bin for each number of papers there can be between the worst and the best, but at most 60."""
+    """Test accuracies of the seeds, a bin for each number of papers there can be between the worst and the best, but
+    at most 60.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 

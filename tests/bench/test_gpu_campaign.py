@@ -1,4 +1,6 @@
-"""What the GPU campaigns share: budgets, programs that are stopped in time, results with their evidence, the command line."""
+"""What the GPU campaigns share: budgets, programs that are stopped in time, results with their evidence, the command
+line.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,18 @@ def wait_for(note: Path) -> None:
 def test_facts_are_complete_and_json() -> None:
     facts = campaign.facts(torch.device("cpu"))
     assert json.loads(json.dumps(facts)) == facts
-    assert {"machine", "driver", "cuda", "torch", "python", "packages", "commit", "date", "threads", "command"} <= facts.keys()
+    assert {
+        "machine",
+        "driver",
+        "cuda",
+        "torch",
+        "python",
+        "packages",
+        "commit",
+        "date",
+        "threads",
+        "command",
+    } <= facts.keys()
     assert facts["torch"] == torch.__version__ and facts["threads"] == torch.get_num_threads()
     assert facts["driver"] is None and facts["cuda"] is None  # nothing of a GPU in a CPU's result
     assert "numpy" in facts["packages"] and "torch" not in facts["packages"]
@@ -75,11 +88,15 @@ def test_a_program_is_asked_to_leave(tmp_path: Path) -> None:
     note, started = tmp_path / "note", time.monotonic()
     assert campaign.run_until(program(note, 600), 3) == campaign.STOPPED
     assert time.monotonic() - started < 60
-    assert note.read_text() in ("up  saved ", "")  # empty on a machine so busy that three seconds do not start an interpreter
+    # empty on a machine so busy that three seconds do not start an interpreter
+    assert note.read_text() in ("up  saved ", "")
 
 
 def test_a_program_that_does_not_leave_is_killed(tmp_path: Path) -> None:
-    assert campaign.run_until(program(tmp_path / "note", 600, "stubborn"), 3, grace=0.2) in (-signal.SIGKILL, campaign.STOPPED)
+    assert campaign.run_until(program(tmp_path / "note", 600, "stubborn"), 3, grace=0.2) in (
+        -signal.SIGKILL,
+        campaign.STOPPED,
+    )
 
 
 def test_no_time_no_program(tmp_path: Path) -> None:
@@ -130,7 +147,10 @@ def test_table_shows_every_column_and_blanks(capsys: pytest.CaptureFixture[str])
     rows = [{"name": "a", "rate": 12345.6, **many}, {"name": "b", "failed": True, "rate": None}]
     campaign.print_table("title", rows)
     out = capsys.readouterr().out
-    assert all(text in out for text in ("title", "12,346", "long_column_14", "0.1235", "failed", "True")) and "None" not in out
+    assert (
+        all(text in out for text in ("title", "12,346", "long_column_14", "0.1235", "failed", "True"))
+        and "None" not in out
+    )
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +161,12 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     args = parsed()
     assert (args.minutes, args.device, args.tiny) == (9.0, "auto", False)
-    assert args.out == Path("docs/results/gnn/gpu") and args.work == Path("runs/gpu_gnn") and args.out.is_dir() and args.work.is_dir()
+    assert (
+        args.out == Path("docs/results/gnn/gpu")
+        and args.work == Path("runs/gpu_gnn")
+        and args.out.is_dir()
+        and args.work.is_dir()
+    )
     assert parsed("--tiny", "--work", "w").out == Path("w/results")
     assert parsed("--tiny", "--out", "elsewhere").out == Path("elsewhere")
     for out in ("docs", "docs/results/gnn/gpu", "w/../docs/x"):

@@ -1,6 +1,8 @@
-"""Every part of the diffusion campaign at tiny size, on made-up images in CIFAR-10's format: what it writes, and that it goes on.
+"""Every part of the diffusion campaign at tiny size, on made-up images in CIFAR-10's format: what it writes, and that
+it goes on.
 
-Training and evaluation run in this process instead of one of their own, except once: starting PyTorch costs more than the work.
+Training and evaluation run in this process instead of one of their own, except once: starting PyTorch costs more than
+the work.
 """
 
 from __future__ import annotations
@@ -80,8 +82,19 @@ def train(data_root: Path, work: Path, *words: str) -> int:
 def trained(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A --work folder with both objectives trained: edm as a user does it, in processes of their own."""
     work = tmp_path_factory.mktemp("work")
-    done = python("-m", "bench.gpu.diffusion", "train", "--tiny", "--device", "cpu", "--images", str(IMAGES), "--work", str(work),
-                  f"data_root={data_root}")
+    done = python(
+        "-m",
+        "bench.gpu.diffusion",
+        "train",
+        "--tiny",
+        "--device",
+        "cpu",
+        "--images",
+        str(IMAGES),
+        "--work",
+        str(work),
+        f"data_root={data_root}",
+    )
     assert done.returncode == 0, done.stderr
     assert "train: done" in done.stdout
     with pytest.MonkeyPatch.context() as context:
@@ -93,8 +106,9 @@ def trained(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_speed_measures_each_setting_once(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(data_root, tmp_path, "speed", "--seconds", "0.05") == 0
     result = campaign.read_json(tmp_path / "results/speed.json")
-    assert [(row["precision"], row["channels_last"], row["compile"], row["batch"]) for row in result["rows"]] == \
-        list(diffusion_speed.TINY_SETTINGS)
+    assert [(row["precision"], row["channels_last"], row["compile"], row["batch"]) for row in result["rows"]] == list(
+        diffusion_speed.TINY_SETTINGS
+    )
     for row in result["rows"]:
         assert "error" not in row and row["images_per_second"] > 0 and row["steps"] >= diffusion_speed.CHUNK
     assert result["train"]["images_per_second"] == max(row["images_per_second"] for row in result["rows"])
@@ -104,7 +118,9 @@ def test_speed_measures_each_setting_once(data_root: Path, tmp_path: Path, monke
     assert campaign.read_json(tmp_path / "speed.json")["rows"] == result["rows"]
 
 
-def test_a_setting_that_fails_is_a_row_and_tried_again(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_fails_is_a_row_and_tried_again(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build, broken = diffusion_speed.training_step, []
 
     def training_step(config: Config, *rest: object):
@@ -123,10 +139,21 @@ def test_a_setting_that_fails_is_a_row_and_tried_again(data_root: Path, tmp_path
 
 def test_advice_of_known_speeds(tmp_path: Path) -> None:
     args = diffusion.parse(["speed", "--work", str(tmp_path), "--out", str(tmp_path), "--train-seconds", "1000"])
-    row = {"precision": "bf16", "channels_last": True, "compile": True, "batch": 512, "images_per_second": 8000.0,
-           "first_steps_seconds": 75.0}
-    eager, other = row | {"compile": False, "images_per_second": 5000.0}, row | {"channels_last": False, "images_per_second": 9000.0}
-    result = diffusion_speed.content([eager, row, other, row | {"error": "x", "images_per_second": 1e9}], diffusion.base_config(args), args)
+    row = {
+        "precision": "bf16",
+        "channels_last": True,
+        "compile": True,
+        "batch": 512,
+        "images_per_second": 8000.0,
+        "first_steps_seconds": 75.0,
+    }
+    eager, other = (
+        row | {"compile": False, "images_per_second": 5000.0},
+        row | {"channels_last": False, "images_per_second": 9000.0},
+    )
+    result = diffusion_speed.content(
+        [eager, row, other, row | {"error": "x", "images_per_second": 1e9}], diffusion.base_config(args), args
+    )
     assert result["train"] == {"compile": True, "images_per_second": 8000.0}  # train cannot take another layout
     assert result["fits"]["images"] == 6_080_000  # 0.95 of what two commands, 100 s each lost, leave of 1000 s
     assert "no setting" in diffusion_speed.content([other], diffusion.base_config(args), args)["advice"]
@@ -135,7 +162,10 @@ def test_advice_of_known_speeds(tmp_path: Path) -> None:
 def test_training_ends_at_rate_zero(trained: Path) -> None:
     for objective in ("edm", "ddpm"):
         result = campaign.read_json(trained / f"results/train_{objective}.json")
-        assert result["metrics"]["steps"] == result["metrics"]["of"] == IMAGES // 8 and result["metrics"]["images"] == IMAGES
+        assert (
+            result["metrics"]["steps"] == result["metrics"]["of"] == IMAGES // 8
+            and result["metrics"]["images"] == IMAGES
+        )
         assert result["metrics"]["lr"] == 0 and result["config"]["train.decay"] == "cosine" and result["seconds"] > 0
         assert len(read_metrics(trained / f"results/train_{objective}.jsonl")) == IMAGES // 8
 
@@ -154,19 +184,28 @@ def test_full_size_schedule(tmp_path: Path) -> None:
     assert config.train.steps == 9800 == base.train.steps // 2 and config.train.warmup == base.train.warmup // 2
     assert config.train.ema == pytest.approx(base.train.ema**2)  # half the half-life
     assert not config.compile
-    campaign.write_result(tmp_path / "speed.json", {"train": {"compile": True, "images_per_second": 5120.0}}, {"command": ""}, 1)
+    campaign.write_result(
+        tmp_path / "speed.json", {"train": {"compile": True, "images_per_second": 5120.0}}, {"command": ""}, 1
+    )
     measured = diffusion.experiment(args, "edm")
     assert measured.compile and measured.train.save_every == 1200  # two minutes at ten steps a second
 
 
-def test_stopped_training_goes_on_as_if_it_had_not_been(trained: Path, data_root: Path, tmp_path: Path, here: list[list[str]],
-                                                        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stopped_training_goes_on_as_if_it_had_not_been(
+    trained: Path,
+    data_root: Path,
+    tmp_path: Path,
+    here: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with monkeypatch.context() as context:
         stop_in_step(context, 3)
         assert train(data_root, tmp_path / "first") == campaign.UNFINISHED
     assert "same command goes on" in capsys.readouterr().out
     assert campaign.read_json(tmp_path / "first/results/train_edm.json")["metrics"]["steps"] == 3
-    assert train(data_root, tmp_path / "first", "--minutes", "0") == campaign.UNFINISHED and len(here) == 1  # no time, nothing started
+    # no time, nothing started
+    assert train(data_root, tmp_path / "first", "--minutes", "0") == campaign.UNFINISHED and len(here) == 1
     moved = (tmp_path / "first").rename(tmp_path / "moved")  # as to another machine
     assert train(data_root, moved) == 0
     states = [Checkpoints(work / "edm/checkpoints").load_newest() for work in (moved, trained)]
@@ -176,8 +215,21 @@ def test_stopped_training_goes_on_as_if_it_had_not_been(trained: Path, data_root
 
 def test_another_run_is_not_mixed_with_this_one(trained: Path, data_root: Path, here: list[list[str]]) -> None:
     for words in (["--images", "640"], ["train.lr=1"]):
-        outcome = status(diffusion.main, ["train", "--images", str(IMAGES), *words, "--tiny", "--device", "cpu", "--work", str(trained),
-                                          f"data_root={data_root}"])
+        outcome = status(
+            diffusion.main,
+            [
+                "train",
+                "--images",
+                str(IMAGES),
+                *words,
+                "--tiny",
+                "--device",
+                "cpu",
+                "--work",
+                str(trained),
+                f"data_root={data_root}",
+            ],
+        )
         assert str(outcome).startswith("error:") and "was started with other settings" in outcome
     assert not here
 
@@ -191,8 +243,19 @@ def test_evaluation(trained: Path, data_root: Path, here: list[list[str]], capsy
     for objective in ("edm", "ddpm"):
         result = campaign.read_json(trained / f"results/eval_{objective}.json")
         metrics = result["metrics"]
-        assert metrics["steps"] == metrics["of"] == IMAGES // 8 and result["n"] == {"fd_resnet20": 50, "reference": 200, "table": 20}
-        assert {"fd_resnet20", "fd_floor", "conditional_accuracy", "precision", "recall", "nearest_train_rms"} <= metrics.keys()
+        assert metrics["steps"] == metrics["of"] == IMAGES // 8 and result["n"] == {
+            "fd_resnet20": 50,
+            "reference": 200,
+            "table": 20,
+        }
+        assert {
+            "fd_resnet20",
+            "fd_floor",
+            "conditional_accuracy",
+            "precision",
+            "recall",
+            "nearest_train_rms",
+        } <= metrics.keys()
         assert all(np.isfinite(value) for key, value in metrics.items() if key != "objective")
         assert not any("nfe" in key or "_w" in key for key in metrics)  # those are the tables' rows
         assert {row["sampler"] for row in result["samplers"]} >= {"heun", "euler", "dpmpp"}
@@ -205,11 +268,14 @@ def test_evaluation(trained: Path, data_root: Path, here: list[list[str]], capsy
     shutil.rmtree(trained / "results")
     assert run(data_root, trained, "all", "--images", str(IMAGES), "--seconds", "0.05") == 0
     assert len(here) == count  # all but the speed was there, and is published again
-    assert {"speed.json", "train_edm.json", "eval_ddpm.json", "edm_samples.png"} <= {path.name for path in (trained / "results").iterdir()}
+    assert {"speed.json", "train_edm.json", "eval_ddpm.json", "edm_samples.png"} <= {
+        path.name for path in (trained / "results").iterdir()
+    }
 
 
-def test_stopped_evaluation_keeps_its_batches(trained: Path, data_root: Path, here: list[list[str]], tmp_path: Path,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_evaluation_keeps_its_batches(
+    trained: Path, data_root: Path, here: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(trained / "edm", tmp_path / "edm", ignore=shutil.ignore_patterns("eval*", "figures"))
     draw, batches = diffusion_eval.generate_batch, []
 
@@ -279,8 +345,9 @@ def test_large_pictures_become_small(tmp_path: Path) -> None:
     assert not (tmp_path / "c.png").exists()
 
 
-def test_a_rehearsal_leaves_docs_alone(trained: Path, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                       here: list[list[str]]) -> None:
+def test_a_rehearsal_leaves_docs_alone(
+    trained: Path, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: list[list[str]]
+) -> None:
     """From a folder of its own, where docs/ would appear if anything were written there."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")

@@ -1,4 +1,6 @@
-"""The GPU campaign of gnn, rehearsed on a CPU: many seeds at once are what one by one would be, and every part writes what it should."""
+"""The GPU campaign of gnn, rehearsed on a CPU: many seeds at once are what one by one would be, and every part
+writes what it should.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def run(tmp_path, *words):
 
 
 def one_alone(task, config, model):
-    """`gnn.train`'s loop for one model: losses, step kept, test and validation accuracy with the weights that were kept."""
+    """`gnn.train`'s loop for one model: losses, step kept, test and validation accuracy with the weights that were
+    kept.
+    """
     optimizer, best, curve = task.optimizer(model), BestOfOne(), []
     for step in range(1, config.train.steps + 1):
         model.train()
@@ -61,11 +65,20 @@ def one_alone(task, config, model):
         return curve, best.step, task.test(model.eval())
 
 
-@pytest.mark.parametrize(("dtype", "words"), [
-    (torch.float32, ()), (torch.float64, ()), (torch.float64, ("model.layers=2", "model.hidden=3", "train.validate_every=7")),
-    (torch.float64, ("train.patience=3", "train.lr=0.1"))], ids=["float32", "float64", "narrow", "patience"])
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [
+        (torch.float32, ()),
+        (torch.float64, ()),
+        (torch.float64, ("model.layers=2", "model.hidden=3", "train.validate_every=7")),
+        (torch.float64, ("train.patience=3", "train.lr=0.1")),
+    ],
+    ids=["float32", "float64", "narrow", "patience"],
+)
 def test_each_of_many_seeds_is_the_one_that_would_be_trained_alone(dtype, words):
-    """Copied initial weights, no dropout: the same loss curve, the same step kept, the same accuracies. Penalty, Adam and all."""
+    """Copied initial weights, no dropout: the same loss curve, the same step kept, the same accuracies. Penalty,
+    Adam and all.
+    """
     torch.set_default_dtype(dtype)
     task, config = karate("model.dropout=0", "train.steps=60", "train.weight_decay=0.01", *words)
     alone = [start_trial(task, trial) for trial in range(4)]
@@ -98,7 +111,9 @@ def test_a_seed_that_has_ended_keeps_its_weights():
 
 
 def test_dropout_and_initial_weights_are_each_seeds_own():
-    """The same weights in all seeds, and dropout: losses differ, and their mean is that of single networks with the same weights."""
+    """The same weights in all seeds, and dropout: losses differ, and their mean is that of single networks with the
+    same weights.
+    """
     task, config = karate("model.dropout=0.5", "model.layers=2")
     single = start_trial(task, 0).train()
     together = BatchedGCN(config.model, 400, task.graph.num_features, task.graph.num_classes).train()
@@ -122,7 +137,9 @@ def test_dropout_and_initial_weights_are_each_seeds_own():
 
 
 def test_spread_over_seeds_is_that_of_the_project():
-    """60 seeds of the club together: as gcn_karate.yaml states for `gnn.train`; another chunk has other numbers of the same kind."""
+    """60 seeds of the club together: as gcn_karate.yaml states for `gnn.train`; another chunk has other numbers of
+    the same kind.
+    """
     task, _ = karate()
     first, curve = train_together(task, 0, 30)
     second, _ = train_together(task, 30, 30)
@@ -143,7 +160,9 @@ def test_what_cannot_be_trained_together_is_refused(word):
 
 
 def test_seeds_part(tmp_path, capsys):
-    """Statistics, a row a seed, a picture, and the comparison; a second call trains no seed again, and nothing lands in docs/."""
+    """Statistics, a row a seed, a picture, and the comparison; a second call trains no seed again, and nothing lands
+    in docs/.
+    """
     before = {path: path.stat().st_mtime_ns for path in (ROOT / "docs").rglob("*") if path.is_file()}
     assert run(tmp_path, "seeds") == 0
     out = tmp_path / "work/results"
@@ -153,7 +172,12 @@ def test_seeds_part(tmp_path, capsys):
     metrics = result["metrics"]
     assert result["seeds"] == len(rows) == 24
     assert metrics["test_accuracy"] == pytest.approx(np.mean([float(row["test_accuracy"]) for row in rows]))
-    assert metrics["test_accuracy_min"] <= metrics["test_accuracy_q05"] <= metrics["test_accuracy_q95"] <= metrics["test_accuracy_max"]
+    assert (
+        metrics["test_accuracy_min"]
+        <= metrics["test_accuracy_q05"]
+        <= metrics["test_accuracy_q95"]
+        <= metrics["test_accuracy_max"]
+    )
     assert metrics["test_accuracy_error"] == pytest.approx(metrics["test_accuracy_std"] / 24**0.5)
     assert result["one_by_one"]["cpu"]["seeds_per_second"] > 0
     assert result["facts"]["torch"] == torch.__version__
@@ -169,7 +193,9 @@ def test_seeds_that_are_there_are_not_trained_again(tmp_path, monkeypatch):
 
     def fake(task, first, count):
         trained.append((first, count))
-        return [{"seed": first + i, "step": 1, "test_accuracy": 0.5, "val_accuracy": 0.5} for i in range(count)], torch.zeros(1)
+        return [
+            {"seed": first + i, "step": 1, "test_accuracy": 0.5, "val_accuracy": 0.5} for i in range(count)
+        ], torch.zeros(1)
 
     monkeypatch.setattr(gnn, "train_together", fake)
     monkeypatch.setattr(gnn, "one_by_one", lambda args, device, seconds: None)
@@ -200,8 +226,19 @@ def test_sage_part(tmp_path):
 
 def test_a_step_learns_from_the_batch_that_gnn_train_would_make():
     """Whichever thread makes it, and whether features come along or lie on the device: seeds, neighbours, loss."""
-    config = resolve(Config, SOCIAL, ["device=cpu", "synthetic.nodes=600", "synthetic.edges=6000", "model.dropout=0", "train.batch_size=32",
-                                      "sampling.fanouts=[4,4]", "synthetic.train_share=0.2"])
+    config = resolve(
+        Config,
+        SOCIAL,
+        [
+            "device=cpu",
+            "synthetic.nodes=600",
+            "synthetic.edges=6000",
+            "model.dropout=0",
+            "train.batch_size=32",
+            "sampling.fanouts=[4,4]",
+            "synthetic.train_share=0.2",
+        ],
+    )
     task = build_task(config, CPU)
     assert isinstance(task, SampledNodeTask)
     loss = {}
@@ -212,7 +249,9 @@ def test_a_step_learns_from_the_batch_that_gnn_train_would_make():
         for step in range(1, 9):  # two epochs and more
             batch = next(batches)
             assert torch.equal(feed.seeds(step), epoch_batch(task.graph.train, 32, task.seed, step))
-            x, _, _, labels = task_batch = task.neighbor_batch(step) if task.ahead else (task.start_batches(), task.neighbor_batch(step))[1]
+            x, _, _, labels = task_batch = (
+                task.neighbor_batch(step) if task.ahead else (task.start_batches(), task.neighbor_batch(step))[1]
+            )
             assert torch.equal(batch.labels, labels)
             assert torch.equal(batch.source if gather else task.graph.features[batch.source], x)
             assert torch.equal(batch.blocks[0][1], task_batch[1][0].pattern.indices)

@@ -1,4 +1,6 @@
-"""The GPU campaign of ppo, rehearsed on a CPU: every part runs, writes sane results, and goes on where it was stopped."""
+"""The GPU campaign of ppo, rehearsed on a CPU: every part runs, writes sane results, and goes on where it was
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def result(work, name):
 
 
 def test_speed(tmp_path):
-    """A row for each number of environments; the shares make up the whole; the program is left as it was, its run folder gone."""
+    """A row for each number of environments; the shares make up the whole; the program is left as it was, its run
+    folder gone.
+    """
     before = ppo.train.make_vector, Collector.collect
     assert run(tmp_path, "speed") == 0
     rows = result(tmp_path, "speed")["rows"]
@@ -39,7 +43,9 @@ def test_speed(tmp_path):
         assert row["environment"] + row["inference"] + row["update"] == pytest.approx(1)
         assert min(row["environment"], row["inference"], row["update"]) > 0
         steps = row["updates"] * 8 * row["count"]
-        assert row["steps_per_s"] * row["seconds"] == pytest.approx(steps, abs=row["count"]), "no game ends in so few steps"
+        assert row["steps_per_s"] * row["seconds"] == pytest.approx(steps, abs=row["count"]), (
+            "no game ends in so few steps"
+        )
     assert (ppo.train.make_vector, Collector.collect) == before
     assert not (tmp_path / "speed").exists()
     content = (tmp_path / "results/speed.json").read_bytes()
@@ -49,7 +55,9 @@ def test_speed(tmp_path):
 
 
 def test_train_is_planned_once_goes_on_and_is_evaluated(tmp_path, monkeypatch):
-    """No time: a plan and status 75. Stopped in its third update; then to its end, as planned; then the measurement, and nothing twice."""
+    """No time: a plan and status 75. Stopped in its third update; then to its end, as planned; then the measurement,
+    and nothing twice.
+    """
     assert run(tmp_path, "evaluate") == 1, "nothing to evaluate"
     assert run(tmp_path, "train", "--minutes", "0", "--steps", "80") == campaign.UNFINISHED
     assert result(tmp_path, "train_pong")["finished"] is False
@@ -91,7 +99,19 @@ def test_settings_fit_the_config(count):
 def test_plan_fills_the_time_at_the_measured_speed(tmp_path, monkeypatch):
     """From speed.json where it is of this machine and these settings; else from a measurement."""
     monkeypatch.setattr(program, "measure", lambda args, count, seconds: {"steps_per_s": 100.0})
-    words = ["train", "--work", str(tmp_path), "--out", str(tmp_path), "--device", "cpu", "--minutes", "9", "--envs", "32"]
+    words = [
+        "train",
+        "--work",
+        str(tmp_path),
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--minutes",
+        "9",
+        "--envs",
+        "32",
+    ]
     args = program.parse(words)
     plan = program.make_plan(args, campaign.Budget.of(args))
     assert plan["steps"] == pytest.approx(0.9 * 100 * (540 - program.LEAVE - program.START), abs=32 * 128)

@@ -1,4 +1,6 @@
-"""Checkpoints under attack: kill -9, flipped bits, cut files, full disks, read-only folders, pickles with a will of their own."""
+"""Checkpoints under attack: kill -9, flipped bits, cut files, full disks, read-only folders, pickles with a will of
+their own.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,18 @@ from tests.helpers import read_only, small_disk
 
 def state_of(step: int, numbers: int = 4000) -> dict:
     """A state that only this step has, so that a mixture of two would show."""
-    return {"step": step, "parts": {"weight": torch.full((numbers,), float(step)), "betas": (0.9, 0.999), "name": "unet"}}
+    return {
+        "step": step,
+        "parts": {"weight": torch.full((numbers,), float(step)), "betas": (0.9, 0.999), "name": "unet"},
+    }
 
 
 def is_state_of(step: int, state: dict) -> bool:
-    return state["step"] == step and bool((state["parts"]["weight"] == step).all()) and state["parts"]["betas"] == (0.9, 0.999)
+    return (
+        state["step"] == step
+        and bool((state["parts"]["weight"] == step).all())
+        and state["parts"]["betas"] == (0.9, 0.999)
+    )
 
 
 def steps(checkpoints: Checkpoints) -> list[int]:
@@ -71,7 +80,7 @@ def test_empty_folder(tmp_path):
     assert Checkpoints(tmp_path).newest_step() is None
 
 
-# -- damage ------------------------------------------------------------------------------------------------------------------------
+# -- damage ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_flipped_bit_is_noticed(saved):
@@ -165,7 +174,7 @@ def test_a_disk_that_cannot_be_read_is_a_broken_checkpoint(saved, monkeypatch):
         assert is_state_of(1, saved.load_newest())
 
 
-# -- what must not run -------------------------------------------------------------------------------------------------------------
+# -- what must not run -------------------------------------------------------------------------------------------------
 
 
 class Trap:
@@ -193,7 +202,8 @@ def test_malicious_pickle_is_not_executed(saved, tmp_path, wrapping, forged):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert is_state_of(2, saved.load_newest())
-    assert sum("trying the one before" in str(warning.message) for warning in caught) == 1  # torch may have its own to say
+    # torch may have its own to say
+    assert sum("trying the one before" in str(warning.message) for warning in caught) == 1
     assert not mark.exists()
     pickle.loads(pickle.dumps(Trap(mark)))  # noqa: S301 - the trap is a real one
     assert mark.exists()
@@ -207,7 +217,7 @@ def test_rubbish_with_a_valid_manifest_is_an_error_of_ours(saved, content):
         saved.load(saved.path(3))
 
 
-# -- what is kept ------------------------------------------------------------------------------------------------------------------
+# -- what is kept ------------------------------------------------------------------------------------------------------
 
 
 def test_pruning_keeps_last_best_and_every_kth(tmp_path):
@@ -235,7 +245,7 @@ def test_new_is_written_before_old_is_deleted(tmp_path, monkeypatch):
     assert deleted == ["00000001.pt"] and steps(checkpoints) == [2]
 
 
-# -- kill -9 -----------------------------------------------------------------------------------------------------------------------
+# -- kill -9 -----------------------------------------------------------------------------------------------------------
 
 
 def save_until_killed(folder: Path, first: int, pipe: int) -> None:
@@ -266,7 +276,9 @@ def test_kill_9_at_40_moments(tmp_path):
         finished = newest + 1 + len(os.read(reader, 10_000))
         os.close(reader)
 
-        interrupted += any(tmp_path.glob(f"{TEMPORARY}*")) or any(not path.with_suffix(".json").exists() for path in checkpoints.list())
+        interrupted += any(tmp_path.glob(f"{TEMPORARY}*")) or any(
+            not path.with_suffix(".json").exists() for path in checkpoints.list()
+        )
         for path in checkpoints.list():
             if path.with_suffix(".json").exists():
                 verify(path)  # a checkpoint that has its manifest is whole
@@ -290,7 +302,7 @@ def test_interrupted_saves_do_not_pile_up(tmp_path):
     assert steps(checkpoints) == [4, 5]
 
 
-# -- disks -------------------------------------------------------------------------------------------------------------------------
+# -- disks -------------------------------------------------------------------------------------------------------------
 
 
 def test_full_disk(tmp_path):
@@ -321,7 +333,7 @@ def test_read_only_folder(tmp_path):
     assert steps(checkpoints) == [1]
 
 
-# -- files -------------------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def test_atomic_open_leaves_the_old_file_when_interrupted(tmp_path):

@@ -1,4 +1,6 @@
-"""A mistake in a config: exit status 2, one line that names it, no traceback, and fast. A right config: read exactly."""
+"""A mistake in a config: exit status 2, one line that names it, no traceback, and fast. A right config: read
+exactly.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ BAD_FILES = [
 
 
 def one_line(capsys: pytest.CaptureFixture[str], mode: str, *argv: str) -> str:
-    """What a program says about its command line on stderr, after checking that it is one line and the exit status 2."""
+    """What a program says about its command line on stderr, after checking that it is one line and the exit status
+    2.
+    """
     with pytest.raises(SystemExit) as stop:
         load(Config, "diffusion", mode, list(argv))
     captured = capsys.readouterr()
@@ -93,7 +97,9 @@ def one_line(capsys: pytest.CaptureFixture[str], mode: str, *argv: str) -> str:
     return captured.err
 
 
-@pytest.mark.parametrize(("override", "words"), [(bad[0], bad[1:]) for bad in BAD_OVERRIDES], ids=[bad[0] for bad in BAD_OVERRIDES])
+@pytest.mark.parametrize(
+    ("override", "words"), [(bad[0], bad[1:]) for bad in BAD_OVERRIDES], ids=[bad[0] for bad in BAD_OVERRIDES]
+)
 def test_bad_override(override, words, capsys):
     line = one_line(capsys, "train", "--config", str(DIGITS), *override.split())
     assert all(word in line for word in words), line
@@ -130,13 +136,17 @@ def test_without_config_lists_them(capsys, monkeypatch):
     assert "gnn" not in line
 
 
-@pytest.mark.parametrize("words", [
-    ["diffusion.train", "--config", str(DIGITS), "train.lrr=1"],
-    ["diffusion.train", "--config", "/no/such/file.yaml"],
-    ["diffusion.train"],
-    ["diffusion.eval", "--run", "/no/such/run"],
-    ["diffusion.sample", "--run", "/no/such/run", "sample.step=1"],
-], ids=lambda words: " ".join(words[:1] + words[2:])[:50])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["diffusion.train", "--config", str(DIGITS), "train.lrr=1"],
+        ["diffusion.train", "--config", "/no/such/file.yaml"],
+        ["diffusion.train"],
+        ["diffusion.eval", "--run", "/no/such/run"],
+        ["diffusion.sample", "--run", "/no/such/run", "sample.step=1"],
+    ],
+    ids=lambda words: " ".join(words[:1] + words[2:])[:50],
+)
 def test_bad_config_as_a_process(words):
     started = time.perf_counter()
     result = python("-m", *words)
@@ -162,7 +172,9 @@ def test_every_config_loads(path):
 
 @pytest.mark.parametrize("path", [ROOT / path for path in list_configs("diffusion")], ids=lambda path: path.stem)
 def test_written_config_reads_back_equal(path, tmp_path):
-    config = resolve(Config, path, ["train.lr=1e-4", "model.multipliers=[1,2]", "train.betas=[0.8,0.9]", "data.image_size=32"])
+    config = resolve(
+        Config, path, ["train.lr=1e-4", "model.multipliers=[1,2]", "train.betas=[0.8,0.9]", "data.image_size=32"]
+    )
     assert config.train.lr == 1e-4 and config.model.multipliers == (1, 2)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     again = resolve(Config, tmp_path / "config.yaml", [], "elsewhere")
@@ -174,7 +186,12 @@ def test_precedence(tmp_path, monkeypatch):
     path.write_text("seed: 3\ntrain:\n  steps: 7\n  lr: 1e-4\n")
     monkeypatch.delenv("DATA_ROOT", raising=False)
     config = resolve(Config, path, ["train.steps=5"])
-    assert (config.seed, config.train.steps, config.train.lr, config.train.batch_size) == (3, 5, 1e-4, Config().train.batch_size)
+    assert (config.seed, config.train.steps, config.train.lr, config.train.batch_size) == (
+        3,
+        5,
+        1e-4,
+        Config().train.batch_size,
+    )
     assert config.data_root == "data"
     monkeypatch.setenv("DATA_ROOT", "/somewhere")
     assert resolve(Config, path).data_root == "/somewhere"

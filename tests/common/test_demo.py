@@ -60,7 +60,14 @@ def test_commands_in_order(calls):
     assert modules(calls) == ["alpha.train", "alpha.eval", "alpha.sample", "beta.train", "beta.eval"]
     assert all(command[:2] == [sys.executable, "-m"] for command in calls)
     assert calls[0][3:] == ["--config", "configs/a.yaml", "run_dir=runs/demo/alpha", "--overwrite", "train.steps=3"]
-    assert calls[3][3:] == ["--config", "configs/b.yaml", "run_dir=runs/demo/beta", "--overwrite", "train.lr=2", "train.steps=3"]
+    assert calls[3][3:] == [
+        "--config",
+        "configs/b.yaml",
+        "run_dir=runs/demo/beta",
+        "--overwrite",
+        "train.lr=2",
+        "train.steps=3",
+    ]
     assert calls[1][3:] == calls[2][3:] == ["--run", "runs/demo/alpha"]
     assert Path("runs/demo/report.html").is_file()
 
@@ -74,14 +81,22 @@ def test_only_resume_and_folder(calls):
 def test_notes_of_other_projects_are_kept(calls):
     demo.main([])
     demo.main(["--only", "beta"])
-    assert {name: [s["stage"] for s in stages] for name, stages in json.loads(Path("runs/demo/demo.json").read_text()).items()} == {
-        "alpha": ["train", "eval", "sample"], "beta": ["train", "eval"]}
+    assert {
+        name: [s["stage"] for s in stages]
+        for name, stages in json.loads(Path("runs/demo/demo.json").read_text()).items()
+    } == {"alpha": ["train", "eval", "sample"], "beta": ["train", "eval"]}
 
 
-@pytest.mark.parametrize(("failing", "expected"), [
-    ("alpha.train", ["alpha.train", "beta.train", "beta.eval"]),  # nothing to evaluate, but the other project goes on
-    ("alpha.eval", ["alpha.train", "alpha.eval", "alpha.sample", "beta.train", "beta.eval"]),
-])
+@pytest.mark.parametrize(
+    ("failing", "expected"),
+    [
+        (
+            "alpha.train",
+            ["alpha.train", "beta.train", "beta.eval"],
+        ),  # nothing to evaluate, but the other project goes on
+        ("alpha.eval", ["alpha.train", "alpha.eval", "alpha.sample", "beta.train", "beta.eval"]),
+    ],
+)
 def test_failure_does_not_stop_the_others(calls, capsys, failing, expected):
     calls.answers = {failing: (7, "fine so far\nerror: the <disk> is full\n")}
     assert demo.main([]) == 1
@@ -133,7 +148,9 @@ def test_runner_does_not_wait_for_grandchildren():
 def test_a_terminal_stays_a_terminal(terminal: bool):
     """With our stderr on a terminal, so is the child's, so that its progress bar is alive; and not otherwise."""
     child = "import sys; sys.exit(3 if sys.stderr.isatty() else 4)"
-    program = f"import sys; from common.demo import Runner; sys.exit(Runner().run([sys.executable, '-c', {child!r}])[0])"
+    program = (
+        f"import sys; from common.demo import Runner; sys.exit(Runner().run([sys.executable, '-c', {child!r}])[0])"
+    )
     master, slave = pty.openpty()
     try:
         stderr = slave if terminal else subprocess.PIPE
@@ -160,9 +177,14 @@ def test_signal_reaches_the_running_program_once():
         "while not heard: time.sleep(0.05)\n"
         "time.sleep(1)\n"
         "pathlib.Path('heard').write_text(str(len(heard)))\n"
-        "sys.exit(143)\n")
-    program = "import sys; from common import demo; demo.DEMOS = (demo.Demo('alpha', 'a.yaml', 1),); sys.exit(demo.main([]))"
-    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT) + ":."}, stdout=subprocess.PIPE)
+        "sys.exit(143)\n"
+    )
+    program = (
+        "import sys; from common import demo; demo.DEMOS = (demo.Demo('alpha', 'a.yaml', 1),); sys.exit(demo.main([]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT) + ":."}, stdout=subprocess.PIPE
+    )
     try:
         deadline = time.monotonic() + 30
         while not Path("started").exists() and time.monotonic() < deadline:
@@ -179,8 +201,16 @@ def test_signal_reaches_the_running_program_once():
 def test_end_to_end(tmp_path: Path):
     """The real thing, as small as it goes."""
     pytest.importorskip("sklearn")
-    small = ["train.steps=4", "train.log_every=1", "model.channels=32", "sample.steps=2", "sample.count=10", "eval.num_samples=20",
-             "eval.manifold_samples=0", "eval.neighbours=0"]
+    small = [
+        "train.steps=4",
+        "train.log_every=1",
+        "model.channels=32",
+        "sample.steps=2",
+        "sample.count=10",
+        "eval.num_samples=20",
+        "eval.manifold_samples=0",
+        "eval.neighbours=0",
+    ]
     command = [sys.executable, "-m", "common.demo", "--only", "diffusion", "--folder", str(tmp_path / "demo"), *small]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DATA_ROOT": str(tmp_path / "data")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)

@@ -8,7 +8,14 @@ import torch
 from scipy.stats import trim_mean
 from torch import nn
 
-from common.metrics import FeatureStatistics, bootstrap_interval, frechet_between, frechet_distance, interquartile_mean, matrix_sqrt
+from common.metrics import (
+    FeatureStatistics,
+    bootstrap_interval,
+    frechet_between,
+    frechet_distance,
+    interquartile_mean,
+    matrix_sqrt,
+)
 
 
 def rng(seed: int) -> torch.Generator:
@@ -45,7 +52,9 @@ class TestFrechetDistance:
     def test_correlated_gaussians_match_the_general_matrix_square_root(self) -> None:
         linalg = pytest.importorskip("scipy.linalg")
         (m1, c1), (m2, c2) = random_gaussian(30, 0), random_gaussian(30, 5)
-        expected = ((m1 - m2) ** 2).sum().item() + np.trace((c1 + c2).numpy() - 2 * linalg.sqrtm((c1 @ c2).numpy()).real)
+        expected = ((m1 - m2) ** 2).sum().item() + np.trace(
+            (c1 + c2).numpy() - 2 * linalg.sqrtm((c1 @ c2).numpy()).real
+        )
         assert frechet_distance(m1, c1, m2, c2) == pytest.approx(expected, rel=1e-7)
 
     @pytest.mark.parametrize("rotated", [False, True])
@@ -74,7 +83,8 @@ class TestFrechetDistance:
     def test_computes_in_float64(self) -> None:
         one = torch.ones(1, 1, dtype=torch.float64)
         mean = torch.full((1,), 1e4, dtype=torch.float64)
-        assert frechet_distance(mean, one, mean + 1e-4, one) == pytest.approx(1e-8, rel=1e-3)  # float32 sees equal means
+        # float32 sees equal means
+        assert frechet_distance(mean, one, mean + 1e-4, one) == pytest.approx(1e-8, rel=1e-3)
 
     def test_refuses_two_dimensions(self) -> None:
         with pytest.raises(ValueError, match="one dimension"):
@@ -124,7 +134,8 @@ class TestFeatureStatistics:
         assert merged.count == 90
         torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(merged.cov, whole.cov, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(parts[0].mean, x[:20].double().mean(0), rtol=1e-12, atol=1e-12)  # a part is left as it was
+        # a part is left as it was
+        torch.testing.assert_close(parts[0].mean, x[:20].double().mean(0), rtol=1e-12, atol=1e-12)
 
     def test_tensors_round_trip(self) -> None:
         statistics = FeatureStatistics().update(torch.randn(9, 4, generator=rng(3)))
@@ -154,8 +165,13 @@ class TestBootstrap:
 
     def test_seed_and_level(self) -> None:
         values = [1.0, 2.0, 4.0, 8.0, 16.0]
-        assert bootstrap_interval(values, seed=1, num_resamples=500) == bootstrap_interval(values, seed=1, num_resamples=500)
-        narrow, wide = bootstrap_interval(values, 0.5, num_resamples=500), bootstrap_interval(values, 0.99, num_resamples=500)
+        assert bootstrap_interval(values, seed=1, num_resamples=500) == bootstrap_interval(
+            values, seed=1, num_resamples=500
+        )
+        narrow, wide = (
+            bootstrap_interval(values, 0.5, num_resamples=500),
+            bootstrap_interval(values, 0.99, num_resamples=500),
+        )
         assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
     def test_mistakes(self) -> None:
@@ -167,7 +183,8 @@ class TestBootstrap:
 
 def test_interquartile_mean_against_scipy_and_by_hand():
     values = np.random.default_rng(0).normal(size=(3, 20))
-    np.testing.assert_allclose(interquartile_mean(values), trim_mean(values, 0.25, axis=-1))  # 20 divides by four: plain trimming
+    # 20 divides by four: plain trimming
+    np.testing.assert_allclose(interquartile_mean(values), trim_mean(values, 0.25, axis=-1))
     assert interquartile_mean(np.array([1.0, 2, 3])) == pytest.approx((0.25 * 1 + 2 + 0.25 * 3) / 1.5)
     assert interquartile_mean(np.array([5.0])) == 5.0
     assert interquartile_mean(np.array([0.0, 1, 2, 3, 1000, -1000, 1, 2])) == pytest.approx(1.5)

@@ -44,12 +44,21 @@ def picture(path: Path, colour: int = 128, frames: int = 1) -> bytes:
 def fabricate(folder: Path, **evaluation) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("seed: 0\ntrain:\n  steps: 40\n  lr: 0.001\n")
-    env = {"command": "python -m vae.train --config configs/beta_vae.yaml", "device_name": "Abacus 3000", "versions": {"torch": "2.15.0"}}
+    env = {
+        "command": "python -m vae.train --config configs/beta_vae.yaml",
+        "device_name": "Abacus 3000",
+        "versions": {"torch": "2.15.0"},
+    }
     (folder / "env.json").write_text(json.dumps(env))
-    rows = [{"step": s, "loss": 100 / s, "lr": 1e-3, "beads_per_second": 7.0, "note": "text", "broken": float("nan")} for s in range(1, 41)]
+    rows = [
+        {"step": s, "loss": 100 / s, "lr": 1e-3, "beads_per_second": 7.0, "note": "text", "broken": float("nan")}
+        for s in range(1, 41)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = {"elbo": -98.7654, "elbo_std": 0.5, "test_accuracy": 0.98765, "mystery_number": 1234567.0}
-    (folder / "eval.json").write_text(json.dumps({"project": "vae", "config": "x", "metrics": metrics, "seconds": 75.0} | evaluation))
+    (folder / "eval.json").write_text(
+        json.dumps({"project": "vae", "config": "x", "metrics": metrics, "seconds": 75.0} | evaluation)
+    )
     for step in (10, 20, 30, 40):
         picture(folder / f"samples/{step:08d}.png", step)
     picture(folder / "figures/latent_walk.gif", frames=3)
@@ -77,8 +86,21 @@ def test_self_contained(run: Path):
 
 def test_shows_metrics_settings_and_environment(run: Path):
     text = page_of(run).text
-    for expected in ("-98.77 ± 0.5", "98.8 %", "1,234,567", "ELBO", "Mystery number", "vae", "beta_vae", "40 of 40 steps", "complete",
-                     "Abacus 3000", "2.15.0", "lr: 0.001", "1 min 15 s"):
+    for expected in (
+        "-98.77 ± 0.5",
+        "98.8 %",
+        "1,234,567",
+        "ELBO",
+        "Mystery number",
+        "vae",
+        "beta_vae",
+        "40 of 40 steps",
+        "complete",
+        "Abacus 3000",
+        "2.15.0",
+        "lr: 0.001",
+        "1 min 15 s",
+    ):
         assert expected in text, expected
     assert "Missing" not in text
 
@@ -114,19 +136,22 @@ def test_escapes_everything(tmp_path: Path):
     assert page.text.count("<script>alert(1)") >= 4  # title, project, metric and config, all as plain text
 
 
-@pytest.mark.parametrize(("name", "content", "expected"), [
-    ("eval.json", None, "eval.json"),
-    ("eval.json", b'{"metrics": {"el', "eval.json, which is damaged"),
-    ("eval.json", b"[1]", "not a JSON object"),
-    ("env.json", b"\xff\xfe\x00", "env.json, which is damaged"),
-    ("config.yaml", None, "config.yaml"),
-    ("config.yaml", b"\xff\xfe", "config.yaml, which is damaged"),
-    ("config.yaml", b"a: [1", ""),
-    ("metrics.jsonl", None, "metrics.jsonl"),
-    ("metrics.jsonl", b'3\n{"step": "x"}\nnull\n', ""),
-    ("metrics.jsonl", b"\xff\xfe\xff", "metrics.jsonl, which is damaged"),
-    ("figures/latent_walk.gif", b"GIF89a", "figures/latent_walk.gif"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("eval.json", None, "eval.json"),
+        ("eval.json", b'{"metrics": {"el', "eval.json, which is damaged"),
+        ("eval.json", b"[1]", "not a JSON object"),
+        ("env.json", b"\xff\xfe\x00", "env.json, which is damaged"),
+        ("config.yaml", None, "config.yaml"),
+        ("config.yaml", b"\xff\xfe", "config.yaml, which is damaged"),
+        ("config.yaml", b"a: [1", ""),
+        ("metrics.jsonl", None, "metrics.jsonl"),
+        ("metrics.jsonl", b'3\n{"step": "x"}\nnull\n', ""),
+        ("metrics.jsonl", b"\xff\xfe\xff", "metrics.jsonl, which is damaged"),
+        ("figures/latent_walk.gif", b"GIF89a", "figures/latent_walk.gif"),
+    ],
+)
 def test_missing_and_damaged_files(run: Path, name: str, content: bytes | None, expected: str):
     (run / name).unlink()
     if content is not None:
@@ -152,7 +177,10 @@ def test_no_pictures_and_no_folder(run: Path, tmp_path: Path):
 
 
 def test_failed_stage_of_a_demo(run: Path):
-    stages = [{"stage": "train", "status": 0, "seconds": 61.0}, {"stage": "eval", "status": 3, "seconds": 2.0, "tail": "error: <no> disk"}]
+    stages = [
+        {"stage": "train", "status": 0, "seconds": 61.0},
+        {"stage": "eval", "status": 3, "seconds": 2.0, "tail": "error: <no> disk"},
+    ]
     (run.parent / "demo.json").write_text(json.dumps({"first": stages}))
     page = page_of(run)
     assert "eval failed with exit status 3" in page.text and "error: <no> disk" in page.text
@@ -163,7 +191,9 @@ def test_failed_stage_of_a_demo(run: Path):
 def test_command_line(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     stray = run.parent / "demo.json"
     stray.write_text("{}")
-    monkeypatch.setattr(sys, "argv", ["report", str(run), str(stray), "--out", str(run.parent / "out/r.html"), "--title", "Hello"])
+    monkeypatch.setattr(
+        sys, "argv", ["report", str(run), str(stray), "--out", str(run.parent / "out/r.html"), "--title", "Hello"]
+    )
     report.main()
     assert "Hello" in Page(run.parent / "out/r.html").text
     monkeypatch.setattr(sys, "argv", ["report", str(stray)])
@@ -178,5 +208,17 @@ def test_small_pieces(tmp_path: Path):
     for name in ("grid_w10.png", "grid_w2.png", "notes.txt", ".tmp-1.png"):
         (tmp_path / name).touch()
     assert [p.name for p in pictures_in(tmp_path)] == ["grid_w2.png", "grid_w10.png"]
-    assert [report.duration(s) for s in (0.52, 42.4, 59.99, 75.2, 7325)] == ["0.5 s", "42 s", "60 s", "1 min 15 s", "2 h 2 min"]
-    assert [report.numeral(v) for v in (0.12345, 5, 123456.7, 1.2e-5, float("nan"))] == ["0.1235", "5", "123,457", "1.20e-05", "nan"]
+    assert [report.duration(s) for s in (0.52, 42.4, 59.99, 75.2, 7325)] == [
+        "0.5 s",
+        "42 s",
+        "60 s",
+        "1 min 15 s",
+        "2 h 2 min",
+    ]
+    assert [report.numeral(v) for v in (0.12345, 5, 123456.7, 1.2e-5, float("nan"))] == [
+        "0.1235",
+        "5",
+        "123,457",
+        "1.20e-05",
+        "nan",
+    ]

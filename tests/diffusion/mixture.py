@@ -1,6 +1,7 @@
 """A problem that diffusion solves exactly, for the tests of the samplers.
 
-For a mixture of Gaussians, E[x_0 | x] has a closed form, so the ideal network is known at every noise level and for every objective.
+For a mixture of Gaussians, E[x_0 | x] has a closed form, so the ideal network is known at every noise level and for
+every objective.
 """
 
 import torch
@@ -29,14 +30,18 @@ def draw_mixture(count, rng):
 
 
 def ideal_net(objective, distort=0.0, std=STD):
-    """The network that is right about the mixture, in the terms of its objective; `distort` makes it wrong in a smooth way."""
+    """The network that is right about the mixture, in the terms of its objective; `distort` makes it wrong in a
+    smooth way.
+    """
 
     def net(x, time, labels):
         if isinstance(objective, DDPM):
             alpha_bar = objective.schedule.alpha_bar[time.long()].to(x.dtype).view(-1, 1, 1, 1)
             x0 = posterior_mean(x, alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), std)
             v_turn = (alpha_bar.sqrt() * x - x0) / (1 - alpha_bar).sqrt()
-            output = {"eps": (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt(), "x0": x0, "v": v_turn}[objective.prediction]
+            output = {"eps": (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt(), "x0": x0, "v": v_turn}[
+                objective.prediction
+            ]
         elif isinstance(objective, EDM):
             sigma, s = (time / 250).exp().view(-1, 1, 1, 1), objective.sigma_data
             total = sigma**2 + s**2
@@ -59,7 +64,16 @@ def run(objective, sampler, steps, *, net=None, shape=SHAPE, x_init=None, seed=1
     grid = objective.grid(steps, settings or SampleConfig())
     net = net or ideal_net(objective)
     states, x_init = [], normal(shape) if x_init is None else x_init
-    result = sample(lambda x, t: objective.denoise(net, x, t, None), grid, sampler, shape, torch.Generator().manual_seed(seed),
-                    device="cpu", x_init=x_init, on_step=lambda i, x, x0: states.append(x), **options)
+    result = sample(
+        lambda x, t: objective.denoise(net, x, t, None),
+        grid,
+        sampler,
+        shape,
+        torch.Generator().manual_seed(seed),
+        device="cpu",
+        x_init=x_init,
+        on_step=lambda i, x, x0: states.append(x),
+        **options,
+    )
     assert torch.equal(result, states[-1]) and len(states) == steps
     return states

@@ -41,7 +41,12 @@ def test_unequal_networks_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_summary_of_known_times() -> None:
-    times = {"ours": [1.0, 2.0, 1.0], "again": [1.0, 2.0, 1.5], "peer": [3.0, 4.0, 5.0], "peer_channels_last": [2.0, 3.0, 2.5]}
+    times = {
+        "ours": [1.0, 2.0, 1.0],
+        "again": [1.0, 2.0, 1.5],
+        "peer": [3.0, 4.0, 5.0],
+        "peer_channels_last": [2.0, 3.0, 2.5],
+    }
     result = bench.summarise(times, batch_size=6)
     assert result["peer_format"] == "peer_channels_last"  # the faster of the two
     assert result["ratio"] == 2.0 and result["ratio_iqr"] == [1.75, 2.0]  # of 2 / 1, 3 / 2 and 2.5 / 1.25

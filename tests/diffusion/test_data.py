@@ -1,4 +1,6 @@
-"""Datasets read byte by byte as their formats say, an order that is a function of (seed, step), and files that are not images."""
+"""Datasets read byte by byte as their formats say, an order that is a function of (seed, step), and files that are
+not images.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
 
 
-# -- pixels ------------------------------------------------------------------------------------------------------------------------
+# -- pixels ------------------------------------------------------------------------------------------------------------
 
 
 def test_all_256_values_survive_the_round_trip():
@@ -31,12 +33,20 @@ def test_all_256_values_survive_the_round_trip():
     floats = to_float(values)
     assert floats.dtype == torch.float32
     assert float(floats.min()) == -1 and float(floats.max()) == 1
-    torch.testing.assert_close(floats.flatten().double(), torch.linspace(-1, 1, 256, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        floats.flatten().double(), torch.linspace(-1, 1, 256, dtype=torch.float64), rtol=0, atol=1e-6
+    )
     assert torch.equal(to_uint8(floats), values)
 
 
 def test_to_uint8_clamps_and_rounds():
-    assert to_uint8(torch.tensor([-7.0, 7.0, 0.0, 1 / 127.5 * 0.49 - 1, 1 / 127.5 * 0.51 - 1])).tolist() == [0, 255, 128, 0, 1]
+    assert to_uint8(torch.tensor([-7.0, 7.0, 0.0, 1 / 127.5 * 0.49 - 1, 1 / 127.5 * 0.51 - 1])).tolist() == [
+        0,
+        255,
+        128,
+        0,
+        1,
+    ]
 
 
 def test_pixel_std_is_that_of_the_scaled_pixels():
@@ -48,13 +58,18 @@ def test_fingerprint_tells_data_apart():
     pixels, labels = torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.arange(4)
     other = pixels.clone()
     other[0, 0, 0, 0] = 1
-    variants = [MemoryImages("a", pixels, labels), MemoryImages("b", pixels, labels), MemoryImages("a", other, labels),
-                MemoryImages("a", pixels, labels.flip(0)), MemoryImages("a", pixels.view(2, 2, 2, 2), labels)]
+    variants = [
+        MemoryImages("a", pixels, labels),
+        MemoryImages("b", pixels, labels),
+        MemoryImages("a", other, labels),
+        MemoryImages("a", pixels, labels.flip(0)),
+        MemoryImages("a", pixels.view(2, 2, 2, 2), labels),
+    ]
     assert len({images.fingerprint() for images in variants}) == len(variants)
     assert variants[0].fingerprint() == MemoryImages("a", pixels.clone(), labels.clone()).fingerprint()
 
 
-# -- order -------------------------------------------------------------------------------------------------------------------------
+# -- order -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "batch"), [(40, 8), (40, 16), (7, 3), (5, 12), (1, 3)])
@@ -84,7 +99,7 @@ def test_batches_start_anywhere():
         assert torch.equal(a.flatten().long(), a_labels), "an image lost its label"
 
 
-# -- formats -----------------------------------------------------------------------------------------------------------------------
+# -- formats -----------------------------------------------------------------------------------------------------------
 
 
 def write_cifar(root: Path, per_file: int = 3) -> dict[str, np.ndarray]:
@@ -116,7 +131,9 @@ def test_damaged_cifar10(damage, tmp_path):
     write_cifar(tmp_path)
     path = tmp_path / "cifar-10-batches-bin/data_batch_2.bin"
     content = path.read_bytes()
-    path.write_bytes({"cut": content[:-1], "empty": b"", "long": content + b"x", "label": b"\xc8" + content[1:]}[damage])
+    path.write_bytes(
+        {"cut": content[:-1], "empty": b"", "long": content + b"x", "label": b"\xc8" + content[1:]}[damage]
+    )
     with pytest.raises(ProjectError, match="damaged"):
         load_images(DataConfig(dataset="cifar10"), str(tmp_path))
 
@@ -127,8 +144,13 @@ def write_mnist(root: Path, count: int = 5) -> dict[str, np.ndarray]:
     folder.mkdir(parents=True)
     arrays = {}
     for name in ("train", "t10k"):
-        images, labels = RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8), RNG.integers(0, 10, count, dtype=np.uint8)
-        (folder / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, count, 28, 28) + images.tobytes())
+        images, labels = (
+            RNG.integers(0, 256, (count, 28, 28), dtype=np.uint8),
+            RNG.integers(0, 10, count, dtype=np.uint8),
+        )
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 0x803, count, 28, 28) + images.tobytes()
+        )
         (folder / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + labels.tobytes())
         arrays |= {f"{name} images": images, f"{name} labels": labels}
     return arrays
@@ -153,7 +175,9 @@ def test_damaged_mnist(damage, tmp_path):
 
 
 def test_digits_need_no_files():
-    train, test = (load_images(DataConfig(dataset="digits", image_size=8), "/nowhere", split) for split in ("train", "test"))
+    train, test = (
+        load_images(DataConfig(dataset="digits", image_size=8), "/nowhere", split) for split in ("train", "test")
+    )
     assert (len(train), len(test), train.shape) == (1500, 297, (1, 8, 8))
     assert int(train.images.max()) == 255 and set(train.labels.tolist()) == set(range(10))
     seen = {image.numpy().tobytes() for image in train.images}
@@ -170,9 +194,14 @@ def test_max_images_and_resize():
     assert len(load_images(DataConfig(dataset="digits", image_size=8, max_images=10), "", "test")) == 297
 
 
-@pytest.mark.parametrize(("dataset", "file"), [
-    ("cifar10", "data_batch_1.bin"), ("mnist", "train-images-idx3-ubyte"), ("celeba", "img_align_celeba"),
-])
+@pytest.mark.parametrize(
+    ("dataset", "file"),
+    [
+        ("cifar10", "data_batch_1.bin"),
+        ("mnist", "train-images-idx3-ubyte"),
+        ("celeba", "img_align_celeba"),
+    ],
+)
 def test_no_network_and_no_data(dataset, file, tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise urllib.error.URLError("Network is unreachable")
@@ -186,7 +215,7 @@ def test_no_network_and_no_data(dataset, file, tmp_path, monkeypatch):
     assert file in message and str(tmp_path) in message and "configs/ddpm_digits.yaml" in message
 
 
-# -- folders of images -------------------------------------------------------------------------------------------------------------
+# -- folders of images -------------------------------------------------------------------------------------------------
 
 
 def write_images(folder: Path, count: int, classes: str = "ab") -> None:

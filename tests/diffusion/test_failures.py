@@ -1,4 +1,6 @@
-"""Stop signals, numbers that are not finite, full and read-only disks: nothing is lost, and one line says what happened."""
+"""Stop signals, numbers that are not finite, full and read-only disks: nothing is lost, and one line says what
+happened.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from common.run import NonFinite, Run
 from diffusion.ema import EMA
 from tests.helpers import DIGITS, STEPS, TINY, errors, log, read_only, small_disk, start_python, tiny, train
 
-# -- stop signals -------------------------------------------------------------------------------------------------------------------
+# -- stop signals ------------------------------------------------------------------------------------------------------
 
 
 def wait_for(condition, process, seconds: float = 200.0) -> None:
@@ -33,7 +35,9 @@ def wait_for(condition, process, seconds: float = 200.0) -> None:
 
 def test_sigterm_to_a_training_process(tmp_path):
     run_dir = tmp_path / "run"
-    process = start_python("-m", "diffusion.train", "--config", str(DIGITS), *TINY, f"run_dir={run_dir}", "train.steps=1000000")
+    process = start_python(
+        "-m", "diffusion.train", "--config", str(DIGITS), *TINY, f"run_dir={run_dir}", "train.steps=1000000"
+    )
     wait_for(lambda: len(read_metrics(run_dir / "metrics.jsonl")) > 3, process)
     process.send_signal(signal.SIGTERM)
     sent = len(read_metrics(run_dir / "metrics.jsonl"))
@@ -63,6 +67,7 @@ def test_signal_saves_the_very_step_it_arrived_in(name, tmp_path, monkeypatch):
 
 def test_signal_while_sampling_in_training(tmp_path, monkeypatch):
     """Drawing samples is cut short, the step's checkpoint is not."""
+
     def draw(*args):
         signal.raise_signal(signal.SIGTERM)
         return original(*args)
@@ -100,7 +105,7 @@ def test_second_signal_leaves_at_once(tmp_path):
     assert not Checkpoints(tmp_path / "run/checkpoints").list()
 
 
-# -- NaN ----------------------------------------------------------------------------------------------------------------------------
+# -- NaN ---------------------------------------------------------------------------------------------------------------
 
 
 def spoil_loss(monkeypatch: pytest.MonkeyPatch, at: int, value: float = float("nan")) -> None:
@@ -151,7 +156,7 @@ def test_non_finite_stops_before_the_step(bad, clip, tmp_path, monkeypatch, weig
         spoil_loss(monkeypatch, 7, float(bad))
     config = tiny(tmp_path / "run", "train.save_every=3", f"train.grad_clip={clip}")
     assert train(config) == 1
-    line, = errors(capfd.readouterr().err)
+    (line,) = errors(capfd.readouterr().err)
     assert "step 7" in line and "00000006.pt" in line and "not finite" in line
     assert max(weights.after) == 6
     now = [p.detach() for net in (weights.model, weights.ema) for p in net.parameters()]
@@ -170,7 +175,8 @@ def test_non_finite_before_any_checkpoint(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_deferred_stop_of_a_fused_optimizer(bad, tmp_path):
-    """On a GPU the device itself skips the bad step and all later ones; the host learns of it at the next log line or save.
+    """On a GPU the device itself skips the bad step and all later ones; the host learns of it at the next log line or
+    save.
 
     The fused AdamW of the CPU honours the same flag, so only the question "is this a GPU" is answered for it here.
     """
@@ -196,7 +202,7 @@ def test_deferred_stop_of_a_fused_optimizer(bad, tmp_path):
     assert not run.checkpoints.list()
 
 
-# -- disks --------------------------------------------------------------------------------------------------------------------------
+# -- disks -------------------------------------------------------------------------------------------------------------
 
 
 def test_disk_full_while_training(tmp_path, monkeypatch, capfd):
@@ -208,11 +214,12 @@ def test_disk_full_while_training(tmp_path, monkeypatch, capfd):
             update(self, model, step)
             if step == 5:
                 free = os.statvfs(disk)
-                (disk / "filler").write_bytes(bytes((free.f_bavail - 8) * free.f_bsize))  # leaves room for metrics, not for a checkpoint
+                # leaves room for metrics, not for a checkpoint
+                (disk / "filler").write_bytes(bytes((free.f_bavail - 8) * free.f_bsize))
 
         monkeypatch.setattr(EMA, "update", update_and_fill)
         assert train(config) == 1
-        line, = errors(capfd.readouterr().err)
+        (line,) = errors(capfd.readouterr().err)
         assert "00000006.pt" in line and "No space left on device" in line
         assert Checkpoints(disk / "run/checkpoints").load_newest()["step"] == 3
         assert not list((disk / "run/checkpoints").glob(f"{TEMPORARY}*"))
@@ -235,7 +242,7 @@ def test_disk_full_for_metrics(tmp_path, monkeypatch, capfd):
 
         monkeypatch.setattr(EMA, "update", update_and_fill)
         assert train(config) == 1
-        line, = errors(capfd.readouterr().err)
+        (line,) = errors(capfd.readouterr().err)
         assert "No space left on device" in line
         assert Checkpoints(disk / "run/checkpoints").load_newest()["step"] == 3
 
@@ -246,7 +253,7 @@ def test_read_only_folder(options, stopped, tmp_path, capfd):
     run_dir = stopped if options else tmp_path / "other"
     with read_only(tmp_path):
         assert train(tiny(run_dir), **options) == 1
-        line, = errors(capfd.readouterr().err)
+        (line,) = errors(capfd.readouterr().err)
         assert "cannot" in line and "ead-only" in line
         assert Checkpoints(stopped / "checkpoints").load_newest()["step"] == 3
     assert {path.relative_to(stopped) for path in stopped.rglob("*")} == before

@@ -1,4 +1,6 @@
-"""Feature extractors, their caches, and the metrics on features, against brute force, known answers and torchmetrics."""
+"""Feature extractors, their caches, and the metrics on features, against brute force, known answers and
+torchmetrics.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def random_images(count: int, size: int = 16, channels: int = 1, seed: int = 0) 
 
 @pytest.fixture(scope="module")
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """scikit-learn's digits at 16 pixels: ((train images, labels), (test images, labels)), every fifth one for testing."""
+    """scikit-learn's digits at 16 pixels: ((train images, labels), (test images, labels)), every fifth one for
+    testing.
+    """
     data = pytest.importorskip("sklearn.datasets").load_digits()
     small = torch.from_numpy(data.images).float()[:, None] * (255 / 16)  # (1797, 1, 8, 8)
     images = nn.functional.interpolate(small, scale_factor=2, mode="bilinear").round().to(torch.uint8)
@@ -53,7 +57,8 @@ class TestResNet20:
         batch, weights = DATA_ROOT / "cifar-10-batches-bin/test_batch.bin", DATA_ROOT / "pretrained_resnet_cifar10"
         if not (batch.is_file() and weights.is_dir()):
             pytest.skip(f"needs {batch} and {weights}")
-        rows = torch.from_numpy(np.fromfile(batch, np.uint8, 1000 * 3073)).view(1000, 3073)  # label, then 3 x 32 x 32 pixels
+        # label, then 3 x 32 x 32 pixels
+        rows = torch.from_numpy(np.fromfile(batch, np.uint8, 1000 * 3073)).view(1000, 3073)
         network = load_resnet20(weights)
         assert sum(p.numel() for p in network.parameters()) == 269_722
         # of the first 1,000 test images 919 are right; of all 10,000, 9,173, the number known for this checkpoint
@@ -93,11 +98,14 @@ class TestSmallCNN:
         monkeypatch.setattr(classifier, "train_classifier", never)
         again = cached_classifier("digits", train, test, tmp_path, log=lambda _: None)
         assert again.test_accuracy == network.test_accuracy
-        assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values(), strict=True)
+        )
         changed = train[0].clone()
         changed[0, 0, 0, 0] ^= 1
         for arguments in (("digits", train, test, tmp_path, 1), ("digits", (changed, train[1]), test, tmp_path)):
-            with pytest.raises(AssertionError, match="trained although"):  # another seed or one other pixel: another classifier
+            # another seed or one other pixel: another classifier
+            with pytest.raises(AssertionError, match="trained although"):
                 cached_classifier(*arguments, log=lambda _: None)
 
     def test_training_is_a_function_of_the_seed(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,13 +131,16 @@ class TestSmallCNN:
         torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(2))
 
     def test_augmentation_moves_by_little(self) -> None:
-        """The centre of mass of a centred blob stays within the stated 1/14 of the size; identity would not move it at all."""
+        """The centre of mass of a centred blob stays within the stated 1/14 of the size; identity would not move it
+        at all.
+        """
         axis = torch.arange(28.0) - 13.5
         blob = torch.exp(-(axis[:, None] ** 2 + axis**2) / 18).expand(64, 1, 28, 28)
         moved = classifier.augment(blob, rng(0))[:, 0]
         mass = moved.sum((1, 2))
         x, y = (moved.sum(1) * axis).sum(1) / mass, (moved.sum(2) * axis).sum(1) / mass
-        # a shift d in the input moves the blob by |A^-1 d|, A = rotation, scale and shear: at most 1 / (0.9 - 0.15) of 2 pixels an axis
+        # a shift d in the input moves the blob by |A^-1 d|, A = rotation, scale and shear: at most 1 / (0.9 - 0.15) of
+        # 2 pixels an axis
         assert (x**2 + y**2).sqrt().max() < 2 * math.sqrt(2) / 0.75 and x.std() > 0.5 and y.std() > 0.5
         assert x.mean().abs() < 0.5 and y.mean().abs() < 0.5
 
@@ -167,7 +178,8 @@ class TestInception:
 
     def test_without_weights_or_network(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-        monkeypatch.setattr(features, "INCEPTION_URL", "http://127.0.0.1:9/weights-inception.pth")  # nothing listens there
+        # nothing listens there
+        monkeypatch.setattr(features, "INCEPTION_URL", "http://127.0.0.1:9/weights-inception.pth")
         with pytest.raises(ProjectError, match="put that file there"):
             build_extractor("inception", "mnist", tmp_path, tmp_path)
         lines: list[str] = []
@@ -210,11 +222,20 @@ class TestReferenceStatistics:
         np.testing.assert_allclose(first.cov, np.cov(images.flatten(1)[:, :4].numpy(), rowvar=False), rtol=1e-10)
         assert first.count == 60 and extractor.seen == 60
         again = reference_statistics(extractor, images, tmp_path, IDENTITY)
-        assert extractor.seen == 60 and torch.equal(again.cov, first.cov) and torch.equal(again.mean, first.mean) and again.count == 60
+        assert (
+            extractor.seen == 60
+            and torch.equal(again.cov, first.cov)
+            and torch.equal(again.mean, first.mean)
+            and again.count == 60
+        )
         changed = images.clone()
         changed[-1, -1, -1, -1] ^= 1
-        misses = [(extractor, changed, IDENTITY), (extractor, images[:-1], IDENTITY),
-                  (extractor, images, {**IDENTITY, "split": "test"}), (CountingExtractor(2.0), images, IDENTITY)]
+        misses = [
+            (extractor, changed, IDENTITY),
+            (extractor, images[:-1], IDENTITY),
+            (extractor, images, {**IDENTITY, "split": "test"}),
+            (CountingExtractor(2.0), images, IDENTITY),
+        ]
         for count, (network, other, identity) in enumerate(misses, 2):
             seen = network.seen
             reference_statistics(network, other, tmp_path, identity)
@@ -222,7 +243,9 @@ class TestReferenceStatistics:
             assert len(list(tmp_path.glob("statistics-fd_pixels-*.safetensors"))) == count
 
     @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "garbage"])
-    def test_damage_is_noticed_and_repaired(self, damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_damage_is_noticed_and_repaired(
+        self, damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         images, extractor = random_images(60), CountingExtractor()
         first = reference_statistics(extractor, images, tmp_path, IDENTITY)
         [path] = tmp_path.iterdir()
@@ -231,7 +254,9 @@ class TestReferenceStatistics:
         path.write_bytes({"flip": content, "truncate": content[:-50], "empty": b"", "garbage": b"x" * 500}[damage])
         with caplog.at_level(logging.WARNING):
             again = reference_statistics(extractor, images, tmp_path, IDENTITY)
-        assert [record.message for record in caplog.records if "damaged" in record.message and path.name in record.message]
+        assert [
+            record.message for record in caplog.records if "damaged" in record.message and path.name in record.message
+        ]
         assert len(caplog.records) == 1 and torch.equal(again.cov, first.cov)
         caplog.clear()
         reference_statistics(extractor, images, tmp_path, IDENTITY)
@@ -249,7 +274,9 @@ class TestNearestNeighbours:
         monkeypatch.setattr(features, "CHUNK_ELEMENTS", chunk)  # 4096: four references at a time
         queries, reference = random_images(9, 6, seed=1), random_images(31, 6, seed=2)
         reference[17] = queries[3]
-        distance = np.linalg.norm(queries.flatten(1).numpy()[:, None].astype(float) - reference.flatten(1).numpy()[None], axis=2)
+        distance = np.linalg.norm(
+            queries.flatten(1).numpy()[:, None].astype(float) - reference.flatten(1).numpy()[None], axis=2
+        )
         found, index = nearest_neighbours(queries, reference, 5)
         np.testing.assert_array_equal(index, np.argsort(distance, axis=1)[:, :5])
         np.testing.assert_allclose(found, np.sort(distance, axis=1)[:, :5], rtol=1e-9)
@@ -264,11 +291,17 @@ class TestManifoldMetrics:
         result = precision_recall_density_coverage(x, x, k=3)
         assert result["precision"] == result["recall"] == result["coverage"] == 1
         # each ball holds its own centre and exactly k neighbours, so the mean over points is (k + 1) / k
-        assert result["density"] == pytest.approx(4 / 3, abs=1.5 / 80)  # the k-th lies on the border, where rounding may decide
+        # the k-th lies on the border, where rounding may decide
+        assert result["density"] == pytest.approx(4 / 3, abs=1.5 / 80)
 
     def test_disjoint_sets(self) -> None:
         x = torch.randn(50, 4, generator=rng(1))
-        assert precision_recall_density_coverage(x, x + 1000) == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+        assert precision_recall_density_coverage(x, x + 1000) == {
+            "precision": 0,
+            "recall": 0,
+            "density": 0,
+            "coverage": 0,
+        }
 
     def test_a_dropped_mode_costs_recall_and_coverage_only(self) -> None:
         modes = torch.tensor([[0.0, 0.0], [100.0, 0.0], [0.0, 100.0], [100.0, 100.0]]).repeat_interleave(100, 0)
@@ -290,8 +323,12 @@ class TestManifoldMetrics:
         x, y = real.double().numpy(), fake.double().numpy()
         in_real = np.array([[np.linalg.norm(b - a) <= radius(x, i) for b in y] for i, a in enumerate(x)])  # (N, M)
         in_fake = np.array([[np.linalg.norm(b - a) <= radius(y, j) for j, b in enumerate(y)] for a in x])
-        expected = {"precision": in_real.any(0).mean(), "recall": in_fake.any(1).mean(),
-                    "density": in_real.sum() / (k * 30), "coverage": in_real.any(1).mean()}
+        expected = {
+            "precision": in_real.any(0).mean(),
+            "recall": in_fake.any(1).mean(),
+            "density": in_real.sum() / (k * 30),
+            "coverage": in_real.any(1).mean(),
+        }
         assert 0.2 < expected["recall"] < 0.95  # neither trivial case
         assert precision_recall_density_coverage(real, fake, k) == pytest.approx(expected, abs=1e-12)
 
@@ -306,7 +343,10 @@ class TestScores:
         assert inception_score(certain, splits=1) == (pytest.approx(8, rel=1e-12), 0)
         assert inception_score(torch.full((40, 8), 1 / 8), splits=4) == (pytest.approx(1), pytest.approx(0, abs=1e-12))
         by_class = torch.eye(8).repeat_interleave(500, 0)
-        assert inception_score(by_class, splits=8)[0] > 7.8 and inception_score(torch.eye(8).repeat(500, 1), splits=8)[0] > 7.8
+        assert (
+            inception_score(by_class, splits=8)[0] > 7.8
+            and inception_score(torch.eye(8).repeat(500, 1), splits=8)[0] > 7.8
+        )
 
     @pytest.mark.filterwarnings("ignore::UserWarning")
     def test_inception_score_matches_torchmetrics(self) -> None:

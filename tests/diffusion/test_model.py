@@ -1,4 +1,6 @@
-"""The U-Net: equal to diffusers' UNet2DModel with copied weights, in outputs and in every gradient; and what that model does not have."""
+"""The U-Net: equal to diffusers' UNet2DModel with copied weights, in outputs and in every gradient; and what that
+model does not have.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,15 @@ def build(**changes: object) -> UNet:
     return randomise(UNet(dataclasses.replace(SMALL, **changes), SIZE))
 
 
-@pytest.mark.parametrize("changes", [
-    {},
-    {"head_channels": 16, "attention": (16, 4)},
-    {"num_classes": 5, "scale_shift": True},
-], ids=["plain", "heads", "classes and scale_shift"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"head_channels": 16, "attention": (16, 4)},
+        {"num_classes": 5, "scale_shift": True},
+    ],
+    ids=["plain", "heads", "classes and scale_shift"],
+)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_outputs_and_gradients_equal_diffusers(changes: dict, memory_format: torch.memory_format) -> None:
     pytest.importorskip("diffusers")
@@ -48,7 +54,8 @@ def test_outputs_and_gradients_equal_diffusers(changes: dict, memory_format: tor
 
     net = build(**changes)
     peer = build_peer(net.config, SIZE)
-    peer.load_state_dict(in_peer_names(net, lambda p: p.detach()))  # strict: every parameter of the peer is given, and no other
+    # strict: every parameter of the peer is given, and no other
+    peer.load_state_dict(in_peer_names(net, lambda p: p.detach()))
     net.to(memory_format=memory_format)
     x, t = inputs()
     labels = torch.tensor([1, net.null_label]) if net.config.num_classes else None
@@ -65,10 +72,13 @@ def test_outputs_and_gradients_equal_diffusers(changes: dict, memory_format: tor
     assert found.keys() == expected.keys()
     largest = max(grad.abs().max().item() for grad in expected.values())
     for name, grad in expected.items():
-        # Softmax ignores a constant, so a key's bias has gradient zero but for rounding: no scale of its own to be relative to.
+        # Softmax ignores a constant, so a key's bias has gradient zero but for rounding: no scale of its own to be
+        # relative to.
         scale = largest if name.endswith("to_k.bias") else grad.abs().max().item()
         assert scale > 0, name
-        torch.testing.assert_close(found[name], grad, atol=1e-5 * scale, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], grad, atol=1e-5 * scale, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_default_is_the_cifar_network_of_ho_et_al() -> None:
@@ -132,7 +142,8 @@ def test_scale_shift_modulates_the_second_norm() -> None:
     x, modulation = torch.randn(2, 32, 8, 8), torch.randn(2, 64)
     h = F.group_norm(block.conv1(F.silu(F.group_norm(x, 8, block.norm1.weight, block.norm1.bias, 1e-6))), 8, eps=1e-6)
     weight, bias = block.norm2.weight[:, None, None], block.norm2.bias[:, None, None]
-    scale, shift = modulation[:, :32, None, None], modulation[:, 32:, None, None]  # Dhariwal & Nichol 2021: y_s GroupNorm(h) + y_b
+    # Dhariwal & Nichol 2021: y_s GroupNorm(h) + y_b
+    scale, shift = modulation[:, :32, None, None], modulation[:, 32:, None, None]
     expected = x + block.conv2(F.silu((h * weight + bias) * (1 + scale) + shift))
     torch.testing.assert_close(block(x, modulation), expected, atol=1e-5, rtol=0)
 
@@ -142,7 +153,8 @@ def test_sinusoidal_time_embedding_is_vaswani_s() -> None:
     found = TimeEmbedding(8, "sinusoidal")(t)
     for row, value in zip(found.tolist(), t.tolist(), strict=True):
         angles = [value / 10_000 ** (k / 3) for k in range(4)]
-        assert row == pytest.approx([math.sin(a) for a in angles] + [math.cos(a) for a in angles], abs=2e-4)  # float32 angles up to 999
+        # float32 angles up to 999
+        assert row == pytest.approx([math.sin(a) for a in angles] + [math.cos(a) for a in angles], abs=2e-4)
 
 
 def test_fourier_frequencies_are_fixed_and_saved() -> None:
@@ -155,7 +167,8 @@ def test_fourier_frequencies_are_fixed_and_saved() -> None:
     assert deviation == pytest.approx(16, rel=0.05)
     features = TimeEmbedding(64, "fourier")(torch.tensor([0.0, 5.0]))
     torch.testing.assert_close(features[0], torch.cat([torch.zeros(32), torch.ones(32)]))
-    torch.testing.assert_close(features[1].square().view(2, 32).sum(0), torch.ones(32))  # a sine and a cosine a frequency
+    # a sine and a cosine a frequency
+    torch.testing.assert_close(features[1].square().view(2, 32).sum(0), torch.ones(32))
 
 
 @pytest.mark.parametrize("patch", [2, 4])
@@ -169,7 +182,8 @@ def test_patch_folds_the_image_without_mixing_pixels(patch: int) -> None:
     out = net(x, t)
     assert out.shape == x.shape
     for dy in range(patch):
-        for dx in range(patch):  # channel dy * patch + dx of the folded image holds every patch-th pixel, starting at (dy, dx)
+        # channel dy * patch + dx of the folded image holds every patch-th pixel, starting at (dy, dx)
+        for dx in range(patch):
             torch.testing.assert_close(seen[0][:, dy * patch + dx], x[:, 0, dy::patch, dx::patch], atol=0, rtol=0)
             torch.testing.assert_close(seen[1][:, dy * patch + dx], out[:, 0, dy::patch, dx::patch], atol=0, rtol=0)
 
@@ -192,7 +206,8 @@ def test_bf16_autocast_is_close_to_float32(memory_format: torch.memory_format) -
         rough = net(x, t)
     assert exact.dtype == torch.float32 and rough.dtype == torch.bfloat16
     error = (rough.float() - exact).norm() / exact.norm()
-    assert 1e-5 < error < 0.03  # bf16 keeps 8 bits, 0.4 percent, a rounding; exactly equal would mean that autocast did nothing
+    # bf16 keeps 8 bits, 0.4 percent, a rounding; exactly equal would mean that autocast did nothing
+    assert 1e-5 < error < 0.03
 
 
 def test_tiny_forward_takes_under_a_second() -> None:
@@ -204,7 +219,8 @@ def test_tiny_forward_takes_under_a_second() -> None:
 
 
 def test_one_level_and_float_times_of_any_dtype() -> None:
-    net = randomise(UNet(dataclasses.replace(SMALL, multipliers=(2,), blocks=1, attention=()), 5)).eval()  # odd sides need no halving
+    # odd sides need no halving
+    net = randomise(UNet(dataclasses.replace(SMALL, multipliers=(2,), blocks=1, attention=()), 5)).eval()
     x, t = inputs(size=5)
     torch.testing.assert_close(net(x, t.double()), net(x, t), atol=0, rtol=0)
 

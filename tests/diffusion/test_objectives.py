@@ -39,7 +39,10 @@ def test_ddpm_loss_is_zero_for_the_truth_only(prediction, weighting):
     objective = DDPM(schedule, prediction, weighting)
     x0, noise, u = batch()
     t = (u * 50).long()
-    alpha, sigma = (schedule.alpha_bar[t].sqrt().view(-1, 1, 1, 1), (1 - schedule.alpha_bar[t]).sqrt().view(-1, 1, 1, 1))
+    alpha, sigma = (
+        schedule.alpha_bar[t].sqrt().view(-1, 1, 1, 1),
+        (1 - schedule.alpha_bar[t]).sqrt().view(-1, 1, 1, 1),
+    )
     x_t = alpha * x0 + sigma * noise
     truth = {"eps": noise, "x0": x0, "v": (noise - sigma * x_t) / alpha}[prediction]
     net = Recorder(truth)
@@ -64,7 +67,9 @@ def test_min_snr_weights():
 
 
 def test_min_snr_losses_agree_across_predictions():
-    """The same wrong x_0, expressed as eps, x_0 or v, has the same min-SNR loss: the formulas are one weight on |x_0 error|^2."""
+    """The same wrong x_0, expressed as eps, x_0 or v, has the same min-SNR loss: the formulas are one weight on |x_0
+    error|^2.
+    """
     schedule = Schedule.linear(1000)
     x0, noise, u = batch()
     guess = x0 + 0.3 * torch.sin(5 * noise)
@@ -88,7 +93,9 @@ def test_ddpm_denoise_inverts_the_prediction(prediction):
         net = Recorder({"eps": noise, "x0": x0, "v": v}[prediction])
         labels = torch.tensor([4, 5, 6])
         for when in (torch.tensor(float(time)), t.double()):  # a scalar, or one time an image
-            torch.testing.assert_close(DDPM(schedule, prediction).denoise(net, x_t, when, labels), x0, rtol=0, atol=1e-9)
+            torch.testing.assert_close(
+                DDPM(schedule, prediction).denoise(net, x_t, when, labels), x0, rtol=0, atol=1e-9
+            )
         assert net.calls[-1][1].tolist() == [time] * 3 and net.calls[-1][2] is labels
 
 
@@ -103,7 +110,8 @@ def test_zero_terminal_snr_needs_v():
     for weighting in WEIGHTINGS:
         objective, last = DDPM(schedule, "v", weighting), torch.full((2,), 0.9999, dtype=torch.float64)
         assert objective.loss(Recorder(torch.zeros_like(x0)), x0, None, noise, last).isfinite().all()
-    torch.testing.assert_close(objective.denoise(Recorder(-x0), noise, torch.tensor(99.0)), x0)  # at pure noise, v = -x_0
+    # at pure noise, v = -x_0
+    torch.testing.assert_close(objective.denoise(Recorder(-x0), noise, torch.tensor(99.0)), x0)
 
 
 def test_edm_scalings_match_diffusers():
@@ -116,11 +124,15 @@ def test_edm_scalings_match_diffusers():
         sigma = torch.tensor(sigma, dtype=torch.float64)
         torch.testing.assert_close(ours, scheduler.precondition_outputs(x, output, sigma), rtol=0, atol=1e-12)
         torch.testing.assert_close(net.calls[0][0], scheduler.precondition_inputs(x, sigma), rtol=0, atol=1e-12)
-        torch.testing.assert_close(net.calls[0][1], 1000 * scheduler.precondition_noise(sigma).expand(3), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            net.calls[0][1], 1000 * scheduler.precondition_noise(sigma).expand(3), rtol=0, atol=1e-9
+        )
 
 
 def test_edm_network_sees_unit_variance_and_unit_weight():
-    """The three demands that define the scalings (Karras et al. 2022, appendix B.6), with Gaussian data of deviation 0.6."""
+    """The three demands that define the scalings (Karras et al. 2022, appendix B.6), with Gaussian data of deviation
+    0.6.
+    """
     rng, objective = torch.Generator().manual_seed(0), EDM(p_mean=0.3, p_std=0.9, sigma_data=0.6)
     x0, noise = torch.randn(2, 4, 1, 100, 500, generator=rng, dtype=torch.float64)
     x0 = 0.6 * x0
@@ -214,7 +226,8 @@ def test_grid_values():
     assert ddpm.alpha[1].item() ** 2 == pytest.approx(schedule.alpha_bar[749].item())
     assert DDPM(schedule).grid(1000, settings).time.tolist() == list(range(999, -1, -1))
     low, high = 0.01 ** (1 / 5), 50 ** (1 / 5)
-    assert edm.sigma[:-1].tolist() == pytest.approx([(high + i / 3 * (low - high)) ** 5 for i in range(4)])  # Karras et al. 2022, eq. 5
+    # Karras et al. 2022, eq. 5
+    assert edm.sigma[:-1].tolist() == pytest.approx([(high + i / 3 * (low - high)) ** 5 for i in range(4)])
     assert edm.time.tolist() == edm.sigma[:-1].tolist() and edm.alpha.tolist() == [1] * 5
     assert flow.time.tolist() == [1, 0.75, 0.5, 0.25] and flow.alpha.tolist() == [0, 0.25, 0.5, 0.75, 1]
     assert EDM().grid(1, settings).sigma.tolist() == pytest.approx([50, 0])
@@ -229,12 +242,16 @@ def test_trailing_timesteps_match_diffusers():
 
 
 def test_build_objective_follows_the_config():
-    ddpm = build_objective(ObjectiveConfig(schedule="cosine", timesteps=30, prediction="x0", weighting="min_snr", min_snr_gamma=3.0), 0.4)
+    ddpm = build_objective(
+        ObjectiveConfig(schedule="cosine", timesteps=30, prediction="x0", weighting="min_snr", min_snr_gamma=3.0), 0.4
+    )
     assert (len(ddpm.schedule), ddpm.prediction, ddpm.weighting, ddpm.gamma) == (30, "x0", "min_snr", 3.0)
     edm = build_objective(ObjectiveConfig(kind="edm", p_mean=-1.0, p_std=1.5), 0.4)
     assert (edm.p_mean, edm.p_std, edm.sigma_data) == (-1.0, 1.5, 0.4)
     assert build_objective(ObjectiveConfig(kind="edm", sigma_data=0.7), 0.4).sigma_data == 0.7
-    assert build_objective(ObjectiveConfig(kind="flow", flow_time="logit_normal"), 0.4).time_distribution == "logit_normal"
+    assert (
+        build_objective(ObjectiveConfig(kind="flow", flow_time="logit_normal"), 0.4).time_distribution == "logit_normal"
+    )
 
 
 def test_mistakes_are_value_errors():

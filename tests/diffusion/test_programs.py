@@ -1,4 +1,6 @@
-"""Train, evaluate and sample as a person would: the files that appear, the last line of stdout, and being stopped halfway."""
+"""Train, evaluate and sample as a person would: the files that appear, the last line of stdout, and being stopped
+halfway.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,30 @@ from common.run import Run
 from diffusion.config import Config
 from tests.helpers import DIGITS, TINY, errors, python, status
 
-QUICK = ["eval.num_samples=24", "eval.manifold_samples=20", "eval.neighbours=2",
-         "sample.batch_size=8", "sample.steps=3"]  # three batches
+QUICK = [
+    "eval.num_samples=24",
+    "eval.manifold_samples=20",
+    "eval.neighbours=2",
+    "sample.batch_size=8",
+    "sample.steps=3",
+]  # three batches
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of two steps, made by the command line, and the data folder in which evaluations keep their classifier."""
     folder = tmp_path_factory.mktemp("programs")
-    result = python("-m", "diffusion.train", "--config", str(DIGITS), *TINY, "train.steps=2", "train.sample_every=2",
-                    f"run_dir={folder / 'run'}", f"data_root={folder / 'data'}")
+    result = python(
+        "-m",
+        "diffusion.train",
+        "--config",
+        str(DIGITS),
+        *TINY,
+        "train.steps=2",
+        "train.sample_every=2",
+        f"run_dir={folder / 'run'}",
+        f"data_root={folder / 'data'}",
+    )
     assert result.returncode == 0, result.stderr
     assert "step 2/2" in result.stderr and result.stdout == ""
     return folder / "run"
@@ -51,8 +67,15 @@ def draw(run_dir, *overrides: str, checkpoint: str = "") -> int:
 
 
 def test_training_leaves_everything(trained):
-    for name in ("config.yaml", "env.json", "metrics.jsonl", "model.safetensors", "samples/00000002.png", "checkpoints/00000002.pt",
-                 "checkpoints/00000002.json"):
+    for name in (
+        "config.yaml",
+        "env.json",
+        "metrics.jsonl",
+        "model.safetensors",
+        "samples/00000002.png",
+        "checkpoints/00000002.pt",
+        "checkpoints/00000002.json",
+    ):
         assert (trained / name).stat().st_size > 0
     assert "diffusion.train" in json.loads((trained / "env.json").read_text())["command"]
 
@@ -63,9 +86,21 @@ def test_evaluation(run_dir, capsys):
     result = json.loads((run_dir / "eval.json").read_text())
     assert json.loads(captured.out.splitlines()[-1]) == result
     assert {"project", "config", "checkpoint_step", "metrics", "n", "seeds", "seconds"} <= result.keys()
-    assert (result["project"], result["config"], result["checkpoint_step"], result["seeds"]) == ("diffusion", "run", 2, [0])
+    assert (result["project"], result["config"], result["checkpoint_step"], result["seeds"]) == (
+        "diffusion",
+        "run",
+        2,
+        [0],
+    )
     metrics = result["metrics"]
-    assert {"fd_digits", "fd_floor", "conditional_accuracy", "classifier_test_accuracy", "precision", "recall"} <= metrics.keys()
+    assert {
+        "fd_digits",
+        "fd_floor",
+        "conditional_accuracy",
+        "classifier_test_accuracy",
+        "precision",
+        "recall",
+    } <= metrics.keys()
     assert all(isinstance(value, int | float) for value in metrics.values()) and "fid" not in metrics
     assert 0 < metrics["fd_floor"] < metrics["fd_digits"], "two steps of training cannot be as good as real images"
     assert result["n"]["fd_digits"] == 24 and result["n"]["reference"] == 64
@@ -76,7 +111,9 @@ def test_evaluation(run_dir, capsys):
 
 
 def test_sampling_as_a_process(run_dir):
-    result = python("-m", "diffusion.sample", "--run", str(run_dir), "sample.guidance=2", "sample.steps=3", "sample.count=8")
+    result = python(
+        "-m", "diffusion.sample", "--run", str(run_dir), "sample.guidance=2", "sample.steps=3", "sample.count=8"
+    )
     assert result.returncode == 0, result.stderr
     names = {path.name.split("_")[0]: path for path in (run_dir / "figures").iterdir()}
     assert names.keys() == {"grid", "interpolation", "filmstrip", "denoising"}
@@ -87,7 +124,9 @@ def test_sampling_as_a_process(run_dir):
 
 
 def stop_at_call(monkeypatch: pytest.MonkeyPatch, module, number: int) -> list[int]:
-    """Send this process a real SIGTERM in the second sampling step of the `number`-th batch; returns the batches drawn, as they come."""
+    """Send this process a real SIGTERM in the second sampling step of the `number`-th batch; returns the batches
+    drawn, as they come.
+    """
     drawn, original = [], module.generate_batch
 
     def batch(model, objective, config, index, *args, **kwargs):
@@ -155,7 +194,7 @@ def test_explicit_checkpoint(program, run_dir, tmp_path, capfd):
     path.write_bytes(content[:500] + bytes([content[500] ^ 4]) + content[501:])
     for checkpoint in ("00000002.pt", path):
         assert program(run_dir, checkpoint=checkpoint) == 1
-        line, = errors(capfd.readouterr().err)
+        (line,) = errors(capfd.readouterr().err)
         assert "00000002.pt is damaged" in line
     assert not (run_dir / "eval.json").exists()
 
@@ -180,7 +219,9 @@ def test_a_checkpoint_of_something_else(run_dir, capfd):
 
 
 def test_sampling_repeats_itself(run_dir):
-    config, options = load(Config, "diffusion", "sample", ["--run", str(run_dir), "sample.steps=3", "sample.batch_size=4"])
+    config, options = load(
+        Config, "diffusion", "sample", ["--run", str(run_dir), "sample.steps=3", "sample.batch_size=4"]
+    )
     images = []
     for _ in range(2):
         with Run(config, options) as run:

@@ -13,7 +13,7 @@ from common.checkpoint import Checkpoints
 from common.files import TEMPORARY
 from tests.helpers import STEPS, assert_same_run, checkpoint, errors, log, stop_in_step, tiny, train
 
-# -- exact resume -------------------------------------------------------------------------------------------------------------------
+# -- exact resume ------------------------------------------------------------------------------------------------------
 
 
 RNG = random.Random(2026)
@@ -47,8 +47,15 @@ def image_folder(tmp_path_factory):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_exact_resume_from_files(workers, image_folder, tmp_path, monkeypatch):
     """Decoded by workers: the epoch ends in the middle of step 3 (40 images in batches of 16)."""
-    config = tiny(tmp_path / "whole", "data.dataset=folder", f"data.folder={image_folder}", f"data.workers={workers}", "data.max_images=0",
-                  "model.image_channels=3", "model.num_classes=2")
+    config = tiny(
+        tmp_path / "whole",
+        "data.dataset=folder",
+        f"data.folder={image_folder}",
+        f"data.workers={workers}",
+        "data.max_images=0",
+        "model.image_channels=3",
+        "model.num_classes=2",
+    )
     assert train(config) == 0
     config = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
     stop_in_step(monkeypatch, 3, 5)
@@ -59,7 +66,9 @@ def test_exact_resume_from_files(workers, image_folder, tmp_path, monkeypatch):
 
 
 def test_resume_after_a_crash_drops_later_lines(uninterrupted, tmp_path, monkeypatch):
-    """A crash leaves metrics of steps after the last checkpoint, and half a line; they are computed again, not logged twice."""
+    """A crash leaves metrics of steps after the last checkpoint, and half a line; they are computed again, not
+    logged twice.
+    """
     config = tiny(tmp_path / "run")
     stop_in_step(monkeypatch, 6)
     assert train(config) == 143
@@ -99,13 +108,13 @@ def test_stale_temporaries_are_removed(tmp_path, monkeypatch):
     assert not list((tmp_path / "run/checkpoints").glob(f"{TEMPORARY}*"))
 
 
-# -- starting where something is already --------------------------------------------------------------------------------------------
+# -- starting where something is already -------------------------------------------------------------------------------
 
 
 def test_fresh_start_refuses_an_existing_run(stopped, capfd):
     before = (stopped / "metrics.jsonl").read_bytes()
     assert train(tiny(stopped)) == 1
-    line, = errors(capfd.readouterr().err)
+    (line,) = errors(capfd.readouterr().err)
     assert "step 3" in line and "--resume" in line and "--overwrite" in line
     assert (stopped / "metrics.jsonl").read_bytes() == before
 
@@ -142,7 +151,7 @@ def test_changed_optimisation_is_allowed_with_a_note(stopped, capfd):
     text = capfd.readouterr().err
     assert "note: train.lr was 0.001, is now 0.0005" in text
     assert "note: train.weight_decay was 0.0, is now 0.25" in text
-    group, = checkpoint(stopped)["parts"]["optimizer"]["param_groups"]
+    (group,) = checkpoint(stopped)["parts"]["optimizer"]["param_groups"]
     assert group["weight_decay"] == 0.25 and tuple(group["betas"]) == (0.8, 0.95)
     assert log(stopped)[3]["lr"] < 5e-4 < log(stopped)[2]["lr"]
 

@@ -47,17 +47,29 @@ def exact_end(name, x_init):
 
     grid = smooth_grid(name, 1)
     start = grid.time[0].item()  # every family's time ends at 0.1
-    solution = solve_ivp(slope, (start, 0.1), (grid.sigma[0] * x_init).flatten().numpy(), method="DOP853", rtol=1e-11, atol=1e-12)
+    solution = solve_ivp(
+        slope, (start, 0.1), (grid.sigma[0] * x_init).flatten().numpy(), method="DOP853", rtol=1e-11, atol=1e-12
+    )
     return torch.from_numpy(solution.y[:, -1]).view(shape)
 
 
 def integrate(name, sampler, steps, x_init):
-    """x after `steps` steps on the smooth grid. One more step leads to the data, so that none of them is a sampler's special last step."""
+    """x after `steps` steps on the smooth grid. One more step leads to the data, so that none of them is a sampler's
+    special last step.
+    """
     short, one, states = smooth_grid(name, steps), torch.ones(1, dtype=torch.float64), []
     last_time = {"edm": short.sigma, "vp": short.sigma.asin(), "flow": short.sigma}[name][-1:]
     grid = Grid(torch.cat([short.alpha, one]), torch.cat([short.sigma, 0 * one]), torch.cat([short.time, last_time]))
-    sample(denoise_on(name), grid, sampler, x_init.shape, torch.Generator(), device="cpu", x_init=x_init,
-           on_step=lambda i, x, x0: states.append(x))
+    sample(
+        denoise_on(name),
+        grid,
+        sampler,
+        x_init.shape,
+        torch.Generator(),
+        device="cpu",
+        x_init=x_init,
+        on_step=lambda i, x, x0: states.append(x),
+    )
     return states[steps - 1]
 
 
@@ -66,7 +78,9 @@ def test_order_of_convergence(name):
     x_init = normal((40, 2, 1, 1))
     exact = exact_end(name, x_init)
     for sampler, low, high in (("euler", 0.95, 1.05), ("heun", 1.95, 2.05), ("dpmpp", 1.95, 2.2)):
-        errors = [(integrate(name, sampler, steps, x_init) - exact).pow(2).mean().sqrt().item() for steps in (80, 160, 320)]
+        errors = [
+            (integrate(name, sampler, steps, x_init) - exact).pow(2).mean().sqrt().item() for steps in (80, 160, 320)
+        ]
         order = math.log2(errors[0] / errors[2]) / 2
         assert low < order < high, (sampler, order, errors)
         assert errors[2] < {"euler": 5e-3, "heun": 5e-5, "dpmpp": 1e-4}[sampler], (sampler, errors)
@@ -83,12 +97,16 @@ def sliced_wasserstein(a, b, directions=32):
 
 
 BOUND = 0.04
-CASES = [(kind, sampler, 0.0) for kind, names in SAMPLERS.items() for sampler in names] + [(kind, "ddim", 1.0) for kind in SAMPLERS]
+CASES = [(kind, sampler, 0.0) for kind, names in SAMPLERS.items() for sampler in names] + [
+    (kind, "ddim", 1.0) for kind in SAMPLERS
+]
 
 
 @pytest.mark.parametrize(("kind", "sampler", "eta"), CASES)
 def test_samples_have_the_right_distribution(kind, sampler, eta):
-    """Within 0.04 of 3,000 draws of the mixture, of which 3,000 other draws are 0.026 away. Controls: too few steps, a wrong denoiser."""
+    """Within 0.04 of 3,000 draws of the mixture, of which 3,000 other draws are 0.026 away. Controls: too few steps,
+    a wrong denoiser.
+    """
     count, rng = 3000, torch.Generator().manual_seed(5)
     objective = {"ddpm": lambda: DDPM(Schedule.linear(1000)), "edm": EDM, "flow": Flow}[kind]()
     target, again = draw_mixture(count, rng), draw_mixture(count, rng)

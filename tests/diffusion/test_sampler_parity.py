@@ -26,7 +26,9 @@ def assert_same_path(ours, theirs, tolerance):
 
 def discrete(cls, prediction, **options):
     diffusers = pytest.importorskip("diffusers")
-    scheduler = getattr(diffusers, cls)(1000, prediction_type=PREDICTIONS[prediction], timestep_spacing="trailing", **options)
+    scheduler = getattr(diffusers, cls)(
+        1000, prediction_type=PREDICTIONS[prediction], timestep_spacing="trailing", **options
+    )
     scheduler.alphas_cumprod = Schedule.linear(1000).alpha_bar  # float64, so that only the sampler is compared
     return scheduler
 
@@ -35,7 +37,10 @@ def discrete(cls, prediction, **options):
 @pytest.mark.parametrize("steps", [7, 20, 200])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_ddpm_matches_diffusers(prediction, steps, variance):
-    objective, scheduler = DDPM(Schedule.linear(1000), prediction), discrete("DDPMScheduler", prediction, variance_type=f"fixed_{variance}")
+    objective, scheduler = (
+        DDPM(Schedule.linear(1000), prediction),
+        discrete("DDPMScheduler", prediction, variance_type=f"fixed_{variance}"),
+    )
     net, rng = ideal_net(objective, 0.1), torch.Generator().manual_seed(1)
     scheduler.set_timesteps(steps)
     x, theirs = objective.schedule.sigma[999] * normal(), []
@@ -43,7 +48,8 @@ def test_ddpm_matches_diffusers(prediction, steps, variance):
         x = scheduler.step(net(x, t.double().expand(3), None), t, x, generator=rng).prev_sample
         theirs.append(x)
     ours = run(objective, "ddpm", steps, net=net, variance=variance)
-    compared = len(ours) - (variance == "large")  # diffusers adds noise to the finished image when the last t of the grid is not 0
+    # diffusers adds noise to the finished image when the last t of the grid is not 0
+    compared = len(ours) - (variance == "large")
     assert_same_path(ours[:compared], theirs[:compared], 1e-8)
 
 
@@ -51,7 +57,10 @@ def test_ddpm_matches_diffusers(prediction, steps, variance):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_ddim_matches_diffusers(prediction, eta, clip):
-    objective, scheduler = DDPM(Schedule.linear(1000), prediction), discrete("DDIMScheduler", prediction, clip_sample=clip)
+    objective, scheduler = (
+        DDPM(Schedule.linear(1000), prediction),
+        discrete("DDIMScheduler", prediction, clip_sample=clip),
+    )
     net, rng = ideal_net(objective, 0.1), torch.Generator().manual_seed(1)
     scheduler.set_timesteps(20)
     x, theirs = objective.schedule.sigma[999] * normal(), []
@@ -100,20 +109,32 @@ def test_euler_on_edm_matches_diffusers():
         scaled = scheduler.scale_model_input(x, t)
         x = scheduler.step(net(scaled, (1000 * t).double().expand(3), None), t, x).prev_sample
         theirs.append(x)
-    assert_same_path(run(objective, "euler", 20, net=net, settings=SampleConfig(sigma_min=0.01, sigma_max=50.0)), theirs, 1e-5)
+    assert_same_path(
+        run(objective, "euler", 20, net=net, settings=SampleConfig(sigma_min=0.01, sigma_max=50.0)), theirs, 1e-5
+    )
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_heun_matches_diffusers_in_scaled_variables(prediction):
-    """A DDPM seen as y = x / alpha is an EDM path: alpha = 1, sigma = the ratio. There, Heun must be diffusers' Heun."""
+    """A DDPM seen as y = x / alpha is an EDM path: alpha = 1, sigma = the ratio. There, Heun must be diffusers'
+    Heun.
+    """
     objective, scheduler = DDPM(Schedule.linear(1000), prediction), discrete("HeunDiscreteScheduler", prediction)
     net = ideal_net(objective, 0.1)
     scheduler.set_timesteps(12)
     grid = objective.grid(12, SampleConfig())
     scaled = Grid(torch.ones(13, dtype=torch.float64), grid.sigma / grid.alpha, grid.time)
     states = []
-    sample(lambda y, t: objective.denoise(net, y * objective.schedule.alpha[t.long()], t, None), scaled, "heun", SHAPE, torch.Generator(),
-           device="cpu", x_init=normal(), on_step=lambda i, y, x0: states.append(y))
+    sample(
+        lambda y, t: objective.denoise(net, y * objective.schedule.alpha[t.long()], t, None),
+        scaled,
+        "heun",
+        SHAPE,
+        torch.Generator(),
+        device="cpu",
+        x_init=normal(),
+        on_step=lambda i, y, x0: states.append(y),
+    )
     y, theirs = scaled.sigma[0] * normal(), []
     for t in scheduler.timesteps:
         y = scheduler.step(net(scheduler.scale_model_input(y, t), t.double().expand(3), None), t, y).prev_sample
@@ -143,7 +164,9 @@ def test_heun_on_edm_matches_the_paper_s_algorithm():
     assert_same_path(run(objective, "heun", 10, net=net), theirs, 1e-10)
 
 
-@pytest.mark.parametrize(("sampler", "cls"), [("euler", "FlowMatchEulerDiscreteScheduler"), ("heun", "FlowMatchHeunDiscreteScheduler")])
+@pytest.mark.parametrize(
+    ("sampler", "cls"), [("euler", "FlowMatchEulerDiscreteScheduler"), ("heun", "FlowMatchHeunDiscreteScheduler")]
+)
 def test_flow_matches_diffusers(sampler, cls):
     diffusers = pytest.importorskip("diffusers")
     objective, scheduler = Flow(), getattr(diffusers, cls)(num_train_timesteps=1000)

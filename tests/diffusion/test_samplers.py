@@ -35,7 +35,9 @@ def paths(steps=12):
 
 @pytest.mark.parametrize("name", ["arc", "line", "diagonal"])
 def test_a_perfect_denoiser_stays_on_the_path(name):
-    """If x0 is known, every deterministic step goes from alpha x0 + sigma eps to alpha' x0 + sigma' eps exactly, also from alpha = 0."""
+    """If x0 is known, every deterministic step goes from alpha x0 + sigma eps to alpha' x0 + sigma' eps exactly,
+    also from alpha = 0.
+    """
     grid, x0, eps = paths()[name], normal(seed=2), normal(seed=3)
     for i in range(len(grid)):
         here, there = (grid.alpha[j] * x0 + grid.sigma[j] * eps for j in (i, i + 1))
@@ -51,8 +53,14 @@ def test_a_perfect_denoiser_stays_on_the_path(name):
 @pytest.mark.parametrize("name", ["arc", "line", "diagonal"])
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 def test_stochastic_steps_keep_the_marginal(name, eta):
-    """Whatever eta, x' given x_0 must have deviation sigma': old and new noise add up in squares (Song et al. 2021, appendix B)."""
-    grid, zero, one = paths()[name], torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    """Whatever eta, x' given x_0 must have deviation sigma': old and new noise add up in squares (Song et al. 2021,
+    appendix B).
+    """
+    grid, zero, one = (
+        paths()[name],
+        torch.zeros(1, 1, 1, 1, dtype=torch.float64),
+        torch.ones(1, 1, 1, 1, dtype=torch.float64),
+    )
     for i in range(len(grid)):
         old = ddim_step(grid.sigma[i] * one, zero, grid, i, eta, zero)  # eps = 1, no fresh noise, x0 = 0
         new = ddim_step(zero, zero, grid, i, eta, one)
@@ -65,7 +73,9 @@ def test_stochastic_steps_keep_the_marginal(name, eta):
 def test_ddim_with_eta_one_is_ddpm(name):
     grid, x, x0, noise = paths()[name], normal(seed=2), normal(seed=3), normal(seed=4)
     for i in range(len(grid)):
-        torch.testing.assert_close(ddim_step(x, x0, grid, i, 1.0, noise), ddpm_step(x, x0, grid, i, noise), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            ddim_step(x, x0, grid, i, 1.0, noise), ddpm_step(x, x0, grid, i, noise), rtol=1e-9, atol=1e-12
+        )
 
 
 def test_ddpm_step_on_all_timesteps_is_the_posterior_of_the_schedule():
@@ -74,7 +84,9 @@ def test_ddpm_step_on_all_timesteps_is_the_posterior_of_the_schedule():
     for i in range(40):
         t = torch.full((3,), 39 - i)
         mean, variance, log_variance = objective.schedule.posterior(x0, x, t)
-        torch.testing.assert_close(ddpm_step(x, x0, grid, i, noise), mean + variance.sqrt() * noise, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            ddpm_step(x, x0, grid, i, noise), mean + variance.sqrt() * noise, rtol=1e-9, atol=1e-12
+        )
         if i < 39:
             torch.testing.assert_close(variance.log(), log_variance)
 
@@ -92,7 +104,9 @@ def test_clipping_changes_eps_too():
     objective = DDPM(Schedule.linear(1000), "x0")
     grid, x_init = objective.grid(2, SampleConfig()), normal()
     x, loose = grid.sigma[0] * x_init, torch.full(SHAPE, 3.0, dtype=torch.float64)
-    clipped, free = (run(objective, "ddim", 2, net=lambda *_: loose, x_init=x_init, clip=clip)[0] for clip in (True, False))
+    clipped, free = (
+        run(objective, "ddim", 2, net=lambda *_: loose, x_init=x_init, clip=clip)[0] for clip in (True, False)
+    )
     alpha, sigma, alpha_next, sigma_next = grid.step(0)
     torch.testing.assert_close(clipped, alpha_next * 1.0 + sigma_next * (x - alpha * 1.0) / sigma)
     torch.testing.assert_close(free, alpha_next * 3.0 + sigma_next * (x - alpha * 3.0) / sigma)
@@ -157,7 +171,9 @@ def test_guidance_without_labels():
 # Bookkeeping
 
 
-@pytest.mark.parametrize(("sampler", "evaluations"), [("ddpm", 6), ("ddim", 6), ("dpmpp", 6), ("euler", 6), ("heun", 11)])
+@pytest.mark.parametrize(
+    ("sampler", "evaluations"), [("ddpm", 6), ("ddim", 6), ("dpmpp", 6), ("euler", 6), ("heun", 11)]
+)
 def test_number_of_evaluations_and_their_times(sampler, evaluations):
     objective, times = DDPM(Schedule.linear(1000)), []
     inner = ideal_net(objective)
@@ -186,8 +202,15 @@ def test_samples_are_float32_and_a_function_of_the_generator(sampler):
     objective = DDPM(Schedule.linear(1000))
 
     def draw(seed):
-        return sample(lambda x, t: objective.denoise(ideal_net(objective), x, t, None), objective.grid(5, SampleConfig()), sampler, SHAPE,
-                      torch.Generator().manual_seed(seed), device="cpu", eta=1.0)
+        return sample(
+            lambda x, t: objective.denoise(ideal_net(objective), x, t, None),
+            objective.grid(5, SampleConfig()),
+            sampler,
+            SHAPE,
+            torch.Generator().manual_seed(seed),
+            device="cpu",
+            eta=1.0,
+        )
 
     assert draw(0).dtype == torch.float32 and draw(0).shape == SHAPE
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
@@ -213,8 +236,16 @@ def test_track_wraps_the_loop_and_may_end_it():
                 return
             yield i
 
-    sample(lambda x, t: torch.zeros_like(x), objective.grid(5, SampleConfig()), "euler", SHAPE, torch.Generator(), device="cpu",
-           track=first_two, on_step=lambda i, x, x0: seen.append((i, x0.abs().max().item())))
+    sample(
+        lambda x, t: torch.zeros_like(x),
+        objective.grid(5, SampleConfig()),
+        "euler",
+        SHAPE,
+        torch.Generator(),
+        device="cpu",
+        track=first_two,
+        on_step=lambda i, x, x0: seen.append((i, x0.abs().max().item())),
+    )
     assert seen == [(0, 0.0), (1, 0.0)]
 
 

@@ -37,7 +37,8 @@ def test_betas_and_alpha_bar_match_diffusers(name):
 @pytest.mark.parametrize("name", schedules())
 def test_add_noise_and_velocity_match_diffusers(name):
     ours, theirs = schedules()[name], oracle(name)
-    theirs.alphas_cumprod = ours.alpha_bar  # compared above; theirs is float32, whose rounding alone moves sigma_0 by 4e-5
+    # compared above; theirs is float32, whose rounding alone moves sigma_0 by 4e-5
+    theirs.alphas_cumprod = ours.alpha_bar
     x0, noise = torch.randn(2, 9, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = torch.tensor([0, 1, 2, 100, 500, 900, 997, 998, 999])
     torch.testing.assert_close(ours.add_noise(x0, noise, t), theirs.add_noise(x0, noise, t), rtol=0, atol=1e-12)
@@ -59,7 +60,9 @@ def test_betas_from_the_formulas():
 
 
 def test_marginal_is_the_composition_of_single_steps():
-    """Noising step by step, x' = sqrt(1 - beta) x + sqrt(beta) eps, must give the factor and variance that add_noise uses at once."""
+    """Noising step by step, x' = sqrt(1 - beta) x + sqrt(beta) eps, must give the factor and variance that add_noise
+    uses at once.
+    """
     schedule = Schedule.cosine(20)
     factor, variance = 1.0, 0.0
     for t, beta in enumerate(schedule.betas.tolist()):
@@ -88,7 +91,8 @@ def test_posterior_at_time_zero_has_no_noise_and_a_finite_log_variance():
     schedule = Schedule.linear(T)
     x0, x_t = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mean, variance, log_variance = schedule.posterior(x0, x_t, torch.tensor([0, 0, 1]))
-    torch.testing.assert_close(mean[:2], x0[:2], rtol=0, atol=1e-12)  # one step from the data, the posterior mean is the data
+    # one step from the data, the posterior mean is the data
+    torch.testing.assert_close(mean[:2], x0[:2], rtol=0, atol=1e-12)
     assert variance[:2].abs().max() == 0 and variance[2] > 0
     assert log_variance.isfinite().all() and (log_variance == log_variance[2]).all()  # t = 0 borrows the value of t = 1
 
@@ -98,13 +102,23 @@ def test_zero_terminal_snr_keeps_the_start_and_ends_in_pure_noise(name):
     before, after = schedules()[name], schedules()[name + "_zero"]
     assert after.alpha_bar[-1] == 0 and after.snr[-1] == 0 and before.alpha_bar[-1] > 0
     assert after.alpha[0].item() == pytest.approx(before.alpha[0].item(), abs=1e-12)
-    ratio = after.alpha[:-1] - after.alpha[1:], before.alpha[:-1] - before.alpha[1:]  # alpha is an affine image of what it was
+    # alpha is an affine image of what it was
+    ratio = after.alpha[:-1] - after.alpha[1:], before.alpha[:-1] - before.alpha[1:]
     torch.testing.assert_close(ratio[0] / ratio[0].sum(), ratio[1] / ratio[1].sum(), rtol=1e-6, atol=1e-12)
 
 
 def test_tables_are_float64_and_results_have_the_dtype_of_the_images():
     schedule = Schedule(torch.full((10,), 0.1))
-    for table in ("betas", "alphas", "alpha_bar", "alpha", "sigma", "snr", "posterior_variance", "posterior_log_variance"):
+    for table in (
+        "betas",
+        "alphas",
+        "alpha_bar",
+        "alpha",
+        "sigma",
+        "snr",
+        "posterior_variance",
+        "posterior_log_variance",
+    ):
         assert getattr(schedule, table).dtype == torch.float64 and getattr(schedule, table).shape == (10,)
     x, t = torch.zeros(2, 3, 4, 4), torch.tensor([0, 9])
     for result in (schedule.add_noise(x, x, t), schedule.velocity(x, x, t), *schedule.posterior(x, x, t)):
@@ -116,7 +130,9 @@ def test_tables_are_float64_and_results_have_the_dtype_of_the_images():
 
 def test_build_schedule_follows_the_config():
     torch.testing.assert_close(build_schedule(ObjectiveConfig()).betas, Schedule.linear(1000).betas)
-    torch.testing.assert_close(build_schedule(ObjectiveConfig(schedule="cosine", timesteps=30)).betas, Schedule.cosine(30).betas)
+    torch.testing.assert_close(
+        build_schedule(ObjectiveConfig(schedule="cosine", timesteps=30)).betas, Schedule.cosine(30).betas
+    )
     assert build_schedule(ObjectiveConfig(zero_terminal_snr=True, prediction="v")).alpha_bar[-1] == 0
     for timesteps in (2, 10, 100, 1000, 4000):  # however few steps, little of the image is left at the end
         schedule = build_schedule(ObjectiveConfig(timesteps=timesteps))

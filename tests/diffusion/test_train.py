@@ -20,14 +20,26 @@ from diffusion.config import Config, TrainConfig
 from diffusion.train import drop_labels, learning_rate, random_flip
 from tests.helpers import DIGITS, STEPS, TINY, assert_same_run, checkpoint, errors, log, python, tiny, train
 
-# -- two processes ------------------------------------------------------------------------------------------------------------------
+# -- two processes -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("microbatch", [0, 3])
 def test_two_processes_equal_one(microbatch, tmp_path):
     words = ["precision=fp64", "model.dropout=0.0", "train.steps=5", "model.multipliers=[1,2]", "model.attention=[4]"]
-    result = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "diffusion.train", "--config", str(DIGITS),
-                    *TINY, *words, f"train.microbatch={microbatch}", f"run_dir={tmp_path / 'two'}")
+    result = python(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "diffusion.train",
+        "--config",
+        str(DIGITS),
+        *TINY,
+        *words,
+        f"train.microbatch={microbatch}",
+        f"run_dir={tmp_path / 'two'}",
+    )
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "two/env.json").read_text())["processes"] == 2
     assert train(tiny(tmp_path / "one", *words)) == 0
@@ -59,7 +71,7 @@ def test_batch_that_cannot_be_shared_out_is_refused(tmp_path, capfd, monkeypatch
     assert "15" in errors(capfd.readouterr().err)[0]
 
 
-# -- what a run leaves behind -------------------------------------------------------------------------------------------------------
+# -- what a run leaves behind ------------------------------------------------------------------------------------------
 
 
 def test_run_folder(uninterrupted):
@@ -102,13 +114,19 @@ def test_dry_run(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("override", "key"), [
-    ("model.image_channels=3", "model.image_channels"), ("model.num_classes=7", "model.num_classes"), ("device=cuda:99", "device"),
-    ("device=warp", "device"), ("precision=fp16", "precision"),
-])
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.image_channels=3", "model.image_channels"),
+        ("model.num_classes=7", "model.num_classes"),
+        ("device=cuda:99", "device"),
+        ("device=warp", "device"),
+        ("precision=fp16", "precision"),
+    ],
+)
 def test_what_only_the_machine_or_the_data_can_tell(override, key, tmp_path, capfd):
     assert train(tiny(tmp_path / "run", override)) == 2
-    line, = errors(capfd.readouterr().err)
+    (line,) = errors(capfd.readouterr().err)
     assert line.startswith(f"error: {key}")
     assert not (tmp_path / "run").exists()
 
@@ -125,7 +143,10 @@ def test_learning_rate():
     assert all(a > b for a, b in itertools.pairwise(cosine[9:]))
     assert learning_rate(1, dataclasses.replace(config, steps=3)) == 1.0
     long = TrainConfig(lr=2e-4, steps=800_000, warmup=5000)
-    assert learning_rate(2500, long) == pytest.approx(1e-4) and learning_rate(5000, long) == learning_rate(800_000, long) == 2e-4
+    assert (
+        learning_rate(2500, long) == pytest.approx(1e-4)
+        and learning_rate(5000, long) == learning_rate(800_000, long) == 2e-4
+    )
 
 
 def test_short_run_reaches_its_full_learning_rate(tmp_path):
@@ -160,5 +181,7 @@ def test_label_dropout_share(share, tmp_path):
 
 
 def test_unconditional_model_gets_no_labels(tmp_path):
-    assert drop_labels(torch.zeros(3, dtype=torch.int64), tiny(tmp_path, "model.num_classes=0"), torch.Generator()) is None
+    assert (
+        drop_labels(torch.zeros(3, dtype=torch.int64), tiny(tmp_path, "model.num_classes=0"), torch.Generator()) is None
+    )
     assert train(tiny(tmp_path / "run", "model.num_classes=0", "train.steps=2", "train.sample_every=1")) == 0

@@ -1,4 +1,6 @@
-"""DMoN's loss against PyTorch Geometric's and networkx, what its penalty means, the task from end to end, and spectral baselines."""
+"""DMoN's loss against PyTorch Geometric's and networkx, what its penalty means, the task from end to end, and
+spectral baselines.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,12 @@ from gnn.spectral import bethe_hessian_communities, spectral_communities
 from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
-KARATE = Config(task="community", data=DataConfig(dataset="karate"), model=ModelConfig(hidden=8, layers=1, activation="selu", dropout=0.0),
-                community=CommunityConfig(restarts=2))
+KARATE = Config(
+    task="community",
+    data=DataConfig(dataset="karate"),
+    model=ModelConfig(hidden=8, layers=1, activation="selu", dropout=0.0),
+    community=CommunityConfig(restarts=2),
+)
 
 
 def random_graph(seed: int = 0, nodes: int = 40, p: float = 0.15) -> Graph:
@@ -44,12 +50,14 @@ def double():
     torch.set_default_dtype(torch.float32)
 
 
-# -- the loss ----------------------------------------------------------------------------------------------------------------------
+# -- the loss ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_losses_are_those_of_pyg(seed, double):
-    """Batch size 1 (larger ones are broadcast wrongly there): value and gradient with respect to the logits' weights."""
+    """Batch size 1 (larger ones are broadcast wrongly there): value and gradient with respect to the logits'
+    weights.
+    """
     graph = random_graph(seed)
     pool = DMoNPooling(6, 5)
     x = graph.features.double()
@@ -70,14 +78,18 @@ def test_soft_modularity_is_the_formula_with_the_dense_matrix(seed, double):
     dense = to_dense_adj(graph.edges(), max_num_nodes=40)[0].double()
     degrees = dense.sum(dim=1)
     b = dense - torch.outer(degrees, degrees) / degrees.sum()
-    assert soft_modularity(c, graph.structure()).item() == pytest.approx(torch.trace(c.T @ b @ c).item() / degrees.sum().item(), abs=1e-12)
+    assert soft_modularity(c, graph.structure()).item() == pytest.approx(
+        torch.trace(c.T @ b @ c).item() / degrees.sum().item(), abs=1e-12
+    )
 
 
 def test_at_hard_assignments_it_is_newmans_modularity(double):
     graph = random_graph(1)
     labels = np.arange(40) % 3
     c = torch.nn.functional.one_hot(torch.from_numpy(labels), 3).double()
-    expected = nx.community.modularity(nx.Graph(graph.edges().T.tolist()), [set(np.flatnonzero(labels == i)) for i in range(3)])
+    expected = nx.community.modularity(
+        nx.Graph(graph.edges().T.tolist()), [set(np.flatnonzero(labels == i)) for i in range(3)]
+    )
     assert (graph.structure().degree > 0).all()
     assert soft_modularity(c, graph.structure()).item() == pytest.approx(expected, abs=1e-12)
     assert modularity(graph.indptr.numpy(), graph.indices.numpy(), labels) == pytest.approx(expected, abs=1e-12)
@@ -112,11 +124,15 @@ def test_permuting_nodes_permutes_assignments(layer, double):
     place = torch.argsort(order)
     other = build_graph(place[graph.edges()], 40, graph.features[order])
     torch.manual_seed(0)
-    model = DMoN(ModelConfig(layer=layer, hidden=8, layers=1, activation="selu"), CommunityConfig(), 6, 4).double().eval()
+    model = (
+        DMoN(ModelConfig(layer=layer, hidden=8, layers=1, activation="selu"), CommunityConfig(), 6, 4).double().eval()
+    )
     first, second = model(graph.features.double(), graph.structure()), model(other.features.double(), other.structure())
     torch.testing.assert_close(second, first[order])
     torch.testing.assert_close(first.sum(dim=1), torch.ones(40))
-    assert dmon_loss(first, graph.structure(), 1.0).item() == pytest.approx(dmon_loss(second, other.structure(), 1.0).item(), abs=1e-12)
+    assert dmon_loss(first, graph.structure(), 1.0).item() == pytest.approx(
+        dmon_loss(second, other.structure(), 1.0).item(), abs=1e-12
+    )
 
 
 def test_dropout_acts_in_training_only():
@@ -128,7 +144,7 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model.eval()(x, structure), model(x, structure))
 
 
-# -- the task ----------------------------------------------------------------------------------------------------------------------
+# -- the task ----------------------------------------------------------------------------------------------------------
 
 
 def fit(task: CommunityTask, steps: int, lr: float = 0.02) -> DMoN:
@@ -180,7 +196,10 @@ def test_labels_are_never_read_in_training():
     """With other labels, the weights come out bit for bit the same."""
     results = []
     for shuffled in (False, True):
-        task = CommunityTask(Config(task="community", data=DataConfig(dataset="karate", shuffle_labels=shuffled), model=KARATE.model), CPU)
+        task = CommunityTask(
+            Config(task="community", data=DataConfig(dataset="karate", shuffle_labels=shuffled), model=KARATE.model),
+            CPU,
+        )
         model = fit(task, 5)
         with torch.no_grad():
             results.append((model.state_dict(), task.validate(model), task.test(model)))
@@ -200,9 +219,15 @@ def test_unknown_labels_do_not_count():
 
 def test_configs_that_cannot_work():
     with pytest.raises(ConfigError, match="num_communities"):
-        CommunityTask(Config(task="community", data=DataConfig(dataset="karate"), community=CommunityConfig(num_communities=1)), CPU)
+        CommunityTask(
+            Config(task="community", data=DataConfig(dataset="karate"), community=CommunityConfig(num_communities=1)),
+            CPU,
+        )
     with pytest.raises(ConfigError, match="at most 34"):
-        CommunityTask(Config(task="community", data=DataConfig(dataset="karate"), community=CommunityConfig(num_communities=35)), CPU)
+        CommunityTask(
+            Config(task="community", data=DataConfig(dataset="karate"), community=CommunityConfig(num_communities=35)),
+            CPU,
+        )
     for words in ({"collapse": -1.0}, {"dropout": 1.0}, {"resolution": 0.0}, {"restarts": 0}, {"num_communities": -1}):
         with pytest.raises(ConfigError, match=f"community.{next(iter(words))}"):
             CommunityConfig(**words)
@@ -216,7 +241,7 @@ def test_pictures_of_many_communities_without_classes(tmp_path):
     assert by_size(np.array([7, 3, 3, 9, 9, 9])).tolist() == [2, 1, 1, 0, 0, 0]
 
 
-# -- spectral baselines ------------------------------------------------------------------------------------------------------------
+# -- spectral baselines ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", [spectral_communities, bethe_hessian_communities])
@@ -242,12 +267,16 @@ def test_spectral_methods_on_tiny_graphs(method):
     assert len(method(indptr, indices, 6)) == 6
 
 
-# -- real data ---------------------------------------------------------------------------------------------------------------------
+# -- real data ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not (ROOT / "data/planetoid/Cora/raw/ind.cora.graph").is_file(), reason="data/planetoid/Cora is not there")
+@pytest.mark.skipif(
+    not (ROOT / "data/planetoid/Cora/raw/ind.cora.graph").is_file(), reason="data/planetoid/Cora is not there"
+)
 def test_loss_on_cora_falls():
-    config = Config(task="community", data_root=str(ROOT / "data"), model=KARATE.model, community=CommunityConfig(dropout=0.0))
+    config = Config(
+        task="community", data_root=str(ROOT / "data"), model=KARATE.model, community=CommunityConfig(dropout=0.0)
+    )
     task = CommunityTask(config, CPU)
     assert task.num_communities == 7
     with torch.no_grad():

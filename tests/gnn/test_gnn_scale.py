@@ -1,4 +1,6 @@
-"""The benchmark of scale: its peer is right, its check finds what is wrong, and both of its programs run at a tiny size."""
+"""The benchmark of scale: its peer is right, its check finds what is wrong, and both of its programs run at a tiny
+size.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ def test_curve(tmp_path, monkeypatch):
     gnn_scale.main(["--curve", "--edges", "4000"])
     points = json.loads((tmp_path / "scale.json").read_text())["points"]
     assert [point["edges"] for point in points] == [2000, 4000]
-    assert all(point[phase]["seconds"] > 0 and point[phase]["peak_gib"] > 0 for point in points for phase in gnn_scale.PHASES)
+    assert all(
+        point[phase]["seconds"] > 0 and point[phase]["peak_gib"] > 0 for point in points for phase in gnn_scale.PHASES
+    )
     assert (tmp_path / "scale.png").stat().st_size > 5000
 
 

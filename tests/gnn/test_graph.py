@@ -30,18 +30,29 @@ def test_number_of_nodes_is_taken_from_what_is_known():
     assert build_graph(torch.empty(2, 0, dtype=torch.int64), 3).num_edges == 0  # nodes without edges are a graph
 
 
-@pytest.mark.parametrize(("edges", "kwargs", "message"), [
-    ([[0, 1], [1, 9]], {"num_nodes": 3}, "names node 9, but there are 3 nodes"),
-    ([[0, -2], [1, 0]], {}, "node id -2 is negative"),
-    ([[], []], {}, "the graph is empty"),
-    ([[0, 1], [1, 0]], {"features": torch.tensor([[1.0], [float("nan")]])}, "features of node 1 hold NaN"),
-    ([[0, 1], [1, 0]], {"features": torch.tensor([[1.0], [float("inf")]])}, "features of node 1 hold NaN or infinity"),
-    ([[0, 1], [1, 0]], {"features": SparseFeatures.from_dense(torch.tensor([[1.0], [float("nan")]]))}, "features of node 1 hold NaN"),
-    ([[0, 1], [1, 0]], {"num_nodes": 2, "labels": torch.tensor([0, 1, 0])}, "3 labels for 2 nodes"),
-    ([[0, 1], [1, 0]], {"num_nodes": 2, "features": torch.zeros(5, 2)}, "5 features for 2 nodes"),
-    ([[0, 1], [1, 0]], {"labels": torch.tensor([0, -3])}, "label -3 is negative"),
-    ([[0, 1], [1, 0]], {"train": torch.tensor([7])}, "the train split names nodes outside"),
-])
+@pytest.mark.parametrize(
+    ("edges", "kwargs", "message"),
+    [
+        ([[0, 1], [1, 9]], {"num_nodes": 3}, "names node 9, but there are 3 nodes"),
+        ([[0, -2], [1, 0]], {}, "node id -2 is negative"),
+        ([[], []], {}, "the graph is empty"),
+        ([[0, 1], [1, 0]], {"features": torch.tensor([[1.0], [float("nan")]])}, "features of node 1 hold NaN"),
+        (
+            [[0, 1], [1, 0]],
+            {"features": torch.tensor([[1.0], [float("inf")]])},
+            "features of node 1 hold NaN or infinity",
+        ),
+        (
+            [[0, 1], [1, 0]],
+            {"features": SparseFeatures.from_dense(torch.tensor([[1.0], [float("nan")]]))},
+            "features of node 1 hold NaN",
+        ),
+        ([[0, 1], [1, 0]], {"num_nodes": 2, "labels": torch.tensor([0, 1, 0])}, "3 labels for 2 nodes"),
+        ([[0, 1], [1, 0]], {"num_nodes": 2, "features": torch.zeros(5, 2)}, "5 features for 2 nodes"),
+        ([[0, 1], [1, 0]], {"labels": torch.tensor([0, -3])}, "label -3 is negative"),
+        ([[0, 1], [1, 0]], {"train": torch.tensor([7])}, "the train split names nodes outside"),
+    ],
+)
 def test_bad_graphs_are_refused(edges, kwargs, message):
     with pytest.raises(ProjectError, match=message):
         build_graph(torch.tensor(edges, dtype=torch.int64), name="mine", **kwargs)
@@ -64,7 +75,7 @@ def test_storage_follows_the_share_of_non_zeros():
     assert rows.tolist() == [[0.25, 0.75], [0, 0]]
 
 
-# -- your own files ------------------------------------------------------------------------------------------------------------------------
+# -- your own files ----------------------------------------------------------------------------------------------------
 
 
 def write_files(folder, kind="csv"):
@@ -93,26 +104,47 @@ def test_own_files(kind, tmp_path):
 
 def test_own_files_train_and_evaluate(tmp_path):
     write_files(tmp_path)
-    data = ["data.dataset=files", "data.edges=edges.csv", "data.features=features.csv", "data.labels=labels.csv", f"data_root={tmp_path}",
-            "data.split=random", "data.train_per_class=1", "data.val_per_class=1", "train.steps=2", "train.seeds=1"]
+    data = [
+        "data.dataset=files",
+        "data.edges=edges.csv",
+        "data.features=features.csv",
+        "data.labels=labels.csv",
+        f"data_root={tmp_path}",
+        "data.split=random",
+        "data.train_per_class=1",
+        "data.val_per_class=1",
+        "train.steps=2",
+        "train.seeds=1",
+    ]
     assert train(config(tmp_path / "run", *data)) == 0
 
 
-@pytest.mark.parametrize(("file", "text", "message"), [
-    ("edges.csv", "0,1\n1,x\n", "edges.csv"),
-    ("edges.csv", "0,1\n1,99\n", "names node 99, but there are 12 nodes"),
-    ("edges.csv", "0,1\n1,-1\n", "node id -1 is negative"),
-    ("edges.csv", "0,1,2\n3,4,5\n6,7,8\n", "two columns"),
-    ("features.csv", "1,nan\n" * 12, "NaN or infinity"),
-    ("features.csv", "1,2\n" * 11, "there are 11 nodes (0 to 10): as many as features"),
-    ("labels.csv", "0\n1\n", "2 labels for 12 nodes"),
-    ("labels.csv", "0\nb\n" * 6, "labels.csv"),
-])
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("edges.csv", "0,1\n1,x\n", "edges.csv"),
+        ("edges.csv", "0,1\n1,99\n", "names node 99, but there are 12 nodes"),
+        ("edges.csv", "0,1\n1,-1\n", "node id -1 is negative"),
+        ("edges.csv", "0,1,2\n3,4,5\n6,7,8\n", "two columns"),
+        ("features.csv", "1,nan\n" * 12, "NaN or infinity"),
+        ("features.csv", "1,2\n" * 11, "there are 11 nodes (0 to 10): as many as features"),
+        ("labels.csv", "0\n1\n", "2 labels for 12 nodes"),
+        ("labels.csv", "0\nb\n" * 6, "labels.csv"),
+    ],
+)
 def test_broken_files_are_one_line(file, text, message, tmp_path, capsys):
     write_files(tmp_path)
     (tmp_path / file).write_text(text)
-    data = ["data.dataset=files", "data.edges=edges.csv", "data.features=features.csv", "data.labels=labels.csv", f"data_root={tmp_path}",
-            "data.split=random", "data.train_per_class=1", "data.val_per_class=1"]
+    data = [
+        "data.dataset=files",
+        "data.edges=edges.csv",
+        "data.features=features.csv",
+        "data.labels=labels.csv",
+        f"data_root={tmp_path}",
+        "data.split=random",
+        "data.train_per_class=1",
+        "data.val_per_class=1",
+    ]
     assert train(config(tmp_path / "run", *data)) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line.startswith("error: ")
@@ -132,7 +164,7 @@ def test_missing_files_and_arrays(tmp_path):
         from_files(data, tmp_path)
 
 
-# -- splits --------------------------------------------------------------------------------------------------------------------------------
+# -- splits ------------------------------------------------------------------------------------------------------------
 
 
 def test_random_split_is_balanced_disjoint_and_a_function_of_the_seed():

@@ -39,7 +39,9 @@ def write_tu(root: Path, count: int = 40, labelled: bool = True) -> None:
         kinds += ["0"] * (n - 1) + ["1"]
         labels.append(str(g % 2))
         first += n
-    files = {"A": edges, "graph_indicator": owner, "graph_labels": labels} | ({"node_labels": kinds} if labelled else {})
+    files = {"A": edges, "graph_indicator": owner, "graph_labels": labels} | (
+        {"node_labels": kinds} if labelled else {}
+    )
     for name, lines in files.items():
         (raw / f"TOY_{name}.txt").write_text("\n".join(lines) + "\n")
 
@@ -48,10 +50,15 @@ def toy(tmp_path: Path, **sections: object) -> Config:
     """The config of a few seconds' run on the toy collection."""
     if not (tmp_path / "TUDataset").exists():
         write_tu(tmp_path)
-    parts = {"data": DataConfig(dataset="tu", name="TOY"), "graph": GraphConfig(folds=3, protocol="honest", validation=0.25),
-             "model": ModelConfig(layer="gin", hidden=8, layers=2, norm="batch", dropout=0.0),
-             "train": TrainConfig(steps=6, batch_size=8, weight_decay=0.0, validate_every=2, log_every=2)}
-    return Config(task="graph", run_dir=str(tmp_path / "run"), data_root=str(tmp_path), device="cpu", **(parts | sections))
+    parts = {
+        "data": DataConfig(dataset="tu", name="TOY"),
+        "graph": GraphConfig(folds=3, protocol="honest", validation=0.25),
+        "model": ModelConfig(layer="gin", hidden=8, layers=2, norm="batch", dropout=0.0),
+        "train": TrainConfig(steps=6, batch_size=8, weight_decay=0.0, validate_every=2, log_every=2),
+    }
+    return Config(
+        task="graph", run_dir=str(tmp_path / "run"), data_root=str(tmp_path), device="cpu", **(parts | sections)
+    )
 
 
 def result_of(config: Config) -> dict:
@@ -67,7 +74,8 @@ def test_splits(tmp_path, protocol):
         held = []
         for f in range(4):
             train_ids, val, test = task.split(4 * repetition + f)
-            assert sorted([*train_ids.tolist(), *val.tolist(), *test.tolist()]) == list(range(40))  # complete, and so disjoint
+            # complete, and so disjoint
+            assert sorted([*train_ids.tolist(), *val.tolist(), *test.tolist()]) == list(range(40))
             assert len(val) == (0 if protocol == "gin" else 3)
             held += test.tolist()
         assert sorted(held) == list(range(40))
@@ -117,13 +125,20 @@ def test_what_chooses_the_weights(tmp_path, by):
     often, sure = sign * 0.1, sign * 5
     often[0] *= -200  # sure and wrong
     sure[:2] *= -0.02  # wrong, hardly
-    found = {name: task.validate(lambda batch, logits=logits: logits) for name, logits in (("often", often), ("sure", sure))}
-    assert found["often"]["val_accuracy"] > found["sure"]["val_accuracy"] and found["often"]["val_loss"] > found["sure"]["val_loss"]
+    found = {
+        name: task.validate(lambda batch, logits=logits: logits) for name, logits in (("often", often), ("sure", sure))
+    }
+    assert (
+        found["often"]["val_accuracy"] > found["sure"]["val_accuracy"]
+        and found["often"]["val_loss"] > found["sure"]["val_loss"]
+    )
     assert min(found, key=lambda name: found[name]["criterion"]) == ("sure" if by == "loss" else "often")
 
 
 def test_honest_run(tmp_path):
-    """From files to eval.json: rings and paths differ in their edges alone, so GIN learns what counts of labels cannot tell."""
+    """From files to eval.json: rings and paths differ in their edges alone, so GIN learns what counts of labels
+    cannot tell.
+    """
     config = toy(tmp_path, train=TrainConfig(steps=60, batch_size=16, weight_decay=0.0, validate_every=5, log_every=5))
     train(config, Options("train"))
     evaluate(config, Options("eval"))
@@ -131,13 +146,21 @@ def test_honest_run(tmp_path):
     assert metrics["test_accuracy"] > 0.9 > metrics["test_accuracy_label_counts"]
     assert {"test_accuracy_std", "test_macro_f1", "val_accuracy", "test_accuracy_majority"} <= set(metrics)
     assert not any("best_epoch" in name for name in metrics)
-    assert sorted(p.name for p in (tmp_path / "run/figures").iterdir()) == ["confusion.png", "curves.png", "embedding.png", "folds.png"]
+    assert sorted(p.name for p in (tmp_path / "run/figures").iterdir()) == [
+        "confusion.png",
+        "curves.png",
+        "embedding.png",
+        "folds.png",
+    ]
 
 
 def test_gin_protocol(tmp_path):
     """The reported figure is the log's best common step; that of the last step is what the kept weights give."""
-    config = toy(tmp_path, graph=GraphConfig(folds=3, protocol="gin"), train=TrainConfig(steps=8, batch_size=8, seeds=2, lr=0.003,
-                                                                                          validate_every=2, log_every=2))
+    config = toy(
+        tmp_path,
+        graph=GraphConfig(folds=3, protocol="gin"),
+        train=TrainConfig(steps=8, batch_size=8, seeds=2, lr=0.003, validate_every=2, log_every=2),
+    )
     train(config, Options("train"))
     evaluate(dataclasses.replace(config, eval=dataclasses.replace(config.eval, figures=False)), Options("eval"))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -157,11 +180,14 @@ def test_the_best_common_epoch():
         best_common_epoch({0: {1: 0.5}, 1: {2: 0.5}}, 0, 2)
 
 
-@pytest.mark.parametrize(("sections", "key"), [
-    ({"train": TrainConfig(steps=10, log_every=2)}, "train.log_every"),
-    ({"train": TrainConfig(steps=9, log_every=2, validate_every=2)}, "train.steps"),
-    ({"train": TrainConfig(steps=10, log_every=1, patience=3)}, "train.patience"),
-])
+@pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"train": TrainConfig(steps=10, log_every=2)}, "train.log_every"),
+        ({"train": TrainConfig(steps=9, log_every=2, validate_every=2)}, "train.steps"),
+        ({"train": TrainConfig(steps=10, log_every=1, patience=3)}, "train.patience"),
+    ],
+)
 def test_gin_protocol_needs_common_epochs(tmp_path, sections, key):
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         GraphTask(toy(tmp_path, graph=GraphConfig(protocol="gin"), **sections), torch.device("cpu"))
@@ -193,20 +219,55 @@ def test_resumed_run_is_the_same_run(tmp_path):
     for t in range(3):
         a, b = (load_file(tmp_path / f"{name}/models/{t:04d}.safetensors") for name in ("run", "cut"))
         assert all(torch.equal(a[key], b[key]) for key in a)
-    logs = [[{k: v for k, v in json.loads(line).items() if "per_second" not in k and k != "time"} for line in
-             (tmp_path / f"{name}/metrics.jsonl").read_text().splitlines()] for name in ("run", "cut")]
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if "per_second" not in k and k != "time"}
+            for line in (tmp_path / f"{name}/metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("run", "cut")
+    ]
     assert logs[0] == logs[1]
 
 
 def test_two_processes(tmp_path):
-    """Each takes half of every batch. Without batch norm, whose statistics are each process's own, the run is that of one process."""
-    train(toy(tmp_path, graph=GraphConfig(folds=2), model=ModelConfig(layer="gin", hidden=8, dropout=0.0),
-              train=TrainConfig(steps=4, batch_size=8, validate_every=2, log_every=2)), Options("train"))
+    """Each takes half of every batch. Without batch norm, whose statistics are each process's own, the run is that
+    of one process.
+    """
+    train(
+        toy(
+            tmp_path,
+            graph=GraphConfig(folds=2),
+            model=ModelConfig(layer="gin", hidden=8, dropout=0.0),
+            train=TrainConfig(steps=4, batch_size=8, validate_every=2, log_every=2),
+        ),
+        Options("train"),
+    )
     (tmp_path / "empty.yaml").write_text("seed: 0\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "gnn.train", "--config",
-               str(tmp_path / "empty.yaml"), "task=graph", "data.dataset=tu", "data.name=TOY", "graph.folds=2", "model.layer=gin",
-               "model.hidden=8", "model.dropout=0", "train.steps=4", "train.batch_size=8", "train.validate_every=2", "train.log_every=2",
-               f"data_root={tmp_path}", "device=cpu", f"run_dir={tmp_path}/two"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--standalone",
+        "-m",
+        "gnn.train",
+        "--config",
+        str(tmp_path / "empty.yaml"),
+        "task=graph",
+        "data.dataset=tu",
+        "data.name=TOY",
+        "graph.folds=2",
+        "model.layer=gin",
+        "model.hidden=8",
+        "model.dropout=0",
+        "train.steps=4",
+        "train.batch_size=8",
+        "train.validate_every=2",
+        "train.log_every=2",
+        f"data_root={tmp_path}",
+        "device=cpu",
+        f"run_dir={tmp_path}/two",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     for trial in ("0000", "0001"):
@@ -215,16 +276,20 @@ def test_two_processes(tmp_path):
             torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
 
 
-# -- canaries ------------------------------------------------------------------------------------------------------------------------------
+# -- canaries ----------------------------------------------------------------------------------------------------------
 
 
 def mutag(tmp_path: Path, **data: bool) -> GraphTask:
     """MUTAG with a small network, five folds."""
     if not (DATA / "TUDataset/MUTAG/raw/MUTAG_A.txt").is_file():
         pytest.skip("data/TUDataset/MUTAG is not there")
-    config = toy(tmp_path, data=DataConfig(dataset="tu", name="MUTAG", **data), graph=GraphConfig(folds=5, readout_norm=True),
-                 model=ModelConfig(layer="gin", hidden=16, layers=2, norm="batch", dropout=0.5),
-                 train=TrainConfig(batch_size=32))
+    config = toy(
+        tmp_path,
+        data=DataConfig(dataset="tu", name="MUTAG", **data),
+        graph=GraphConfig(folds=5, readout_norm=True),
+        model=ModelConfig(layer="gin", hidden=16, layers=2, norm="batch", dropout=0.5),
+        train=TrainConfig(batch_size=32),
+    )
     return GraphTask(dataclasses.replace(config, data_root=str(DATA)), torch.device("cpu"))
 
 
@@ -248,7 +313,11 @@ def cross_validated(task: GraphTask, steps: int) -> float:
 
 def test_mutag_is_read_and_learned_but_not_from_shuffled_labels(tmp_path):
     task = mutag(tmp_path)
-    assert len(task.whole) == 188 and task.whole.features.shape[1] == 7 and torch.bincount(task.whole.labels).tolist() == [63, 125]
+    assert (
+        len(task.whole) == 188
+        and task.whole.features.shape[1] == 7
+        and torch.bincount(task.whole.labels).tolist() == [63, 125]
+    )
     assert 0.78 < cross_validated(task, 100) < 0.95
     shuffled = cross_validated(mutag(tmp_path, shuffle_labels=True), 100)
     assert 0.53 < shuffled < 0.75, "about the majority's share, .665"

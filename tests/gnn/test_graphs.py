@@ -52,7 +52,7 @@ def warmed(model: GraphNet, graphs: GraphSet) -> GraphNet:
     return model.eval()
 
 
-# -- batches -------------------------------------------------------------------------------------------------------------------------------
+# -- batches -----------------------------------------------------------------------------------------------------------
 
 
 def test_spans():
@@ -66,7 +66,9 @@ def test_a_batch_is_pygs_batch(ids):
     graphs, items = some_graphs()
     batch, peer = graphs.batch(torch.tensor(ids)), PyGBatch.from_data_list([items[i] for i in ids])
     assert torch.equal(batch.x, peer.x) and torch.equal(batch.owner, peer.batch)
-    assert batch.sizes.tolist() == [items[i].num_nodes for i in ids] and torch.equal(batch.labels, torch.tensor(ids) % 2)
+    assert batch.sizes.tolist() == [items[i].num_nodes for i in ids] and torch.equal(
+        batch.labels, torch.tensor(ids) % 2
+    )
     dense = torch.zeros(len(peer.x), len(peer.x), dtype=batch.x.dtype)
     dense[peer.edge_index[0], peer.edge_index[1]] = 1
     assert torch.equal(batch.structure.sum().dense().to(dense.dtype), dense)
@@ -97,7 +99,9 @@ def test_permuting_nodes_leaves_the_prediction(layer):
     model, ids = warmed(network(layer), graphs), torch.arange(12)
     torch.testing.assert_close(model(shuffled.batch(ids)), model(graphs.batch(ids)), rtol=1e-5, atol=1e-5)
     batch = graphs.batch(ids)  # a canary: without its edges, the prediction is another
-    nothing = Structure(torch.zeros(len(batch.x) + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64), symmetric=True)
+    nothing = Structure(
+        torch.zeros(len(batch.x) + 1, dtype=torch.int64), torch.empty(0, dtype=torch.int64), symmetric=True
+    )
     assert not torch.allclose(model(dataclasses.replace(batch, structure=nothing)), model(batch), atol=1e-2)
 
 
@@ -118,10 +122,12 @@ def test_broken_graphs_are_refused():
         join_graphs([edge, edge], [2, 2], [torch.ones(2, 1), torch.full((2, 1), torch.nan)], y)
 
 
-# -- pooling and GIN against PyTorch Geometric ---------------------------------------------------------------------------------------------
+# -- pooling and GIN against PyTorch Geometric -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "peer"), [("sum", global_add_pool), ("mean", global_mean_pool), ("max", global_max_pool)])
+@pytest.mark.parametrize(
+    ("kind", "peer"), [("sum", global_add_pool), ("mean", global_mean_pool), ("max", global_max_pool)]
+)
 def test_pooling(kind, peer):
     sizes = torch.tensor([3, 1, 5])
     owner = torch.repeat_interleave(torch.arange(3), sizes)
@@ -141,7 +147,8 @@ class Peer(nn.Module):
         self.norms, self.head, self.convs = copy.deepcopy(ours.norms), copy.deepcopy(ours.head), nn.ModuleList()
         for layer in ours.layers:
             first, second = nn.Linear(*layer.weight.shape), nn.Linear(*layer.second.weight.T.shape)
-            conv = GINConv(nn.Sequential(first, nn.BatchNorm1d(first.out_features), nn.ReLU(), second), train_eps=True)  # draws weights
+            # draws weights
+            conv = GINConv(nn.Sequential(first, nn.BatchNorm1d(first.out_features), nn.ReLU(), second), train_eps=True)
             with torch.no_grad():
                 first.weight.copy_(layer.weight.T)
                 first.bias.copy_(layer.bias)
@@ -171,7 +178,9 @@ def in_doubles(test):
 
 @in_doubles
 def test_gin_is_pygs():
-    """Logits in training and evaluation mode, and the gradients of all weights, with epsilon away from zero and batch norm in use."""
+    """Logits in training and evaluation mode, and the gradients of all weights, with epsilon away from zero and
+    batch norm in use.
+    """
     graphs, items = some_graphs()
     graphs = graphs.to("cpu")  # features in doubles
     model = network(learn_eps=True).double()
@@ -222,17 +231,21 @@ def test_sum_tells_apart_what_mean_cannot():
         assert torch.allclose(logits[0], logits[1], atol=1e-6) == same
 
 
-# -- folds and learning --------------------------------------------------------------------------------------------------------------------
+# -- folds and learning ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("counts", "folds"), [((125, 63), 10), ((663, 450), 10), ((10, 11, 12), 10), ((7, 7), 2)])
 def test_folds(counts, folds):
-    """Disjoint and complete by construction (one number a graph); as even as scikit-learn's, overall and in each class."""
+    """Disjoint and complete by construction (one number a graph); as even as scikit-learn's, overall and in each
+    class.
+    """
     labels = torch.cat([torch.full((n,), c) for c, n in enumerate(counts)])[torch.randperm(sum(counts))]
     fold_of = stratified_folds(labels, folds, seed=3)
     assert fold_of.unique().tolist() == list(range(folds))
     table = np.array([[int(((fold_of == f) & (labels == c)).sum()) for c in range(len(counts))] for f in range(folds)])
-    peer = [np.bincount(labels[test], minlength=len(counts)) for _, test in StratifiedKFold(folds).split(labels, labels)]
+    peer = [
+        np.bincount(labels[test], minlength=len(counts)) for _, test in StratifiedKFold(folds).split(labels, labels)
+    ]
     assert (np.ptp(table, axis=0) <= 1).all() and np.ptp(table.sum(axis=1)) <= 1
     assert sorted(table.sum(axis=1)) == sorted(np.array(peer).sum(axis=1))
     assert torch.equal(fold_of, stratified_folds(labels, folds, seed=3))

@@ -77,7 +77,9 @@ def test_permuted_nodes_permute_the_output(kind, graph):
 
 @pytest.mark.parametrize("layer", [SAGE(6, 8), GAT(6, 8, 2), GATv2(6, 8, 2)], ids=["sage", "gat", "gatv2"])
 def test_a_block_with_all_neighbours_equals_the_whole_graph(layer, graph):
-    """Destinations 0 to 9 with all their edges, sources renumbered so that the destinations come first: here, they already do."""
+    """Destinations 0 to 9 with all their edges, sources renumbered so that the destinations come first: here, they
+    already do.
+    """
     layer = layer.double()
     x, whole = torch.randn(26, 6), graph.structure()
     end = int(graph.indptr[10])

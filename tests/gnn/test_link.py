@@ -25,7 +25,14 @@ from tests.helpers import ROOT
 
 CPU = torch.device("cpu")
 DATA = Path(os.environ.get("DATA_ROOT") or ROOT / "data")
-SMALL = ["task=link", "link.num_negatives=20", "model.hidden=16", "link.embedding=8", "model.dropout=0.3", "train.weight_decay=0"]
+SMALL = [
+    "task=link",
+    "link.num_negatives=20",
+    "model.hidden=16",
+    "link.embedding=8",
+    "model.dropout=0.3",
+    "train.weight_decay=0",
+]
 METHODS = {
     "gae": ["link.method=gae"],
     "vgae": ["link.method=vgae"],
@@ -94,7 +101,9 @@ def test_vgae_matches_pytorch_geometric(peer, monkeypatch):
     """Same mean and log sigma: the same divergence, decoder, reconstruction loss on the same pairs, and gradients."""
     task = make(monkeypatch)
     model = task.build(0)
-    mean, log_sigma = (part.detach().requires_grad_() for part in model.distribution(task.features, task.train_edges.whole))
+    mean, log_sigma = (
+        part.detach().requires_grad_() for part in model.distribution(task.features, task.train_edges.whole)
+    )
     vgae = peer.VGAE(encoder=lambda: (mean, log_sigma))
     z = vgae.encode()
     positive, negative = task.split.train, task.negatives.draw(300)
@@ -103,14 +112,18 @@ def test_vgae_matches_pytorch_geometric(peer, monkeypatch):
     ours = reconstruction_loss(logits, positive.shape[1]) + kl_divergence(mean, log_sigma) / 96
     torch.testing.assert_close(logits.sigmoid(), vgae.decode(z, torch.cat([positive, negative], 1)))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    for a, b in zip(torch.autograd.grad(ours, (mean, log_sigma), retain_graph=True), torch.autograd.grad(theirs, (mean, log_sigma))):
+    for a, b in zip(
+        torch.autograd.grad(ours, (mean, log_sigma), retain_graph=True), torch.autograd.grad(theirs, (mean, log_sigma))
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_divergence_is_that_of_torch_distributions():
     mean, log_sigma = torch.randn(2, 30, 5, generator=torch.Generator().manual_seed(0)).double()
-    expected = torch.distributions.kl_divergence(torch.distributions.Normal(mean, log_sigma.exp()),
-                                                 torch.distributions.Normal(torch.zeros(5).double(), torch.ones(5).double()))
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Normal(mean, log_sigma.exp()),
+        torch.distributions.Normal(torch.zeros(5).double(), torch.ones(5).double()),
+    )
     torch.testing.assert_close(kl_divergence(mean, log_sigma), expected.sum(1).mean())
 
 
@@ -142,7 +155,9 @@ def test_vgae_loss_of_a_step_is_the_formula(monkeypatch):
     mean, log_sigma = model.distribution(task.features, task.train_edges.whole)
     z = mean + torch.randn_like(mean) * log_sigma.exp()
     logits = [(z[a] * z[b]).sum(1) for a, b in (task.split.train, negative)]
-    cross_entropy = sum(F.binary_cross_entropy_with_logits(x, torch.full_like(x, target)) for x, target in zip(logits, (1.0, 0.0)))
+    cross_entropy = sum(
+        F.binary_cross_entropy_with_logits(x, torch.full_like(x, target)) for x, target in zip(logits, (1.0, 0.0))
+    )
     torch.testing.assert_close(loss, cross_entropy + 3 / 96 * kl_divergence(mean, log_sigma))
     torch.manual_seed(6)
     assert task.loss(model, 2).item() != loss.item()  # other negatives, other noise
@@ -154,7 +169,9 @@ def test_decoders_do_not_care_for_the_order_of_the_ends(monkeypatch):
         model = task.build(0).eval()
         z = model.embed(task.features, task.train_edges.whole)
         assert z.shape == (96, 8)
-        torch.testing.assert_close(model.score(z, task.split.test), model.score(z, task.split.test.flip(0)), rtol=0, atol=0)
+        torch.testing.assert_close(
+            model.score(z, task.split.test), model.score(z, task.split.test.flip(0)), rtol=0, atol=0
+        )
 
 
 # What the encoder sees
@@ -194,7 +211,10 @@ def test_neither_training_nor_validation_see_test_edges(name, monkeypatch):
     embeddings = first.embed(task.features, task.train_edges.whole)
     hidden = {tuple(pair) for part in (task.split.val, task.split.test) for pair in part.T.tolist()}
     split = task.split
-    for trial_split in (dataclasses.replace(split, test=split.test[:, :0]), dataclasses.replace(split, test=split.val, val=split.test)):
+    for trial_split in (
+        dataclasses.replace(split, test=split.test[:, :0]),
+        dataclasses.replace(split, test=split.val, val=split.test),
+    ):
         monkeypatch.setattr(link_module, "split_edges", lambda *args, s=trial_split: s)
         monkeypatch.setattr(link_module, "require", lambda *args: None)  # of an empty part
         other = LinkTask(task.config, CPU)
@@ -210,7 +230,8 @@ def test_paths_follow_edges_and_degrees_count_hidden_ones():
     edges = TrainingEdges(canonical(torch.tensor(list(graph.edges)).T, 8), 8)
     assert pairs_of(edges.whole) == {pair for u, v in graph.edges for pair in ((u, v), (v, u))}
     torch.manual_seed(0)
-    lengths = [int(edges.mask_paths(0.125, 3).sum()) for _ in range(200)]  # one start each, the node without edges among them
+    # one start each, the node without edges among them
+    lengths = [int(edges.mask_paths(0.125, 3).sum()) for _ in range(200)]
     assert set(lengths) == {0, 1, 2, 3}
     hidden = torch.tensor([True, True, False, False, True, False])
     assert edges.degrees(hidden).tolist() == [1, 2, 1, 0, 1, 1, 0, 0]
@@ -222,7 +243,9 @@ def test_paths_follow_edges_and_degrees_count_hidden_ones():
 
 
 def test_degree_decoder_is_trained_on_the_hidden_degrees(monkeypatch):
-    task = make(monkeypatch, None, *METHODS["maskgae"], "link.degree_weight=0.5", "model.dropout=0", "link.decoder_dropout=0")
+    task = make(
+        monkeypatch, None, *METHODS["maskgae"], "link.degree_weight=0.5", "model.dropout=0", "link.decoder_dropout=0"
+    )
     model = task.build(0).train()
     torch.manual_seed(3)
     loss = task.loss(model, 1)
@@ -257,7 +280,9 @@ def test_same_seed_same_run(name, monkeypatch):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_learns_a_small_graph(name, monkeypatch):
-    """Training links stand above most other pairs, and test links are found, since the groups are plain. One edge in ten is random."""
+    """Training links stand above most other pairs, and test links are found, since the groups are plain. One edge in
+    ten is random.
+    """
     task = make(monkeypatch, None, *METHODS[name], "model.dropout=0", "train.lr=0.03")
     before = link_module.auc(*train_scores(task, task.build(0).eval()))
     model, losses = fit(task, 150)
@@ -273,7 +298,9 @@ def test_learns_a_small_graph(name, monkeypatch):
 def train_scores(task: LinkTask, model: LinkModel):
     with torch.no_grad():
         z = model.embed(task.features, task.train_edges.whole)
-        return model.score(z, task.split.train), model.score(z, task.negatives.draw(2000, torch.Generator().manual_seed(0)))
+        return model.score(z, task.split.train), model.score(
+            z, task.negatives.draw(2000, torch.Generator().manual_seed(0))
+        )
 
 
 @pytest.mark.parametrize("name", ["vgae", "maskgae"])
@@ -305,9 +332,19 @@ def test_tables_and_figures(monkeypatch, tmp_path):
         model = task.build(0).eval()
         found.append(task.tables(model))
     assert found[0] == pytest.approx(found[1])
-    assert {f"{metric}_{name}" for metric in ("auc", "ap", "mrr", "auc_hard", "ap_hard", "mrr_hard")
-            for name in ("common_neighbours", "adamic_adar", "resource_allocation", "preferential_attachment", "katz", "ppr",
-                         "features")} == set(found[0])
+    assert {
+        f"{metric}_{name}"
+        for metric in ("auc", "ap", "mrr", "auc_hard", "ap_hard", "mrr_hard")
+        for name in (
+            "common_neighbours",
+            "adamic_adar",
+            "resource_allocation",
+            "preferential_attachment",
+            "katz",
+            "ppr",
+            "features",
+        )
+    } == set(found[0])
     assert found[0]["mrr_hard_resource_allocation"] < found[0]["mrr_resource_allocation"]
     with torch.no_grad():
         task.figures(model, tmp_path)
@@ -323,7 +360,13 @@ def test_what_cannot_be_split_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"link\.num_negatives to at most"):
         task = make(monkeypatch, None, "link.num_negatives=190")
         task.test(task.build(0).eval())
-    for word in ("link.test_share=0.97", "link.num_negatives=7", "link.mask_share=1", "link.embedding=0", "link.kl_weight=-1"):
+    for word in (
+        "link.test_share=0.97",
+        "link.num_negatives=7",
+        "link.mask_share=1",
+        "link.embedding=0",
+        "link.kl_weight=-1",
+    ):
         with pytest.raises(ConfigError, match=word.split("=")[0]):
             resolve(Config, None, ["task=link", word])
 

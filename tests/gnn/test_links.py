@@ -59,15 +59,22 @@ def test_auc_and_average_precision_match_scikit_learn(levels):
     assert auc(positive, negative) == pytest.approx(roc_auc_score(y, score), abs=1e-12)
     assert average_precision(positive, negative) == pytest.approx(average_precision_score(y, score), abs=1e-12)
     weight = np.r_[np.ones(70), np.full(200, 0.35)]
-    assert average_precision(positive, negative, 0.35) == pytest.approx(average_precision_score(y, score, sample_weight=weight), abs=1e-12)
+    assert average_precision(positive, negative, 0.35) == pytest.approx(
+        average_precision_score(y, score, sample_weight=weight), abs=1e-12
+    )
 
 
 def test_ranks_are_the_mean_over_all_orders_of_the_ties():
-    positive, negative = torch.tensor([2.0, 5.0, 0.0]), torch.tensor([[2.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
+    positive, negative = (
+        torch.tensor([2.0, 5.0, 0.0]),
+        torch.tensor([[2.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0]]),
+    )
     expected = []
     for p, row in zip(positive.tolist(), negative.tolist()):
         items = [(p, True), *((value, False) for value in row)]
-        orders = [order for order in itertools.permutations(items) if list(order) == sorted(order, key=lambda item: -item[0])]
+        orders = [
+            order for order in itertools.permutations(items) if list(order) == sorted(order, key=lambda item: -item[0])
+        ]
         expected.append(np.mean([1 + [item[1] for item in order].index(True) for order in orders]))
     rank = ranks(positive, negative)
     assert rank.tolist() == expected == [3.0, 1.0, 5.0]
@@ -77,7 +84,8 @@ def test_ranks_are_the_mean_over_all_orders_of_the_ties():
 
 def test_a_constant_and_a_random_scorer_are_at_chance():
     constant = pair_metrics(torch.zeros(50), torch.zeros(50, 9), torch.zeros(50, 9), (1, 5, 10))
-    expected = {"auc": 0.5, "ap": 0.5, "mrr": 1 / 5.5, "hits_at_1": 0, "hits_at_5": 0}  # no hits_at_10: there are 10 places
+    # no hits_at_10: there are 10 places
+    expected = {"auc": 0.5, "ap": 0.5, "mrr": 1 / 5.5, "hits_at_1": 0, "hits_at_5": 0}
     assert constant == pytest.approx(expected)
     positive, negative = torch.rand(4000, generator=generator()), torch.rand(4000, 9, generator=generator(1))
     chance = pair_metrics(positive, negative, negative, (1, 5), "_x")
@@ -156,7 +164,14 @@ def test_pair_numbers_are_a_bijection():
         assert torch.equal(pair_index(pairs, n), index) and torch.equal(pair_at(index, n), pairs)
     n = 50_000_000  # 10^15 pairs: the square root in double precision rounds
     u = torch.randint(n - 1, (20_000,), generator=generator())
-    pairs = torch.cat([torch.stack([u, u + 1]), torch.stack([u, torch.full_like(u, n - 1)]), torch.tensor([[0, n - 2], [n - 1, n - 1]])], 1)
+    pairs = torch.cat(
+        [
+            torch.stack([u, u + 1]),
+            torch.stack([u, torch.full_like(u, n - 1)]),
+            torch.tensor([[0, n - 2], [n - 1, n - 1]]),
+        ],
+        1,
+    )
     assert torch.equal(pair_at(pair_index(pairs, n), n), pairs)
 
 
@@ -223,7 +238,11 @@ def test_corruptions_keep_one_end_and_are_never_links(kind):
     assert torch.equal(negatives, corrupted(kind, split))
     assert not torch.equal(negatives, corrupted(kind, split, seed=6))
     empty = torch.empty(2, 0, dtype=torch.int64)
-    assert corrupt_uniformly(empty, split.all, N, 4, 0).shape == corrupt_hard(empty, split.all, N, 4, 0, []).shape == (2, 0, 4)
+    assert (
+        corrupt_uniformly(empty, split.all, N, 4, 0).shape
+        == corrupt_hard(empty, split.all, N, 4, 0, []).shape
+        == (2, 0, 4)
+    )
 
 
 def test_uniform_corruptions_reach_every_stranger():
@@ -247,7 +266,9 @@ def test_hard_negatives_are_the_strangers_with_the_best_mean_rank():
                 score = known.rows(name)(np.array([kept]))[0][strangers]
                 total += [1 + (score > s).sum() for s in score]
             best = dict(zip(strangers, total))
-            assert max(best[w] for w in chosen.tolist()) <= min((t for w, t in best.items() if w not in chosen), default=np.inf)
+            assert max(best[w] for w in chosen.tolist()) <= min(
+                (t for w, t in best.items() if w not in chosen), default=np.inf
+            )
     assert competition_rank(np.array([3.0, 0.0, 5.0, 3.0, 0.0])).tolist() == [2, 4, 1, 2, 4]
 
 
@@ -291,7 +312,9 @@ def test_neighbourhood_heuristics_match_networkx(scored):
     assert_matches(known, "common_neighbours", pairs, [len(list(nx.common_neighbors(graph, u, v))) for u, v in wanted])
     assert_matches(known, "adamic_adar", pairs, [s for _, _, s in nx.adamic_adar_index(graph, wanted)])
     assert_matches(known, "resource_allocation", pairs, [s for _, _, s in nx.resource_allocation_index(graph, wanted)])
-    assert_matches(known, "preferential_attachment", pairs, [s for _, _, s in nx.preferential_attachment(graph, wanted)])
+    assert_matches(
+        known, "preferential_attachment", pairs, [s for _, _, s in nx.preferential_attachment(graph, wanted)]
+    )
 
 
 def test_path_heuristics_match_networkx_and_powers_of_the_matrix(scored):
@@ -321,7 +344,9 @@ def test_heuristics_keep_the_shape_and_know_their_names(scored, monkeypatch):
         assert torch.equal(known.score(name, pairs[:, :60].view(2, 5, 12)), whole.view(5, 12))
         assert known.score(name, pairs[:, :0]).shape == (0,)
     monkeypatch.setattr("gnn.link_heuristics.ROW_ENTRIES", 7 * N)  # blocks of seven sources
-    torch.testing.assert_close(known.score("ppr", pairs), Heuristics(edges_of(graph), N).score("ppr", pairs), rtol=0, atol=2e-9)
+    torch.testing.assert_close(
+        known.score("ppr", pairs), Heuristics(edges_of(graph), N).score("ppr", pairs), rtol=0, atol=2e-9
+    )
     assert "features" not in Heuristics(edges_of(graph), N).names
     with pytest.raises(ValueError, match="choose one of common_neighbours"):
         known.score("jaccard", pairs)

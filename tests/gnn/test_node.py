@@ -40,7 +40,9 @@ def test_metrics_against_scikit_learn(seed):
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_every_network_runs_learns_and_has_all_weights_trained(layer, norm):
-    """Overfit twelve nodes: no dropout, no penalty, labels at random. Only a network whose every part works gets them all right."""
+    """Overfit twelve nodes: no dropout, no penalty, labels at random. Only a network whose every part works gets
+    them all right.
+    """
     graph = random_graph()
     model_config = ModelConfig(layer=layer, hidden=32, dropout=0, norm=norm, drop_node=0, hops=2, samples=1, alpha=0.5)
     torch.manual_seed(0)
@@ -65,7 +67,9 @@ def test_sparse_and_dense_features_agree(layer):
     graph = random_graph()
     model = build_model(ModelConfig(layer=layer, hidden=16), 12, 3).eval()
     sparse = SparseFeatures.from_dense(graph.features)
-    torch.testing.assert_close(model(sparse, graph.structure()), model(graph.features, graph.structure()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        model(sparse, graph.structure()), model(graph.features, graph.structure()), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_two_layer_gcn_equals_pygs_model():
@@ -76,11 +80,15 @@ def test_two_layer_gcn_equals_pygs_model():
         for mine, theirs in zip(ours.layers, peer.convs):
             theirs.lin.weight.copy_(mine.weight.T)
             theirs.bias.copy_(mine.bias)
-    torch.testing.assert_close(ours(graph.features, graph.structure()), peer(graph.features, graph.edges()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ours(graph.features, graph.structure()), peer(graph.features, graph.edges()), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_grand_in_evaluation_is_the_expectation_of_training():
-    """Silence of nodes is scaled so that its mean is the plain propagation: the first, linear part must agree on average."""
+    """Silence of nodes is scaled so that its mean is the plain propagation: the first, linear part must agree on
+    average.
+    """
     graph = random_graph()
     model = GRAND(ModelConfig(layer="grand", hidden=8, hops=3, input_dropout=0.5), 12, 3)
     with torch.no_grad():
@@ -103,7 +111,7 @@ def test_consistency_loss_by_hand():
     assert logits.grad.abs().sum() > 0
 
 
-# -- canaries on real data -----------------------------------------------------------------------------------------------------------------
+# -- canaries on real data ---------------------------------------------------------------------------------------------
 
 
 def cora_config(tmp_path, *overrides):
@@ -125,10 +133,18 @@ def test_public_split_of_cora():
 
 @needs("planetoid/CiteSeer")
 def test_unknown_test_nodes_of_citeseer():
-    """15 test ids have no words and no class in the files; they keep their place in the graph and belong to no part. 48 have no edge."""
+    """15 test ids have no words and no class in the files; they keep their place in the graph and belong to no part.
+    48 have no edge.
+    """
     task = NodeTask(cora_config(DATA, "data.dataset=citeseer"), CPU)
     graph = task.graph
-    assert (graph.num_nodes, graph.num_edges, len(graph.train), len(graph.val), len(graph.test)) == (3327, 4552, 120, 500, 1000)
+    assert (graph.num_nodes, graph.num_edges, len(graph.train), len(graph.val), len(graph.test)) == (
+        3327,
+        4552,
+        120,
+        500,
+        1000,
+    )
     unknown = (graph.labels == -1).nonzero().flatten()
     assert len(unknown) == 15
     assert not torch.isin(unknown, torch.cat([graph.train, graph.val, graph.test])).any()
@@ -152,7 +168,9 @@ def test_gcn_learns_cora(tmp_path):
 
 @cora
 def test_shuffled_labels_give_chance(tmp_path):
-    """The largest class holds 32 % of the test papers: one who has never seen a true label can do no better than naming it always."""
+    """The largest class holds 32 % of the test papers: one who has never seen a true label can do no better than
+    naming it always.
+    """
     made = cora_config(tmp_path, "train.seeds=3", "data.shuffle_labels=true", "eval.figures=false")
     assert train(made) == 0
     assert evaluate(made) == 0
@@ -199,4 +217,9 @@ def test_karate_from_start_to_end(tmp_path):
     result = json.loads((tmp_path / "run/eval.json").read_text())
     assert result["metrics"]["test_accuracy"] > 0.75
     assert {"test_accuracy_std", "test_macro_f1", "val_accuracy"} <= set(result["metrics"])
-    assert {path.name for path in (tmp_path / "run/figures").glob("*.png")} >= {"embedding.png", "confusion.png", "graph.png", "curves.png"}
+    assert {path.name for path in (tmp_path / "run/figures").glob("*.png")} >= {
+        "embedding.png",
+        "confusion.png",
+        "graph.png",
+        "curves.png",
+    }

@@ -71,7 +71,7 @@ def connected(graph: nx.Graph, labels: np.ndarray) -> bool:
     return all(nx.is_connected(graph.subgraph(group)) for group in groups(labels))
 
 
-# -- algorithms against their peers ------------------------------------------------------------------------------------------------
+# -- algorithms against their peers ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -96,16 +96,23 @@ def test_planted_blocks_are_recovered(method, seed):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_modularity_reaches_that_of_the_peers(weighted):
-    """On random graphs, where many partitions are nearly as good and greedy methods differ by luck: means over graphs and seeds."""
+    """On random graphs, where many partitions are nearly as good and greedy methods differ by luck: means over
+    graphs and seeds.
+    """
     found = []
     for seed in range(4):
         graph = random_graph(seed, 200, 0.03, weighted)
         indptr, indices, weights = arrays(graph)
-        found.append([
-            np.mean([louvain(indptr, indices, weights, seed=s).modularity for s in range(40)]),
-            np.mean([nx.community.modularity(graph, nx.community.louvain_communities(graph, seed=s)) for s in range(10)]),
-            np.mean([leiden(indptr, indices, weights, seed=s).modularity for s in range(20)]),
-            peer_leiden(graph, n_iterations=-1)])
+        found.append(
+            [
+                np.mean([louvain(indptr, indices, weights, seed=s).modularity for s in range(40)]),
+                np.mean(
+                    [nx.community.modularity(graph, nx.community.louvain_communities(graph, seed=s)) for s in range(10)]
+                ),
+                np.mean([leiden(indptr, indices, weights, seed=s).modularity for s in range(20)]),
+                peer_leiden(graph, n_iterations=-1),
+            ]
+        )
     ours, peer, ours_leiden, leiden_peer = np.mean(found, axis=0)
     assert ours >= peer - 0.003
     assert ours_leiden >= leiden_peer - 0.003 and ours_leiden > ours + 0.002
@@ -119,7 +126,9 @@ def test_resolution_reaches_that_of_networkx(resolution):
     best = nx.community.modularity(graph, peer, resolution=resolution)
     for method in METHODS:
         result = method(indptr, indices, weights, resolution=resolution, restarts=5)
-        assert result.modularity == pytest.approx(modularity(indptr, indices, result.labels, resolution=resolution), abs=1e-12)
+        assert result.modularity == pytest.approx(
+            modularity(indptr, indices, result.labels, resolution=resolution), abs=1e-12
+        )
         assert result.modularity >= 0.995 * best
 
 
@@ -131,13 +140,17 @@ def test_resolution_sets_the_number_of_communities():
 
 
 def test_cora():
-    """The published figures, over seeds: no worse than networkx's Louvain, and as good as leidenalg iterated until it is stable."""
+    """The published figures, over seeds: no worse than networkx's Louvain, and as good as leidenalg iterated until
+    it is stable.
+    """
     graph = cora()
     indptr, indices, _ = arrays(graph)
     ours = [louvain(indptr, indices, seed=seed, restarts=10).modularity for seed in range(5)]
     assert min(ours) >= 0.8146
     singles = np.mean([louvain(indptr, indices, seed=seed).modularity for seed in range(20)])
-    peers = np.mean([nx.community.modularity(graph, nx.community.louvain_communities(graph, seed=seed)) for seed in range(4)])
+    peers = np.mean(
+        [nx.community.modularity(graph, nx.community.louvain_communities(graph, seed=seed)) for seed in range(4)]
+    )
     assert singles == pytest.approx(peers, abs=0.002)
     ours = [leiden(indptr, indices, seed=seed).modularity for seed in range(10)]
     assert min(ours) >= 0.823
@@ -151,11 +164,13 @@ def test_scaling_all_weights_changes_nothing(method):
     assert powers[0] == powers[1] == powers[2]
 
 
-# -- what the papers guarantee -----------------------------------------------------------------------------------------------------
+# -- what the papers guarantee -----------------------------------------------------------------------------------------
 
 
 def bridge_graph() -> tuple[nx.Graph, np.ndarray]:
-    """Traag et al. 2019, figure 2 in spirit: two halves of a community that touch only through node 0, which belongs elsewhere."""
+    """Traag et al. 2019, figure 2 in spirit: two halves of a community that touch only through node 0, which belongs
+    elsewhere.
+    """
     graph = nx.disjoint_union(nx.complete_graph(6), nx.complete_graph(6))
     graph = nx.disjoint_union(nx.empty_graph(1), graph)
     labels = np.array([1] + [0] * 12)
@@ -181,7 +196,9 @@ def test_leiden_repairs_a_broken_community():
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("resolution", [0.1, 1.0])
 def test_every_community_of_leiden_is_connected(seed, resolution):
-    graph = nx.convert_node_labels_to_integers(nx.barabasi_albert_graph(400, 2, seed=seed) if seed % 2 else random_graph(seed, 400, 0.006))
+    graph = nx.convert_node_labels_to_integers(
+        nx.barabasi_albert_graph(400, 2, seed=seed) if seed % 2 else random_graph(seed, 400, 0.006)
+    )
     result = leiden(*arrays(graph), seed=seed, resolution=resolution, iterations=1 + seed % 3)
     assert connected(graph, result.labels)
 
@@ -223,12 +240,18 @@ def test_modularity_never_falls_and_is_what_it_says(method, seed):
     result = method(indptr, indices, weights, seed=seed)
     assert (np.diff(result.history) >= -1e-12).all() and len(result.history) > 2
     assert result.history[0] == pytest.approx(modularity(indptr, indices, np.arange(150), weights), abs=1e-12)
-    assert result.modularity == result.history[-1] == pytest.approx(modularity(indptr, indices, result.labels, weights), abs=1e-12)
+    assert (
+        result.modularity
+        == result.history[-1]
+        == pytest.approx(modularity(indptr, indices, result.labels, weights), abs=1e-12)
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_no_single_move_gains(method):
-    """The result is a local optimum: any node, any other community or an empty one. Louvain's first level is one, too."""
+    """The result is a local optimum: any node, any other community or an empty one. Louvain's first level is one,
+    too.
+    """
     indptr, indices, weights = arrays(random_graph(7, 60, 0.08))
     csr = as_csr(indptr, indices, weights)
     labels = np.arange(60)
@@ -262,7 +285,7 @@ def test_restarts_keep_the_best(method):
     assert found == sorted(found) and found[0] < found[2]
 
 
-# -- edges of the input ------------------------------------------------------------------------------------------------------------
+# -- edges of the input ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -295,22 +318,25 @@ def test_edges_of_weight_zero_are_no_edges(method):
 PATH = {"indptr": np.array([0, 1, 3, 4]), "indices": np.array([1, 0, 2, 1]), "weights": np.ones(4)}
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"weights": np.array([1, -1, -1, 1.0])}, "not negative"),
-    ({"weights": np.array([1, np.nan, 1, 1])}, "finite"),
-    ({"weights": np.array([1, np.inf, 1, 1])}, "finite"),
-    ({"weights": np.ones(3)}, "one number for each"),
-    ({"weights": np.array([1, 2, 1, 1.0])}, "not symmetric"),
-    ({"indices": np.array([1, 0, 3, 1])}, "0 to 2"),
-    ({"indices": np.array([1, -1, 2, 1])}, "0 to 2"),
-    ({"indices": np.array([0, 0, 2, 1])}, "self-loops"),
-    ({"indices": np.array([2, 0, 2, 1])}, "not symmetric"),
-    ({"indices": np.array([1.0, 0, 2, 1])}, "integers"),
-    ({"indices": np.array([[1, 0, 2, 1]])}, "one dimension"),
-    ({"indptr": np.array([0, 3, 1, 4])}, "rise from 0"),
-    ({"indptr": np.array([0, 1, 3])}, "rise from 0"),
-    ({"indptr": np.array([], int)}, "rise from 0"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": np.array([1, -1, -1, 1.0])}, "not negative"),
+        ({"weights": np.array([1, np.nan, 1, 1])}, "finite"),
+        ({"weights": np.array([1, np.inf, 1, 1])}, "finite"),
+        ({"weights": np.ones(3)}, "one number for each"),
+        ({"weights": np.array([1, 2, 1, 1.0])}, "not symmetric"),
+        ({"indices": np.array([1, 0, 3, 1])}, "0 to 2"),
+        ({"indices": np.array([1, -1, 2, 1])}, "0 to 2"),
+        ({"indices": np.array([0, 0, 2, 1])}, "self-loops"),
+        ({"indices": np.array([2, 0, 2, 1])}, "not symmetric"),
+        ({"indices": np.array([1.0, 0, 2, 1])}, "integers"),
+        ({"indices": np.array([[1, 0, 2, 1]])}, "one dimension"),
+        ({"indptr": np.array([0, 3, 1, 4])}, "rise from 0"),
+        ({"indptr": np.array([0, 1, 3])}, "rise from 0"),
+        ({"indptr": np.array([], int)}, "rise from 0"),
+    ],
+)
 def test_bad_graphs(change, message):
     words = {**PATH, **change}
     for method in METHODS:

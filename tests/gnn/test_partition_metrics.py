@@ -50,7 +50,9 @@ def test_conductance_and_coverage_are_those_of_networkx(seed):
     expected = [nx.conductance(graph, group, weight="weight") for group in groups(labels)]
     assert conductance(indptr, indices, labels, weights) == pytest.approx(np.mean(expected), abs=1e-12)
     plain = random_graph(seed, weighted=False)
-    assert coverage(indptr, indices, labels) == pytest.approx(nx.community.partition_quality(plain, groups(labels))[0], abs=1e-12)
+    assert coverage(indptr, indices, labels) == pytest.approx(
+        nx.community.partition_quality(plain, groups(labels))[0], abs=1e-12
+    )
     inside = sum(graph.subgraph(group).size("weight") for group in groups(labels))
     assert coverage(indptr, indices, labels, weights) == pytest.approx(inside / graph.size("weight"), abs=1e-12)
 
@@ -73,8 +75,17 @@ def test_nmi_and_ari_are_those_of_scikit_learn(seed, k, l):
     assert ari(first, second) == pytest.approx(adjusted_rand_score(first, second), abs=1e-12)
 
 
-@pytest.mark.parametrize(("first", "second"), [([0, 0, 0], [5, 5, 5]), ([0, 1, 2], [2, 0, 1]), ([0, 0, 0], [0, 1, 2]), ([3], [9]), ([], []),
-                                               ([0, 0, 1, 1], [0, 1, 0, 1])])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([0, 0, 0], [5, 5, 5]),
+        ([0, 1, 2], [2, 0, 1]),
+        ([0, 0, 0], [0, 1, 2]),
+        ([3], [9]),
+        ([], []),
+        ([0, 0, 1, 1], [0, 1, 0, 1]),
+    ],
+)
 def test_nmi_and_ari_at_the_edges(first, second):
     first, second = np.array(first, int), np.array(second, int)
     assert nmi(first, second) == pytest.approx(normalized_mutual_info_score(first, second), abs=1e-12)
@@ -96,7 +107,11 @@ def test_numbers_of_communities():
 def test_bad_labels():
     graph = (np.array([0, 1, 3, 4]), np.array([1, 0, 2, 1]))  # a path
     for metric in (modularity, conductance, coverage):
-        for bad, message in ((np.zeros(2, int), "each of the 3 nodes"), (np.zeros(3), "integers"), (np.zeros((3, 1), int), "dimension")):
+        for bad, message in (
+            (np.zeros(2, int), "each of the 3 nodes"),
+            (np.zeros(3), "integers"),
+            (np.zeros((3, 1), int), "dimension"),
+        ):
             with pytest.raises(ValueError, match=message):
                 metric(*graph, bad)
         with pytest.raises(ValueError, match="not negative"):

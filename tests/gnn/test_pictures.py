@@ -1,4 +1,6 @@
-"""Pictures: every function writes a whole PNG of a sane size for the smallest inputs; layouts and entropies against what they must be."""
+"""Pictures: every function writes a whole PNG of a sane size for the smallest inputs; layouts and entropies against
+what they must be.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def ring(n: int = 8, isolated: int = 0, classes: int = 2) -> Graph:
     ids = torch.arange(n)
     labels = torch.arange(n + isolated) % classes
     features = torch.randn(n + isolated, 5, generator=torch.Generator().manual_seed(0))
-    return build_graph(torch.stack([ids, (ids + 1) % n]), n + isolated, features, labels, classes, "ring", train=torch.tensor([0]))
+    return build_graph(
+        torch.stack([ids, (ids + 1) % n]), n + isolated, features, labels, classes, "ring", train=torch.tensor([0])
+    )
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 30])
@@ -52,7 +56,9 @@ def test_embedding(tmp_path, n, classes):
 
 def test_embedding_of_degenerate_rows(tmp_path):
     """One column, and rows that are all the same."""
-    for i, hidden in enumerate((torch.linspace(0, 1, 20)[:, None], torch.ones(20, 4), torch.ones(20, 4, requires_grad=True))):
+    for i, hidden in enumerate(
+        (torch.linspace(0, 1, 20)[:, None], torch.ones(20, 4), torch.ones(20, 4, requires_grad=True))
+    ):
         pictures.draw_embedding(tmp_path / f"{i}.png", hidden, torch.zeros(20, dtype=torch.int64), "flat")
         check(tmp_path / f"{i}.png")
 
@@ -136,7 +142,9 @@ def test_attention_without_edges(tmp_path):
 
 
 def test_entropy_of_attention():
-    """Weights of the first layer sum to one in each row; uniform ones have the entropy log(degree + 1), learned ones at most that."""
+    """Weights of the first layer sum to one in each row; uniform ones have the entropy log(degree + 1), learned ones
+    at most that.
+    """
     graph = ring(9, 1)
     model = build_model(ModelConfig(layer="gat", hidden=8, heads=2), 5, 2).eval()
     rows, columns, weights = pictures.attention_of(model, graph, graph.structure())
@@ -155,15 +163,19 @@ def test_entropy_of_attention():
 FALLING = {step: [10.0**-step, 1.1 * 10.0**-step] for step in range(1, 5)}
 
 
-@pytest.mark.parametrize("series", [{"loss": {1: [1.0]}},
-                                    {"loss": FALLING, "val_loss": {1: [0.0]}, "val_accuracy": {1: [0.3, 0.4], 2: [0.5]}}])
+@pytest.mark.parametrize(
+    "series",
+    [{"loss": {1: [1.0]}}, {"loss": FALLING, "val_loss": {1: [0.0]}, "val_accuracy": {1: [0.3, 0.4], 2: [0.5]}}],
+)
 def test_bands(tmp_path, series):
     pictures.draw_bands(tmp_path / "a.png", series)
     check(tmp_path / "a.png")
 
 
 def test_depth(tmp_path):
-    pictures.draw_depth(tmp_path / "a.png", {"GCN": {2: (0.8, 0.01), 64: (0.2, 0.0)}, "GCNII": {2: (0.8, 0.01), 16: (0.84, 0.0)}})
+    pictures.draw_depth(
+        tmp_path / "a.png", {"GCN": {2: (0.8, 0.01), 64: (0.2, 0.0)}, "GCNII": {2: (0.8, 0.01), 16: (0.84, 0.0)}}
+    )
     check(tmp_path / "a.png")
     pictures.draw_depth(tmp_path / "one.png", {"GCN": {2: (0.8, 0.0)}})
     check(tmp_path / "one.png")

@@ -1,4 +1,6 @@
-"""The bench of planted communities: its graphs have the densities it says, its threshold is the formula's, its score is rescaled right."""
+"""The bench of planted communities: its graphs have the densities it says, its threshold is the formula's, its score
+is rescaled right.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Training on sampled parts of a graph: equal to the whole graph where it must be, learning what can be learned, in bounded memory."""
+"""Training on sampled parts of a graph: equal to the whole graph where it must be, learning what can be learned, in
+bounded memory.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,18 @@ from tests.helpers import ROOT, checkpoint, log, python
 
 SOCIAL = ROOT / "configs/sage_social.yaml"
 CPU = torch.device("cpu")
-SMALL = ["synthetic.nodes=1500", "synthetic.edges=18000", "synthetic.communities=6", "synthetic.train_share=0.3", "model.hidden=32",
-         "train.batch_size=128", "train.steps=80", "device=cpu", "train.log_every=1", "sampling.fanouts=[8,8]"]
+SMALL = [
+    "synthetic.nodes=1500",
+    "synthetic.edges=18000",
+    "synthetic.communities=6",
+    "synthetic.train_share=0.3",
+    "model.hidden=32",
+    "train.batch_size=128",
+    "train.steps=80",
+    "device=cpu",
+    "train.log_every=1",
+    "sampling.fanouts=[8,8]",
+]
 
 
 def config(*words, base=SOCIAL):
@@ -50,11 +62,24 @@ def fit(task, steps):
 @pytest.fixture(scope="module")
 def graph():
     """600 nodes with hubs, node 600 isolated; half of the features are zero."""
-    found = load_social(resolve(Config, None, ["data.dataset=social", "synthetic.nodes=600", "synthetic.edges=4000",
-                                               "synthetic.generator=rmat", "synthetic.features=12"]))
+    found = load_social(
+        resolve(
+            Config,
+            None,
+            [
+                "data.dataset=social",
+                "synthetic.nodes=600",
+                "synthetic.edges=4000",
+                "synthetic.generator=rmat",
+                "synthetic.features=12",
+            ],
+        )
+    )
     x = torch.cat([found.features, torch.ones(1, 12)]).relu()
     indptr = torch.cat([found.indptr, found.indptr[-1:]])
-    return dataclasses.replace(found, features=x, indptr=indptr, labels=torch.cat([found.labels, torch.zeros(1, dtype=torch.int64)]))
+    return dataclasses.replace(
+        found, features=x, indptr=indptr, labels=torch.cat([found.labels, torch.zeros(1, dtype=torch.int64)])
+    )
 
 
 def network(layer, norm="none"):
@@ -72,7 +97,9 @@ def test_blocks_with_all_neighbours_equal_the_whole_graph(graph, layer):
     whole = model(graph.features, graph.structure())[seeds]
     part = model(graph.features[sample.nodes], blocks)
     torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5)
-    for a, b in zip(*(torch.autograd.grad(out.square().sum(), list(model.parameters()), allow_unused=True) for out in (part, whole))):
+    for a, b in zip(
+        *(torch.autograd.grad(out.square().sum(), list(model.parameters()), allow_unused=True) for out in (part, whole))
+    ):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -91,7 +118,9 @@ def test_layer_wise_inference_equals_the_whole_graph(graph, layer, chunk):
 
 
 def test_learns_what_the_graph_is_worth():
-    """Above anything that can be known from the features alone, below what is possible, and an MLP stays below the former."""
+    """Above anything that can be known from the features alone, below what is possible, and an MLP stays below the
+    former.
+    """
     task = build_task(config(), CPU)
     assert isinstance(task, SampledNodeTask)
     model, losses, found = fit(task, 80)
@@ -106,14 +135,25 @@ def test_learns_what_the_graph_is_worth():
 
 
 def test_overfits_a_batch():
-    words = ["synthetic.train_share=0.05", "model.dropout=0.0", "sampling.fanouts=[-1,-1]", "model.hidden=64", "train.batch_size=512"]
+    words = [
+        "synthetic.train_share=0.05",
+        "model.dropout=0.0",
+        "sampling.fanouts=[-1,-1]",
+        "model.hidden=64",
+        "train.batch_size=512",
+    ]
     assert fit(build_task(config(*words), CPU), 150)[1][-1] < 0.02
 
 
 @pytest.mark.parametrize("layer", ["gcn", "sage"])
 def test_cluster_batches_learn(layer):
-    words = ["sampling.kind=clusters", "sampling.clusters=12", "sampling.clusters_per_batch=3", "sampling.validate=full",
-             f"model.layer={layer}"]
+    words = [
+        "sampling.kind=clusters",
+        "sampling.clusters=12",
+        "sampling.clusters_per_batch=3",
+        "sampling.validate=full",
+        f"model.layer={layer}",
+    ]
     task = build_task(config(*words), CPU)
     model, losses, found = fit(task, 80)
     assert losses[-1] < 0.7 * losses[0]
@@ -145,7 +185,7 @@ def test_validation_repeats_and_approaches_full_inference():
         assert every.validate(model)["val_loss"] == pytest.approx(full.validate(model)["val_loss"], rel=1e-4)
 
 
-# -- batches ------------------------------------------------------------------------------------------------------------------------
+# -- batches -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["neighbors", "clusters"])
@@ -184,12 +224,21 @@ def test_ahead():
     assert Ahead(make, 0, 4).get(3) == 30 and made[-1][1] == threading.current_thread().name
 
 
-@pytest.mark.parametrize(("words", "key"), [
-    (["model.layer=gcn"], "model.layer"), (["sampling.fanouts=[5]"], "sampling.fanouts"), (["sampling.fanouts=[0,5]"], "sampling.fanouts"),
-    (["sampling.kind=clusters", "model.layer=gcn"], "sampling.validate"), (["sampling.kind=clusters", "model.layer=grand"], "model.layer"),
-    (["sampling.clusters=5", "sampling.clusters_per_batch=6"], "clusters_per_batch"), (["synthetic.mixing=1.1"], "synthetic.mixing"),
-    (["synthetic.train_share=0.6", "synthetic.val_share=0.2"], "synthetic.test_share"), (["synthetic.communities=1"], "communities"),
-    (["synthetic.val_share=0.0"], "data.split")])
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["model.layer=gcn"], "model.layer"),
+        (["sampling.fanouts=[5]"], "sampling.fanouts"),
+        (["sampling.fanouts=[0,5]"], "sampling.fanouts"),
+        (["sampling.kind=clusters", "model.layer=gcn"], "sampling.validate"),
+        (["sampling.kind=clusters", "model.layer=grand"], "model.layer"),
+        (["sampling.clusters=5", "sampling.clusters_per_batch=6"], "clusters_per_batch"),
+        (["synthetic.mixing=1.1"], "synthetic.mixing"),
+        (["synthetic.train_share=0.6", "synthetic.val_share=0.2"], "synthetic.test_share"),
+        (["synthetic.communities=1"], "communities"),
+        (["synthetic.val_share=0.0"], "data.split"),
+    ],
+)
 def test_bad_configs(words, key):
     with pytest.raises(ConfigError, match=key):
         build_task(config(*words), CPU)
@@ -215,11 +264,13 @@ def test_graph_in_a_folder(tmp_path):
         build_task(config(*words, "synthetic.seed=1"), CPU)
 
 
-# -- bounds -------------------------------------------------------------------------------------------------------------------------
+# -- bounds ------------------------------------------------------------------------------------------------------------
 
 
 def test_ceiling_is_the_posterior_of_the_model():
-    """Differences between communities' scores equal those of the Poisson log-likelihood over all pairs (Karrer & Newman 2011, eq. 2)."""
+    """Differences between communities' scores equal those of the Poisson log-likelihood over all pairs (Karrer &
+    Newman 2011, eq. 2).
+    """
     p = plant(120, 900, 3, 0.4, size_skew=0.5, seed=2)
     indptr, indices = dcsbm(p, 900, 2)
     total = p.weights.sum()
@@ -247,7 +298,11 @@ def test_bounds_at_the_extremes():
     settings = SyntheticConfig(nodes=2000, edges=20_000, communities=4, mixing=1.0, signal=0.0)
     graph = load_social(dataclasses.replace(Config(), synthetic=settings))
     found = ceilings(graph, settings)
-    assert found["test_accuracy_ceiling"] == pytest.approx(found["test_accuracy_features"]) == pytest.approx(0.25, abs=0.06)
+    assert (
+        found["test_accuracy_ceiling"]
+        == pytest.approx(found["test_accuracy_features"])
+        == pytest.approx(0.25, abs=0.06)
+    )
     settings = dataclasses.replace(settings, mixing=0.0, label_noise=0.2)
     found = ceilings(load_social(dataclasses.replace(Config(), synthetic=settings)), settings)
     assert found["test_accuracy_ceiling"] == pytest.approx(0.8, abs=0.05)
@@ -255,7 +310,7 @@ def test_bounds_at_the_extremes():
     assert set(ceilings(load_social(dataclasses.replace(Config(), synthetic=rmat)), rmat)) == {"test_accuracy_majority"}
 
 
-# -- the programs -------------------------------------------------------------------------------------------------------------------
+# -- the programs ------------------------------------------------------------------------------------------------------
 
 
 def run_training(run_dir, *words):
@@ -266,13 +321,29 @@ def run_training(run_dir, *words):
 
 def test_two_processes_equal_one(tmp_path):
     words = ["precision=fp64", "model.dropout=0.0", "train.steps=4", "train.validate_every=2", "train.seeds=2"]
-    result = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "gnn.train", "--config", str(SOCIAL),
-                    *SMALL, *words, f"run_dir={tmp_path / 'two'}")
+    result = python(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "-m",
+        "gnn.train",
+        "--config",
+        str(SOCIAL),
+        *SMALL,
+        *words,
+        f"run_dir={tmp_path / 'two'}",
+    )
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "two/env.json").read_text())["processes"] == 2
     run_training(tmp_path / "one", *words)
-    for one, two in zip(*([{k: v for k, v in line.items() if k != "steps_per_second"} for line in log(tmp_path / name)]
-                          for name in ("one", "two")), strict=True):
+    for one, two in zip(
+        *(
+            [{k: v for k, v in line.items() if k != "steps_per_second"} for line in log(tmp_path / name)]
+            for name in ("one", "two")
+        ),
+        strict=True,
+    ):
         assert two == pytest.approx(one, rel=1e-6)
     one, two = (checkpoint(tmp_path / name, 8)["parts"]["model"] for name in ("one", "two"))
     for name, value in one.items():
@@ -312,7 +383,9 @@ def test_uneven_batch_is_refused():
 
 
 def test_memory_of_a_large_graph():
-    """100,000 nodes and 2 million edges: generation, training and inference add less than 250 MB to what a tiny graph takes."""
+    """100,000 nodes and 2 million edges: generation, training and inference add less than 250 MB to what a tiny
+    graph takes.
+    """
     code = """
 import resource, torch
 from pathlib import Path
@@ -322,7 +395,8 @@ from gnn.task import build_task
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 def run(*words):
     torch.set_num_threads(1)
-    task = build_task(resolve(Config, Path("configs/sage_social_1m.yaml"), ["train.steps=3", "sampling.chunk_edges=200000", *words]),
+    words = ["train.steps=3", "sampling.chunk_edges=200000", *words]
+    task = build_task(resolve(Config, Path("configs/sage_social_1m.yaml"), words),
                       torch.device("cpu"))
     model = task.build(0)
     for step in (1, 2, 3):
@@ -338,5 +412,6 @@ print(run("synthetic.nodes=100000", "synthetic.edges=2000000"), peak() - before)
     assert result.returncode == 0, result.stderr
     edges, added = map(float, result.stdout.split())
     assert edges > 1.9e6
-    # the graph: 16 MB of edges and 13 of features; generation 16 more; two layers' outputs 26 + 8; batches and chunks the rest
+    # the graph: 16 MB of edges and 13 of features; generation 16 more; two layers' outputs 26 + 8; batches and chunks
+    # the rest
     assert added < 250, f"{added} MB"

@@ -1,4 +1,6 @@
-"""Sampled blocks against brute-force neighbourhoods, induced subgraphs against scipy, partitions, and graphs on disk."""
+"""Sampled blocks against brute-force neighbourhoods, induced subgraphs against scipy, partitions, and graphs on
+disk.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,8 @@ def test_every_neighbour_equally_likely(fanout):
         chosen[step, sampler.sample(np.array([0]), step).nodes.numpy()[1:] - 1] = True
     assert (chosen.sum(1) == fanout).all()
     p = fanout / 100
-    # counts have variance draws p (1 - p) and sum to a constant: the statistic is about chi-square with 99 degrees of freedom
+    # counts have variance draws p (1 - p) and sum to a constant: the statistic is about chi-square with 99 degrees of
+    # freedom
     statistic = ((chosen.sum(0) - draws * p) ** 2).sum() / (draws * p * (1 - p)) * 99 / 100
     assert 99 - 5 * 14.1 < statistic < 99 + 5 * 14.1
     if 1 < fanout < 99:
@@ -137,8 +140,10 @@ def test_seeds_may_be_empty_or_all(graph):
     assert len(everything.nodes) == 405 and everything.blocks[0].num_src == 405
 
 
-@pytest.mark.parametrize(("seeds", "words"), [([-1], "node -1 is not"), ([3, 405], "node 405 is not"), ([3, 4, 3], "named twice"),
-                                              ([0.5], "integers")])
+@pytest.mark.parametrize(
+    ("seeds", "words"),
+    [([-1], "node -1 is not"), ([3, 405], "node 405 is not"), ([3, 4, 3], "named twice"), ([0.5], "integers")],
+)
 def test_bad_seeds(graph, seeds, words):
     sampler, subgraphs = NeighborSampler(*graph, [3]), InducedSubgraphs(*graph)
     for call in (sampler.sample, subgraphs.induce):
@@ -177,7 +182,8 @@ def test_epoch_batches():
     nodes = torch.arange(100, 203)
     epoch = [epoch_batch(nodes, 10, seed=1, step=step) for step in range(1, 11)]
     together = torch.cat(epoch)
-    assert len(together.unique()) == 100 and set(together.tolist()) <= set(nodes.tolist())  # 3 are left out of this epoch
+    # 3 are left out of this epoch
+    assert len(together.unique()) == 100 and set(together.tolist()) <= set(nodes.tolist())
     second = torch.cat([epoch_batch(nodes, 10, seed=1, step=step) for step in range(11, 21)])
     assert len(second.unique()) == 100 and not torch.equal(together, second)
     assert set(together.tolist()) != set(second.tolist())  # others
@@ -196,7 +202,7 @@ def test_edge_chunks(graph):
     assert edge_chunks(indptr, 10**9) == [(0, 405)]
 
 
-# -- cluster batches ----------------------------------------------------------------------------------------------------------------
+# -- cluster batches ---------------------------------------------------------------------------------------------------
 
 
 def test_partition_finds_planted_communities():
@@ -238,20 +244,24 @@ def test_cluster_batches(graph):
         ClusterBatches(*graph, parts=3, per_batch=4)
 
 
-# -- graphs on disk -----------------------------------------------------------------------------------------------------------------
+# -- graphs on disk ----------------------------------------------------------------------------------------------------
 
 
 def test_memory_map_equals_memory(graph, tmp_path):
     indptr, indices = graph
     x = np.random.default_rng(0).standard_normal((405, 3)).astype(np.float32)
-    storage.save_arrays(tmp_path / "g", {"indptr": indptr, "indices": indices, "features": x, "train": np.arange(5)}, "toy", 4)
+    storage.save_arrays(
+        tmp_path / "g", {"indptr": indptr, "indices": indices, "features": x, "train": np.arange(5)}, "toy", 4
+    )
     arrays, manifest = storage.open_arrays(tmp_path / "g")
     assert manifest["name"] == "toy" and manifest["num_classes"] == 4 and manifest["num_nodes"] == 405
     assert np.array_equal(arrays["features"], x) and np.array_equal(arrays["train"], np.arange(5))
     assert isinstance(arrays["indices"].base, np.memmap)
     one = NeighborSampler(indptr, indices, [4, 4]).sample(np.arange(30), 2)
     two = NeighborSampler(arrays["indptr"], arrays["indices"], [4, 4]).sample(np.arange(30), 2)
-    assert torch.equal(one.nodes, two.nodes) and all(torch.equal(a.indices, b.indices) for a, b in zip(one.blocks, two.blocks))
+    assert torch.equal(one.nodes, two.nodes) and all(
+        torch.equal(a.indices, b.indices) for a, b in zip(one.blocks, two.blocks)
+    )
     arrays["features"][0] = 7  # a private copy of the page
     assert np.array_equal(storage.open_arrays(tmp_path / "g", in_memory=True)[0]["features"], x)
 

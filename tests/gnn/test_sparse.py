@@ -1,4 +1,6 @@
-"""Sparse products, softmax over neighbourhoods, dropout and normalisations, against dense arithmetic and PyTorch Geometric."""
+"""Sparse products, softmax over neighbourhoods, dropout and normalisations, against dense arithmetic and PyTorch
+Geometric.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,17 @@ import torch
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import softmax as pyg_softmax
 
-from gnn.sparse import Matrix, Pattern, SparseFeatures, Structure, aggregate, at_columns, at_rows, dropout, segment_softmax
+from gnn.sparse import (
+    Matrix,
+    Pattern,
+    SparseFeatures,
+    Structure,
+    aggregate,
+    at_columns,
+    at_rows,
+    dropout,
+    segment_softmax,
+)
 
 
 def random_pattern(n: int, m: int, density: float, seed: int = 0) -> Pattern:

@@ -49,8 +49,9 @@ def test_csr_of_nothing():
     assert indptr.tolist() == [0, 0, 0] and len(indices) == 0
 
 
-@pytest.mark.parametrize(("src", "dst", "words"), [([0, -1], [1, 1], "nodes -1 to 1"), ([0, 5], [1, 1], "0 to 4"),
-                                                   ([0], [1, 1], "as many")])
+@pytest.mark.parametrize(
+    ("src", "dst", "words"), [([0, -1], [1, 1], "nodes -1 to 1"), ([0, 5], [1, 1], "0 to 4"), ([0], [1, 1], "as many")]
+)
 def test_csr_refuses(src, dst, words):
     with pytest.raises(ValueError, match=words):
         undirected_csr(np.array(src), np.array(dst), 5)
@@ -81,7 +82,9 @@ def test_dcsbm_is_simple_and_reproducible():
 
 
 def test_expected_degrees():
-    """Of many drawn edges, ends fall on nodes in proportion to theta and on pairs of communities as omega says; repeats are kept here."""
+    """Of many drawn edges, ends fall on nodes in proportion to theta and on pairs of communities as omega says;
+    repeats are kept here.
+    """
     p = synthetic.plant(200, 2000, 4, 0.4, seed=3)
     order = np.argsort(p.communities, kind="stable").astype(np.int32)
     starts = np.concatenate([[0], np.cumsum(np.bincount(p.communities, minlength=4))])
@@ -132,8 +135,19 @@ def test_no_mixing_and_skewed_sizes():
     assert sizes[0] / sizes[5] == pytest.approx(6, rel=0.2)
 
 
-@pytest.mark.parametrize("changes", [{"mixing": 1.5}, {"mixing": -0.1}, {"exponent": 1.0}, {"num_nodes": 1}, {"communities": 0},
-                                     {"communities": 4000}, {"num_edges": 0}, {"max_degree": 10.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mixing": 1.5},
+        {"mixing": -0.1},
+        {"exponent": 1.0},
+        {"num_nodes": 1},
+        {"communities": 0},
+        {"communities": 4000},
+        {"num_edges": 0},
+        {"max_degree": 10.0},
+    ],
+)
 def test_plant_refuses(changes):
     with pytest.raises(ValueError, match=r"mixing|exponent|nodes|max_degree"):
         planted(**changes)
@@ -182,7 +196,9 @@ def test_features():
     for c in range(5):
         assert np.abs(x[labels == c].mean(0) - points[c]).max() < 0.05
         assert np.abs(x[labels == c].std(0) - 1).max() < 0.05
-    assert np.array_equal(x, synthetic.features(labels, points)) and not np.array_equal(x, synthetic.features(labels, points, seed=1))
+    assert np.array_equal(x, synthetic.features(labels, points)) and not np.array_equal(
+        x, synthetic.features(labels, points, seed=1)
+    )
 
 
 def test_labels_and_split():

@@ -26,7 +26,9 @@ def weights(folder):
 
 
 def log(folder):
-    return [{k: v for k, v in line.items() if k != "steps_per_second"} for line in read_metrics(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if k != "steps_per_second"} for line in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,9 @@ def test_each_seed_is_the_run_of_that_seed_alone(whole, tmp_path):
 
 @pytest.mark.parametrize("steps", [(4,), (6,), (8, 9)], ids=["in a seed", "between seeds", "twice"])
 def test_resume_is_exact(steps, whole, tmp_path, monkeypatch):
-    """Stopped by a real SIGTERM in the middle of a seed, at its end, and twice in a row: every later number is the same."""
+    """Stopped by a real SIGTERM in the middle of a seed, at its end, and twice in a row: every later number is the
+    same.
+    """
     stop_in_optimize(monkeypatch, *steps)
     folder = tmp_path / "run"
     for i in range(len(steps)):
@@ -58,7 +62,12 @@ def test_resume_is_exact(steps, whole, tmp_path, monkeypatch):
 
 def test_patience_ends_a_seed_and_keeps_its_best(tmp_path):
     folder = tmp_path / "run"
-    assert train(config(folder, "train.steps=300", "train.seeds=2", "train.patience=5", "train.log_every=1", "train.lr=0.3")) == 0
+    assert (
+        train(
+            config(folder, "train.steps=300", "train.seeds=2", "train.patience=5", "train.log_every=1", "train.lr=0.3")
+        )
+        == 0
+    )
     steps = {line["step"] for line in log(folder)}
     assert 300 not in steps, "the first seed should have ended early with such a learning rate"
     assert 301 in steps, "the second seed starts at its own first step"
@@ -85,7 +94,9 @@ def test_nan_in_the_loss_names_the_step(tmp_path, monkeypatch, capsys):
     from gnn.node import NodeTask
 
     loss = NodeTask.loss
-    monkeypatch.setattr(NodeTask, "loss", lambda self, net, step: loss(self, net, step) * (float("nan") if step == 4 else 1))
+    monkeypatch.setattr(
+        NodeTask, "loss", lambda self, net, step: loss(self, net, step) * (float("nan") if step == 4 else 1)
+    )
     assert train(config(tmp_path / "run", *SMALL)) == 1
     assert "not finite at step 4" in capsys.readouterr().err
 
@@ -94,8 +105,15 @@ def test_two_processes_equal_one(tmp_path):
     """The whole graph is in every process and all draw alike, so more processes change nothing (and gain nothing)."""
     command = ["-m", "gnn.train", "--config", str(KARATE), "precision=fp64", "device=cpu", *SMALL]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, *command, f"run_dir={tmp_path / 'two'}"], cwd=ROOT, env=environment(), capture_output=True, text=True,
-                          timeout=250, check=False)
+    done = subprocess.run(
+        [*torchrun, *command, f"run_dir={tmp_path / 'two'}"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert python(*command, f"run_dir={tmp_path / 'one'}").returncode == 0
     for name, parts in weights(tmp_path / "one").items():
@@ -119,12 +137,22 @@ def test_commands_as_a_person_types_them(tmp_path):
     assert len(result["seeds"]) == 3
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("model.layer=gcm", "model.layer"), ("model.hiden=3", "model.hidden"), ("train.lr=fast", "train.lr"),
-    ("model.dropout=1.5", "model.dropout"), ("precision=bf16", "precision"), ("task=nodes", "task"), ("data.dataset=tu", "data.name"),
-    ("train.seeds=0", "train.seeds"), ("task=link sampling.kind=clusters", "sampling.kind"),
-    ("data.dataset=files", "data.edges"), ("task=graph", "task"),
-])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.layer=gcm", "model.layer"),
+        ("model.hiden=3", "model.hidden"),
+        ("train.lr=fast", "train.lr"),
+        ("model.dropout=1.5", "model.dropout"),
+        ("precision=bf16", "precision"),
+        ("task=nodes", "task"),
+        ("data.dataset=tu", "data.name"),
+        ("train.seeds=0", "train.seeds"),
+        ("task=link sampling.kind=clusters", "sampling.kind"),
+        ("data.dataset=files", "data.edges"),
+        ("task=graph", "task"),
+    ],
+)
 def test_bad_settings_are_one_line(override, message):
     done = python("-m", "gnn.train", "--config", "configs/gcn_karate.yaml", *override.split())
     assert done.returncode == 2

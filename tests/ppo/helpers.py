@@ -29,8 +29,18 @@ from tests.helpers import ROOT, environment, status
 
 CARTPOLE = ROOT / "configs/ppo_cartpole.yaml"
 # 4 environments x 16 steps are an update, 6 of them a run
-TINY = ("env.count=4", "train.rollout=16", "train.steps=384", "train.epochs=2", "train.batch_size=32", "train.save_every=4",
-        "model.hidden=[8]", "device=cpu", "eval.episodes=4", "eval.video=false")
+TINY = (
+    "env.count=4",
+    "train.rollout=16",
+    "train.steps=384",
+    "train.epochs=2",
+    "train.batch_size=32",
+    "train.save_every=4",
+    "model.hidden=[8]",
+    "device=cpu",
+    "eval.episodes=4",
+    "eval.video=false",
+)
 UPDATES = 6
 TIMING = ("updates_per_second",)
 
@@ -58,11 +68,15 @@ def collector_for(config: Config, vector: Vector) -> tuple[Collector, ActorCriti
     """What fills rollouts, and fresh weights to act with."""
     distribution = distribution_for(vector.action_space)
     torch.manual_seed(0)
-    return Collector(config, vector, distribution), ActorCritic(config.model, observation_shape(vector.observation_space), distribution)
+    return Collector(config, vector, distribution), ActorCritic(
+        config.model, observation_shape(vector.observation_space), distribution
+    )
 
 
 def log(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl without what depends on the clock; NaN is written as text, so that it equals itself."""
+    """The lines of metrics.jsonl without what depends on the clock; NaN is written as text, so that it equals
+    itself.
+    """
     lines = read_metrics(folder / "metrics.jsonl")
     return [{k: repr(v) for k, v in line.items() if k not in TIMING} for line in lines]
 
@@ -73,7 +87,9 @@ def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def two_processes(folder: Path, source: str) -> None:
-    """Run the lines of `source` in two gloo processes, with this module's names; fails if one of them does not end well."""
+    """Run the lines of `source` in two gloo processes, with this module's names; fails if one of them does not end
+    well.
+    """
     script, ports = folder / "two.py", []
     for _ in range(4):
         with socket.socket() as free:
@@ -101,8 +117,16 @@ def two_processes(folder: Path, source: str) -> None:
     script.write_text(textwrap.dedent(prelude) + textwrap.dedent(source))
     shared = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     said = [folder / f"stderr{rank}.txt" for rank in range(2)]
-    started = [subprocess.Popen([sys.executable, str(script)], cwd=ROOT, env={**shared, "RANK": str(rank)}, stdout=subprocess.DEVNULL,
-                                stderr=path.open("w")) for rank, path in enumerate(said)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            cwd=ROOT,
+            env={**shared, "RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=path.open("w"),
+        )
+        for rank, path in enumerate(said)
+    ]
     deadline = time.monotonic() + 100
     while None in (codes := [process.poll() for process in started]) and not any(codes) and time.monotonic() < deadline:
         time.sleep(0.05)  # until both are done, or one has failed
@@ -113,12 +137,14 @@ def two_processes(folder: Path, source: str) -> None:
 
 
 class Counting(gym.Env):
-    """Its observation is (episode, step, identity); how long an episode is, how it ends and what is paid follow from them and the action.
+    """Its observation is (episode, step, identity); how long an episode is, how it ends and what is paid follow from
+    them and the action.
 
     Every third episode terminates, every third is truncated, and in the others both flags are set in the last step.
 
     Args:
-        identity: told apart by it. limit: -1 = by identity and episode, 0 = never ends by itself, else the number of steps.
+        identity: told apart by it. limit: -1 = by identity and episode, 0 = never ends by itself, else the number of
+            steps.
         trouble: "nan", "die" (the process ends at once) or nothing; it comes in the third episode's second step.
         reuse: return the same array each time, overwritten, as some simulators do.
         noisy: add noise to the observation from the environment's own generator, which outlives an episode.
@@ -129,8 +155,15 @@ class Counting(gym.Env):
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
     action_space = gym.spaces.Discrete(3)
 
-    def __init__(self, identity: int = 0, limit: int = -1, trouble: str = "", reuse: bool = False, noisy: bool = False,
-                 render_mode: str | None = None) -> None:
+    def __init__(
+        self,
+        identity: int = 0,
+        limit: int = -1,
+        trouble: str = "",
+        reuse: bool = False,
+        noisy: bool = False,
+        render_mode: str | None = None,
+    ) -> None:
         self.identity, self.limit, self.trouble, self.reuse, self.noisy = identity, limit, trouble, reuse, noisy
         self.render_mode = render_mode
         self.episode, self.steps, self.total = -1, 0, 0.0
@@ -158,7 +191,9 @@ class Counting(gym.Env):
         self.steps += 1
         reward = float(self.identity + 10 * int(action) + self.steps / 8)
         self.total += reward
-        over = self.limit != 0 and self.steps >= (self.limit if self.limit > 0 else 2 + (self.identity * 3 + self.episode * 5) % 7)
+        over = self.limit != 0 and self.steps >= (
+            self.limit if self.limit > 0 else 2 + (self.identity * 3 + self.episode * 5) % 7
+        )
         kind = self.episode % 3
         terminated, truncated = over and kind != 1, over and kind != 0
         if over:
@@ -182,4 +217,8 @@ def register(**arguments: Any) -> str:
 
 def vector_of(mode: AutoresetMode | None, toys: list[gym.Env]) -> Vector:
     """A toy in each row, under one of gymnasium's modes, or in our own vector (None)."""
-    return LocalVector(toys, 0) if mode is None else GymVector(SyncVectorEnv([lambda e=e: e for e in toys], autoreset_mode=mode), 0)
+    return (
+        LocalVector(toys, 0)
+        if mode is None
+        else GymVector(SyncVectorEnv([lambda e=e: e for e in toys], autoreset_mode=mode), 0)
+    )

@@ -1,4 +1,6 @@
-"""Atari: frames, rewards and lives are those of gymnasium's own wrappers; a lost life ends an episode and not the game."""
+"""Atari: frames, rewards and lives are those of gymnasium's own wrappers; a lost life ends an episode and not the
+game.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,15 @@ from ppo.registry import make_atari, make_vector, register_atari, rom_name
 from tests.helpers import ROOT, same, stop_in_optimize
 from tests.ppo.helpers import TINY, collector_for, config, evaluate, log, train, weights
 
-PONG = ("env.id=ALE/Pong-v5", "model.kind=cnn", "env.count=2", "train.rollout=8", "train.steps=32", "train.batch_size=8", "train.epochs=1")
+PONG = (
+    "env.id=ALE/Pong-v5",
+    "model.kind=cnn",
+    "env.count=2",
+    "train.rollout=8",
+    "train.steps=32",
+    "train.batch_size=8",
+    "train.epochs=1",
+)
 FIRE = 1
 
 
@@ -36,7 +46,9 @@ def peer(game, skip=4, **settings):
     pytest.importorskip("cv2", reason="gymnasium's AtariPreprocessing needs opencv-python")
     register_atari()
     inner = gym.make(f"ALE/{game}-v5", frameskip=1, repeat_action_probability=0.0)
-    return FrameStackObservation(AtariPreprocessing(inner, noop_max=0, frame_skip=skip, **settings), 4, padding_type="zero")
+    return FrameStackObservation(
+        AtariPreprocessing(inner, noop_max=0, frame_skip=skip, **settings), 4, padding_type="zero"
+    )
 
 
 def begin(env):
@@ -47,9 +59,11 @@ def begin(env):
 
 @pytest.mark.parametrize("game", ["Pong", "Breakout"])
 def test_frames_rewards_and_lives_are_those_of_gymnasiums_wrappers(game):
-    """300 random actions, to the last bit: both average the pixels of areas in the same arithmetic, so no tolerance is needed.
+    """300 random actions, to the last bit: both average the pixels of areas in the same arithmetic, so no tolerance is
+    needed.
 
-    The first three steps of a game compare fewer frames of the stack: the peer's begins one frame earlier, before the button.
+    The first three steps of a game compare fewer frames of the stack: the peer's begins one frame earlier, before the
+    button.
     """
     ours, theirs, random = atari(game, training=False), peer(game), np.random.default_rng(0)
     ours.reset()
@@ -74,7 +88,9 @@ def test_frames_rewards_and_lives_are_those_of_gymnasiums_wrappers(game):
 
 
 def test_lost_life_ends_the_learners_episode_and_not_the_game():
-    """Beside the peer with whole games: rewards and frames go on through a lost life, where only the flag differs; no row is dead."""
+    """Beside the peer with whole games: rewards and frames go on through a lost life, where only the flag differs;
+    no row is dead.
+    """
     ours, theirs, random = atari("Breakout"), peer("Breakout"), np.random.default_rng(1)
     ours.reset()
     begin(theirs)
@@ -99,7 +115,9 @@ def test_lost_life_ends_the_learners_episode_and_not_the_game():
 
 def test_returns_logged_are_of_whole_games(tmp_path):
     """The learner sees five episodes a game and signs of rewards; the books count games and points."""
-    made = config(tmp_path, "env.id=ALE/Breakout-v5", "model.kind=cnn", "env.count=2", "env.noop_max=0", "train.rollout=256")
+    made = config(
+        tmp_path, "env.id=ALE/Breakout-v5", "model.kind=cnn", "env.count=2", "env.noop_max=0", "train.rollout=256"
+    )
     vector = atari("Breakout", 2)
     collector, _ = collector_for(made, vector)
     step, paid = vector.step, []
@@ -134,7 +152,8 @@ def test_time_limit_in_the_step_of_a_lost_life_ends_the_game():
     for _ in range(80):
         before = ours.before.copy()
         step = ours.step(random.integers(4, size=8))
-        numbers = np.array([row.sum() for row in step.observations[:, :3]])  # the stack is empty but for its last frame after a reset
+        # the stack is empty but for its last frame after a reset
+        numbers = np.array([row.sum() for row in step.observations[:, :3]])
         np.testing.assert_array_equal(numbers == 0, before)
         np.testing.assert_array_equal(step.valid, ~before)
         both += int((step.over & step.terminated & ~step.truncated).sum())
@@ -166,7 +185,9 @@ def test_every_rom_of_the_package_is_found_by_its_gymnasium_name():
     assert len(games) > 100
     assert all(get_rom_path(rom_name(name)) is not None for name in games)
     roms = {path.stem for path in Path(ale_py.__file__).parent.glob("roms/*.bin")}
-    assert roms - {rom_name(name) for name in games} <= {"combat", "joust", "maze_craze", "warlords"}, "games for two players only"
+    assert roms - {rom_name(name) for name in games} <= {"combat", "joust", "maze_craze", "warlords"}, (
+        "games for two players only"
+    )
     assert rom_name("ALE/SpaceInvaders-v5") == "space_invaders"
     assert rom_name("ALE/TicTacToe3D-v5") == "tic_tac_toe_3d"
     for name in ("ALE/TicTacToe3D-v5", "ALE/MsPacman-v5"):
@@ -177,6 +198,7 @@ def test_every_rom_of_the_package_is_found_by_its_gymnasium_name():
 
 def test_starts_differ_by_environment_and_process_and_repeat():
     """Up to 30 random idle steps, from the seed."""
+
     def starts(first):
         vector = make_vector(EnvConfig("ALE/Pong-v5"), 3, 4, first=first)
         vector.reset()
@@ -191,7 +213,9 @@ def test_starts_differ_by_environment_and_process_and_repeat():
 
 
 def test_pong_trains_resumes_and_is_evaluated(tmp_path, monkeypatch, capsys):
-    """Two updates with the convolutional network; stopped after the first, the second is the same; then a film of what it sees."""
+    """Two updates with the convolutional network; stopped after the first, the second is the same; then a film of
+    what it sees.
+    """
     assert train(config(tmp_path / "whole", *PONG)) == 0
     with monkeypatch.context() as patch:
         stop_in_optimize(patch, 1)

@@ -35,8 +35,14 @@ def case(space: str, model: ModelConfig, seed: int = 0, **settings) -> tuple:
     observations = torch.randn(N, 5, dtype=torch.float64)
     actions = torch.randint(0, 3, (N,)) if space == "categorical" else torch.randn(N, 2, dtype=torch.float64)
     log_prob, _ = distribution.log_prob_entropy(theirs(observations)[0].detach(), actions)
-    numbers = torch.stack([log_prob + 0.3 * torch.randn(N), theirs(observations)[1].detach() + 0.3 * torch.randn(N),
-                           torch.randn(N, dtype=torch.float64), torch.randn(N, dtype=torch.float64)])
+    numbers = torch.stack(
+        [
+            log_prob + 0.3 * torch.randn(N),
+            theirs(observations)[1].detach() + 0.3 * torch.randn(N),
+            torch.randn(N, dtype=torch.float64),
+            torch.randn(N, dtype=torch.float64),
+        ]
+    )
     return Backprop(ours, distribution, settings), ours, theirs, distribution, settings, observations, actions, numbers
 
 
@@ -47,7 +53,9 @@ def by_autograd(model, distribution, settings, observations, actions, numbers, r
     log_prob, entropy = distribution.log_prob_entropy(parameters, actions[rows])
     if settings.normalize_advantage and len(rows) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    terms = ppo_terms(log_prob, entropy, values, old_log_prob, old_values, advantages, returns, clip, settings.clip_value)
+    terms = ppo_terms(
+        log_prob, entropy, values, old_log_prob, old_values, advantages, returns, clip, settings.clip_value
+    )
     loss = total_loss(terms, settings).mean()
     loss.backward()
     gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
@@ -62,8 +70,12 @@ def named_gradients(manual: Backprop, model: ActorCritic) -> dict[str, torch.Ten
     return found
 
 
-@pytest.mark.parametrize(("space", "activation", "hidden"), list(itertools.product(SPACES, ["tanh", "relu"], [(), (7,), (8, 6)])))
-@pytest.mark.parametrize("settings", [{}, {"clip_value": 0.0, "entropy_weight": 0.0}, {"normalize_advantage": False, "value_weight": 0.7}])
+@pytest.mark.parametrize(
+    ("space", "activation", "hidden"), list(itertools.product(SPACES, ["tanh", "relu"], [(), (7,), (8, 6)]))
+)
+@pytest.mark.parametrize(
+    "settings", [{}, {"clip_value": 0.0, "entropy_weight": 0.0}, {"normalize_advantage": False, "value_weight": 0.7}]
+)
 def test_gradients_equal_those_of_autograd(space, activation, hidden, settings):
     manual, ours, theirs, *rest = case(space, ModelConfig(hidden=hidden, activation=activation), **settings)
     rows = torch.randperm(N)[:24]
@@ -75,7 +87,9 @@ def test_gradients_equal_those_of_autograd(space, activation, hidden, settings):
     found = named_gradients(manual, ours)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-10, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}"
+        )
         assert gradient.abs().max() > 0 or "log_std" in name
 
 
@@ -113,17 +127,25 @@ def test_the_weights_are_one_vector_and_the_models_own(space):
     torch.testing.assert_close(ours.act(torch.from_numpy(x)).detach(), expected)
     torch.testing.assert_close(manual.act(x), expected, msg="acting reads the same weights")
     ours.load_state_dict({name: 3 * value for name, value in theirs.state_dict().items()})
-    torch.testing.assert_close(manual.act(x), ours.act(torch.from_numpy(x)).detach(), msg="loading a checkpoint reaches them")
+    torch.testing.assert_close(
+        manual.act(x), ours.act(torch.from_numpy(x)).detach(), msg="loading a checkpoint reaches them"
+    )
 
 
 def test_what_it_cannot_do_is_left_to_autograd(tmp_path):
     cpu = torch.device("cpu")
-    for space, model, able in ((SPACES["categorical"], ModelConfig(), True), (SPACES["categorical"], ModelConfig(shared=True), False),
-                               (gym.spaces.MultiDiscrete([2, 3]), ModelConfig(), False), (SPACES["gaussian"], ModelConfig(), True)):
+    for space, model, able in (
+        (SPACES["categorical"], ModelConfig(), True),
+        (SPACES["categorical"], ModelConfig(shared=True), False),
+        (gym.spaces.MultiDiscrete([2, 3]), ModelConfig(), False),
+        (SPACES["gaussian"], ModelConfig(), True),
+    ):
         distribution = distribution_for(space)
         net = ActorCritic(model, (5,), distribution)
         assert can_backprop(net, distribution, cpu, world=1) == able
-        assert not can_backprop(net, distribution, cpu, world=2) and not can_backprop(net, distribution, torch.device("cuda"), world=1)
+        assert not can_backprop(net, distribution, cpu, world=2) and not can_backprop(
+            net, distribution, torch.device("cuda"), world=1
+        )
     squashed = distribution_for(SPACES["gaussian"], squash=True)
     assert not can_backprop(ActorCritic(ModelConfig(), (5,), squashed), squashed, cpu, world=1)
 

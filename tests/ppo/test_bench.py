@@ -1,4 +1,6 @@
-"""The benchmark refuses networks that differ and ends with its JSON line. Not a measurement: one round of one tiny update."""
+"""The benchmark refuses networks that differ and ends with its JSON line. Not a measurement: one round of one tiny
+update.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,17 @@ from ppo.backprop import Backprop
 from ppo.config import Config
 from tests.helpers import ROOT
 
-TINY = ["--config", str(ROOT / "configs/ppo_lunarlander.yaml"), "--rounds", "1", "--updates", "1", "env.count=2", "train.rollout=32",
-        "model.hidden=[8,8]"]
+TINY = [
+    "--config",
+    str(ROOT / "configs/ppo_lunarlander.yaml"),
+    "--rounds",
+    "1",
+    "--updates",
+    "1",
+    "env.count=2",
+    "train.rollout=32",
+    "model.hidden=[8,8]",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,16 @@ from ppo.model import ActorCritic
 B = 64
 BOX = spaces.Box(np.array([-2.0, -0.5, 0.0], np.float32), np.array([2.0, 3.0, 0.3], np.float32))
 OPEN = spaces.Box(-np.inf, np.inf, (3,), np.float32)
-DISCRETE = [spaces.Discrete(5), spaces.Discrete(2, start=-1), spaces.Discrete(1), spaces.MultiDiscrete([3, 2, 4]),
-            spaces.MultiDiscrete([3, 2], start=[-1, 10]), spaces.MultiDiscrete(np.array([[2, 3], [4, 5]])), spaces.MultiBinary(4),
-            spaces.MultiBinary((2, 3))]
+DISCRETE = [
+    spaces.Discrete(5),
+    spaces.Discrete(2, start=-1),
+    spaces.Discrete(1),
+    spaces.MultiDiscrete([3, 2, 4]),
+    spaces.MultiDiscrete([3, 2], start=[-1, 10]),
+    spaces.MultiDiscrete(np.array([[2, 3], [4, 5]])),
+    spaces.MultiBinary(4),
+    spaces.MultiBinary((2, 3)),
+]
 ALL = [*DISCRETE, BOX, OPEN, spaces.Box(-1, 1, (2, 2), np.float64)]
 
 
@@ -52,7 +59,9 @@ def test_categorical():
 def test_multi_categorical(space):
     """A sum of independent choices, each as torch has it."""
     ours = MultiCategorical(space)
-    sizes = space.nvec.flatten().tolist() if isinstance(space, spaces.MultiDiscrete) else [2] * int(np.prod(space.shape))
+    sizes = (
+        space.nvec.flatten().tolist() if isinstance(space, spaces.MultiDiscrete) else [2] * int(np.prod(space.shape))
+    )
     logits = normal(B, sum(sizes), scale=3)
     actions = torch.stack([torch.randint(n, (B,), generator=generator(i)) for i, n in enumerate(sizes)], dim=1)
     theirs = [td.Categorical(logits=part) for part in logits.split(sizes, dim=1)]
@@ -86,7 +95,9 @@ def test_squashed_gaussian_is_a_transformed_normal():
     ours, mean, log_std = SquashedGaussian(BOX), normal(B, 3), normal(B, 3, seed=1, scale=0.3)
     parameters = torch.cat([mean, log_std], dim=1)
     u = ours.sample(parameters, normal(B, 3, seed=2))
-    theirs = td.Independent(td.TransformedDistribution(td.Normal(mean, log_std.exp()), td.TanhTransform(cache_size=1)), 1)
+    theirs = td.Independent(
+        td.TransformedDistribution(td.Normal(mean, log_std.exp()), td.TanhTransform(cache_size=1)), 1
+    )
     log_prob, entropy = ours.log_prob_entropy(parameters, u)
     close(log_prob, theirs.log_prob(torch.tanh(u)), 1e-6)  # they take u back out of tanh(u)
     close(entropy, -log_prob)
@@ -165,11 +176,15 @@ def test_noise_is_finite_even_where_the_generator_gives_zero(monkeypatch):
 def test_shapes_and_reproducibility(space):
     ours = distribution_for(space)
     noise = ours.noise((7, B), generator())
-    assert torch.equal(noise, ours.noise((7, B), generator())) and not torch.equal(noise, ours.noise((7, B), generator(1)))
+    assert torch.equal(noise, ours.noise((7, B), generator())) and not torch.equal(
+        noise, ours.noise((7, B), generator(1))
+    )
     assert noise.shape == (7, B, *ours.noise_shape)
     parameters = normal(B, ours.num_parameters).float()
     actions = ours.sample(parameters, noise[0])
-    assert actions.shape == (B, *ours.action_shape) and actions.dtype == (torch.int64 if ours.discrete else torch.float32)
+    assert actions.shape == (B, *ours.action_shape) and actions.dtype == (
+        torch.int64 if ours.discrete else torch.float32
+    )
     assert ours.mode(parameters).shape == actions.shape
     assert all(value.shape == (B,) for value in ours.log_prob_entropy(parameters, actions))
 
@@ -215,7 +230,9 @@ def test_bounds_hold_for_awkward_numbers():
 
 
 def test_an_action_is_clipped_only_after_it_was_scored():
-    """The density is that of the draw; two draws beyond a bound are the same to the environment and not to the policy."""
+    """The density is that of the draw; two draws beyond a bound are the same to the environment and not to the
+    policy.
+    """
     ours, parameters = Gaussian(BOX), torch.zeros(2, 6)
     actions = torch.tensor([[2.5, 0.0, 0.0], [4.0, 0.0, 0.0]])
     log_prob, _ = ours.log_prob_entropy(parameters, actions)
@@ -233,7 +250,12 @@ def test_extreme_logits(space, size):
     logits = torch.where(normal(B, ours.num_parameters) > 0, size, -size).float().requires_grad_()
     actions = ours.sample(logits, ours.noise((B,), generator()))
     log_prob, entropy = ours.log_prob_entropy(logits, torch.zeros_like(actions))
-    assert torch.isfinite(log_prob).all() and torch.isfinite(entropy).all() and (entropy >= 0).all() and (log_prob <= 0).all()
+    assert (
+        torch.isfinite(log_prob).all()
+        and torch.isfinite(entropy).all()
+        and (entropy >= 0).all()
+        and (log_prob <= 0).all()
+    )
     (log_prob.sum() + entropy.sum()).backward()
     assert torch.isfinite(logits.grad).all()
 
@@ -255,8 +277,10 @@ def test_squashed_gaussian_far_out(u):
 def test_gradients_equal_those_of_torch():
     logits = normal(B, 5).requires_grad_()
     actions = torch.arange(B) % 5
-    for log_prob, entropy in (Categorical(spaces.Discrete(5)).log_prob_entropy(logits, actions),
-                              (td.Categorical(logits=logits).log_prob(actions), td.Categorical(logits=logits).entropy())):
+    for log_prob, entropy in (
+        Categorical(spaces.Discrete(5)).log_prob_entropy(logits, actions),
+        (td.Categorical(logits=logits).log_prob(actions), td.Categorical(logits=logits).entropy()),
+    ):
         logits.grad = None
         (log_prob.sum() + 2 * entropy.sum()).backward()
         found, first = logits.grad.clone(), locals().get("found")
@@ -281,8 +305,17 @@ def test_head():
     assert "policy.log_std" in model.state_dict() and model.act(torch.zeros(2, 4)).shape == (2, 6)
 
 
-@pytest.mark.parametrize("space", [spaces.Dict({"a": spaces.Discrete(2)}), spaces.Tuple((spaces.Discrete(2),)), spaces.Text(3),
-                                   spaces.Box(0, 5, (2,), np.int64), spaces.Sequence(spaces.Discrete(2))], ids=str)
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Dict({"a": spaces.Discrete(2)}),
+        spaces.Tuple((spaces.Discrete(2),)),
+        spaces.Text(3),
+        spaces.Box(0, 5, (2,), np.int64),
+        spaces.Sequence(spaces.Discrete(2)),
+    ],
+    ids=str,
+)
 def test_spaces_without_a_policy(space):
     with pytest.raises(ProjectError, match=r"^action space .* is not supported: Discrete, MultiDiscrete") as caught:
         distribution_for(space)

@@ -1,4 +1,6 @@
-"""What goes wrong in environments: NaN, unknown names, missing packages, spaces that cannot be read, workers that die."""
+"""What goes wrong in environments: NaN, unknown names, missing packages, spaces that cannot be read, workers that
+die.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,21 @@ def test_nan_names_the_environment(make, tmp_path, capsys):
     """The third episode of every environment goes wrong: nothing is learned from it, the last checkpoint stands."""
     name = register(limit=5, trouble="nan")
     backend = "local" if make is LocalVector else make
-    assert train(config(tmp_path / "run", f"env.id={name}", f"env.backend={backend}", "train.rollout=8", "env.count=2",
-                        "train.batch_size=8", "train.save_every=1", "train.steps=96")) == 1
+    assert (
+        train(
+            config(
+                tmp_path / "run",
+                f"env.id={name}",
+                f"env.backend={backend}",
+                "train.rollout=8",
+                "env.count=2",
+                "train.batch_size=8",
+                "train.save_every=1",
+                "train.steps=96",
+            )
+        )
+        == 1
+    )
     (line,) = errors(capsys.readouterr().err)
     assert "environment 0 returned NaN" in line
     assert Checkpoints(tmp_path / "run/checkpoints", 2, 0).newest_step() == 1
@@ -45,6 +60,7 @@ def test_nan_of_the_second_environment_is_its_own():
 
 def test_nan_in_a_final_observation_is_seen():
     """The observation that an episode ends with is bootstrapped from: NaN there is as bad as anywhere."""
+
     class Bursting(Counting):
         def step(self, action):
             observation, reward, over, cut, info = super().step(action)
@@ -58,8 +74,10 @@ def test_nan_in_a_final_observation_is_seen():
                 check_finite(vector.step(np.zeros(2, dtype=np.int64)), number)
 
 
-@pytest.mark.parametrize(("name", "near"), [("CartPole-v9", "CartPole-v1"), ("LunarLandr-v3", "LunarLander-v3"),
-                                            ("ALE/Pnog-v5", "ALE/Pong-v5")])
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("CartPole-v9", "CartPole-v1"), ("LunarLandr-v3", "LunarLander-v3"), ("ALE/Pnog-v5", "ALE/Pong-v5")],
+)
 def test_unknown_environment_names_the_nearest(name, near):
     with pytest.raises(ProjectError, match="did you mean") as error:
         make_vector(EnvConfig(name), 0, 1)
@@ -67,12 +85,21 @@ def test_unknown_environment_names_the_nearest(name, near):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("name", "package", "hint"), [
-    ("LunarLander-v3", "Box2D", 'pip install "gymnasium[box2d]"'), ("HalfCheetah-v5", "mujoco", 'pip install "gymnasium[mujoco]"'),
-    ("ALE/Pong-v5", "ale_py", "pip install ale-py")])
+@pytest.mark.parametrize(
+    ("name", "package", "hint"),
+    [
+        ("LunarLander-v3", "Box2D", 'pip install "gymnasium[box2d]"'),
+        ("HalfCheetah-v5", "mujoco", 'pip install "gymnasium[mujoco]"'),
+        ("ALE/Pong-v5", "ale_py", "pip install ale-py"),
+    ],
+)
 def test_missing_package_says_how_to_install_it(name, package, hint, monkeypatch):
     """A package whose import fails, as on a machine without it."""
-    for module in [m for m in sys.modules if m.split(".")[0] == package or m.startswith(("gymnasium.envs.box2d", "gymnasium.envs.mujoco"))]:
+    for module in [
+        m
+        for m in sys.modules
+        if m.split(".")[0] == package or m.startswith(("gymnasium.envs.box2d", "gymnasium.envs.mujoco"))
+    ]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ProjectError) as error:
@@ -117,7 +144,9 @@ class Showing(gym.Env):
 
     def look(self):
         space = self.observation_space
-        shown = np.random.default_rng(self.steps).uniform(0, min(float(space.high.max()), 255) + (space.dtype.kind != "f"), space.shape)
+        shown = np.random.default_rng(self.steps).uniform(
+            0, min(float(space.high.max()), 255) + (space.dtype.kind != "f"), space.shape
+        )
         return np.array(shown).astype(space.dtype)[()]  # of shape (): a number, no array
 
     def reset(self, *, seed=None, options=None):
@@ -146,13 +175,31 @@ IMAGES = ("model.kind=cnn", "env.count=2", "train.rollout=8", "train.steps=48", 
 
 
 @pytest.mark.parametrize("backend", ["local", "processes"])
-@pytest.mark.parametrize(("shape", "dtype", "high"), [
-    ((), "float32", 9), ((), "float64", 9), ((), "int64", 9), ((3,), "bool", 1), ((3,), "int8", 9), ((2, 3), "float16", 9),
-    ((3,), "uint16", 9), ((7, 7, 3), "uint8", 9)])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "high"),
+    [
+        ((), "float32", 9),
+        ((), "float64", 9),
+        ((), "int64", 9),
+        ((3,), "bool", 1),
+        ((3,), "int8", 9),
+        ((2, 3), "float16", 9),
+        ((3,), "uint16", 9),
+        ((7, 7, 3), "uint8", 9),
+    ],
+)
 def test_boxes_of_any_numbers_are_learned_from(shape, dtype, high, backend, showing, tmp_path):
-    """A single number is a vector of one; all types become float32, but for small pictures, which stay bytes until they are used."""
-    made = config(tmp_path / "run", f"env.id={showing(shape=shape, dtype=dtype, high=high)}", f"env.backend={backend}", "train.steps=128",
-                  "env.count=2", "train.batch_size=8")
+    """A single number is a vector of one; all types become float32, but for small pictures, which stay bytes until
+    they are used.
+    """
+    made = config(
+        tmp_path / "run",
+        f"env.id={showing(shape=shape, dtype=dtype, high=high)}",
+        f"env.backend={backend}",
+        "train.steps=128",
+        "env.count=2",
+        "train.batch_size=8",
+    )
     vector = make_vector(made.env, 0, 2)
     collector, model = collector_for(made, vector)
     space, expected = vector.observation_space, Showing(shape=shape, dtype=dtype, high=high).reset(seed=0)[0]
@@ -166,17 +213,35 @@ def test_boxes_of_any_numbers_are_learned_from(shape, dtype, high, backend, show
 
 
 def test_small_boxes_of_bytes_are_normalised_like_any_numbers(showing, tmp_path):
-    made = config(tmp_path / "run", f"env.id={showing(shape=(7, 7, 3), dtype='uint8', high=200)}", "env.normalize_observations=true")
+    made = config(
+        tmp_path / "run",
+        f"env.id={showing(shape=(7, 7, 3), dtype='uint8', high=200)}",
+        "env.normalize_observations=true",
+    )
     collector, model = collector_for(made, make_vector(made.env, 0, 4))
-    first, second = (collector.collect(model, torch.Generator().manual_seed(0), torch.device("cpu")).observations.copy() for _ in range(2))
+    first, second = (
+        collector.collect(model, torch.Generator().manual_seed(0), torch.device("cpu")).observations.copy()
+        for _ in range(2)
+    )
     assert first.dtype == second.dtype == np.float32
-    assert first.mean() > 9 and first.max() == collector.observations.clip, "before anything is known, bytes are far from zero"
+    assert first.mean() > 9 and first.max() == collector.observations.clip, (
+        "before anything is known, bytes are far from zero"
+    )
     assert abs(second.mean()) < 0.2 and second.std() == pytest.approx(1, abs=0.2)
     assert train(made) == 0
 
 
-@pytest.mark.parametrize(("shape", "shown"), [((40, 48, 3), (3, 40, 48)), ((40, 36, 1), (1, 40, 36)), ((36, 40, 4), (4, 36, 40)),
-                                              ((3, 40, 48), (3, 40, 48)), ((40, 48, 2), (40, 48, 2)), ((40, 4, 3), (40, 4, 3))])
+@pytest.mark.parametrize(
+    ("shape", "shown"),
+    [
+        ((40, 48, 3), (3, 40, 48)),
+        ((40, 36, 1), (1, 40, 36)),
+        ((36, 40, 4), (4, 36, 40)),
+        ((3, 40, 48), (3, 40, 48)),
+        ((40, 48, 2), (40, 48, 2)),
+        ((40, 4, 3), (40, 4, 3)),
+    ],
+)
 def test_channels_come_first(shape, shown, showing):
     """Pixel by pixel; what no picture of 1, 3 or 4 channels can be is left alone."""
     vector = make_vector(EnvConfig(showing(shape=shape, dtype="uint8")), 0, 2)
@@ -199,7 +264,9 @@ def test_pictures_with_channels_last_are_learned_from_and_resumed(showing, tmp_p
     assert weights(tmp_path / "run")["last"]["model.actor_trunk.body.0.weight"].shape == (32, 3, 8, 8)
 
 
-@pytest.mark.parametrize(("dtype", "high"), [("float32", 1), ("float64", 255), ("uint8", 1), ("uint8", 200), ("int32", 255), ("bool", 1)])
+@pytest.mark.parametrize(
+    ("dtype", "high"), [("float32", 1), ("float64", 255), ("uint8", 1), ("uint8", 200), ("int32", 255), ("bool", 1)]
+)
 def test_the_network_sees_the_same_picture_whatever_its_numbers_are(dtype, high):
     """A picture in bytes, and the same one with another brightest value or type: not divided by 255 twice."""
     levels = np.random.default_rng(0).integers(256 if high != 1 or dtype == "float32" else 2, size=(2, 40, 48, 3))
@@ -210,15 +277,23 @@ def test_the_network_sees_the_same_picture_whatever_its_numbers_are(dtype, high)
     model = ActorCritic(ModelConfig(kind="cnn"), observation_shape(space), distribution_for(gym.spaces.Discrete(3)))
     given = (levels / 255 if high == 1 else levels).astype(dtype)
     with torch.no_grad():
-        (a, _), (b, _) = (model(torch.from_numpy(as_input(s, x))) for s, x in ((plain, levels.astype(np.uint8)), (space, given)))
+        (a, _), (b, _) = (
+            model(torch.from_numpy(as_input(s, x))) for s, x in ((plain, levels.astype(np.uint8)), (space, given))
+        )
     assert a.std() > 1e-4
     torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    ({"low": -np.inf, "high": np.inf, "shape": (40, 48, 3)}, ("[0, 1] or [0, 255]", "TransformObservation")),
-    ({"low": -1, "high": 1, "shape": (3, 40, 48)}, ("[0, 1] or [0, 255]",)), ({"high": 2, "shape": (3, 40, 48)}, ("[0, 1] or [0, 255]",)),
-    ({"high": 1000, "shape": (3, 40, 48), "dtype": "uint16"}, ("[0, 1] or [0, 255]",)), ({"shape": (3, 0)}, ("a Box of numbers",))])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"low": -np.inf, "high": np.inf, "shape": (40, 48, 3)}, ("[0, 1] or [0, 255]", "TransformObservation")),
+        ({"low": -1, "high": 1, "shape": (3, 40, 48)}, ("[0, 1] or [0, 255]",)),
+        ({"high": 2, "shape": (3, 40, 48)}, ("[0, 1] or [0, 255]",)),
+        ({"high": 1000, "shape": (3, 40, 48), "dtype": "uint16"}, ("[0, 1] or [0, 255]",)),
+        ({"shape": (3, 0)}, ("a Box of numbers",)),
+    ],
+)
 def test_pictures_of_unknown_brightness_and_empty_boxes_are_refused(arguments, words, showing, tmp_path, capsys):
     assert train(config(tmp_path / "run", f"env.id={showing(**arguments)}", "env.backend=local")) == 1
     (line,) = errors(capsys.readouterr().err)
@@ -236,7 +311,9 @@ def test_a_picture_that_the_convolutional_network_cannot_read_is_one_line(shape,
 
 
 def test_a_worker_that_dies_is_one_line(tmp_path, capfd):
-    """An environment that ends its process: no hang, no traceback, no worker left behind, and the last checkpoint can be loaded."""
+    """An environment that ends its process: no hang, no traceback, no worker left behind, and the last checkpoint
+    can be loaded.
+    """
     name = register(limit=5, trouble="die")
     made = []
     build = AsyncVectorEnv.__init__
@@ -247,8 +324,21 @@ def test_a_worker_that_dies_is_one_line(tmp_path, capfd):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AsyncVectorEnv, "__init__", remember)
-        assert train(config(tmp_path / "run", f"env.id={name}", "env.backend=processes", "train.rollout=8", "env.count=3",
-                            "train.batch_size=8", "train.save_every=1", "train.steps=96")) == 1
+        assert (
+            train(
+                config(
+                    tmp_path / "run",
+                    f"env.id={name}",
+                    "env.backend=processes",
+                    "train.rollout=8",
+                    "env.count=3",
+                    "train.batch_size=8",
+                    "train.save_every=1",
+                    "train.steps=96",
+                )
+            )
+            == 1
+        )
     (line,) = errors(capfd.readouterr().err)
     assert "worker process is gone" in line
     assert "--resume" in line

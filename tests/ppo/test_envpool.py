@@ -1,4 +1,6 @@
-"""env.backend=envpool: its steps are envpool's, its dead rows are gone, its flags mean what they say, and runs resume exactly."""
+"""env.backend=envpool: its steps are envpool's, its dead rows are gone, its flags mean what they say, and runs
+resume exactly.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,15 @@ from tests.ppo.helpers import collector_for, config, evaluate, log, train, weigh
 
 installed = pytest.mark.skipif(find_spec("envpool") is None, reason="needs pip install envpool")
 POOL = "env.backend=envpool"
-BREAKOUT = ("env.id=ALE/Breakout-v5", "model.kind=cnn", "env.count=2", "train.rollout=8", "train.steps=32", "train.batch_size=8",
-            "train.epochs=1")
+BREAKOUT = (
+    "env.id=ALE/Breakout-v5",
+    "model.kind=cnn",
+    "env.count=2",
+    "train.rollout=8",
+    "train.steps=32",
+    "train.batch_size=8",
+    "train.epochs=1",
+)
 
 
 def pool(name, count=1, seed=0, first=0, training=True, **settings):
@@ -38,7 +47,9 @@ def draw(space, random, steps, count):
 
 
 def alone(task, seeds, actions, limit, **options):
-    """Envpool as it comes, which resets in the next step: for each environment, rows (reward, done, observation it led to, lives)."""
+    """Envpool as it comes, which resets in the next step: for each environment, rows (reward, done, observation it
+    led to, lives).
+    """
     import envpool
 
     made = envpool.make(task, env_type="gymnasium", num_envs=len(seeds), seed=seeds, max_episode_steps=limit, **options)
@@ -50,7 +61,9 @@ def alone(task, seeds, actions, limit, **options):
         for n in range(len(seeds)):
             done = bool(terminated[n] or truncated[n])
             if not dead[n]:
-                rows[n].append((float(rewards[n]), done, observations[n].copy(), int(infos.get("lives", np.zeros(99))[n])))
+                rows[n].append(
+                    (float(rewards[n]), done, observations[n].copy(), int(infos.get("lives", np.zeros(99))[n]))
+                )
                 taken[n] += 1
             dead[n] = done
     return rows
@@ -58,16 +71,28 @@ def alone(task, seeds, actions, limit, **options):
 
 @installed
 @pytest.mark.filterwarnings("ignore:.*precision lowered")
-@pytest.mark.parametrize(("name", "task", "settings", "limit"), [
-    ("CartPole-v1", "CartPole-v1", {}, 25), ("LunarLander-v3", "LunarLander-v3", {}, 90),
-    ("LunarLander-v3", "LunarLanderContinuous-v3", {"continuous": True}, 90),
-    ("ALE/Breakout-v5", "Breakout-v5", {"noop_max": 2}, 150), ("ALE/Breakout-v5", "Breakout-v5", {"sticky_actions": 0.25}, 200)])
+@pytest.mark.parametrize(
+    ("name", "task", "settings", "limit"),
+    [
+        ("CartPole-v1", "CartPole-v1", {}, 25),
+        ("LunarLander-v3", "LunarLander-v3", {}, 90),
+        ("LunarLander-v3", "LunarLanderContinuous-v3", {"continuous": True}, 90),
+        ("ALE/Breakout-v5", "Breakout-v5", {"noop_max": 2}, 150),
+        ("ALE/Breakout-v5", "Breakout-v5", {"sticky_actions": 0.25}, 200),
+    ],
+)
 def test_steps_are_those_of_envpool_alone(name, task, settings, limit):
-    """Equal seeds and actions, with and without dead rows: rewards, observations, final ones too, and ends are the same to the bit."""
+    """Equal seeds and actions, with and without dead rows: rewards, observations, final ones too, and ends are the
+    same to the bit.
+    """
     atari, steps = name.startswith("ALE/"), 500
     ours = pool(name, 3, seed=5, max_episode_steps=limit, **settings)
     actions = draw(ours.action_space, np.random.default_rng(1), steps, 3)
-    options = {"noop_max": settings.get("noop_max", 30), "repeat_action_probability": settings.get("sticky_actions", 0.0)} if atari else {}
+    options = (
+        {"noop_max": settings.get("noop_max", 30), "repeat_action_probability": settings.get("sticky_actions", 0.0)}
+        if atari
+        else {}
+    )
     theirs = alone(task, [fold(5, n) % 2**31 for n in range(3)], actions, limit, **options)
     ours.reset()
     lives, age, kinds = np.full(3, 5), np.zeros(3, dtype=int), {"terminated": 0, "truncated": 0, "lives": 0}
@@ -95,7 +120,9 @@ def test_steps_are_those_of_envpool_alone(name, task, settings, limit):
 
 @installed
 def test_cartpole_is_gymnasiums_and_both_flags_are_right():
-    """Each step again in gymnasium's simulator: where the pole falls in the step in which time is up, both flags are set."""
+    """Each step again in gymnasium's simulator: where the pole falls in the step in which time is up, both flags are
+    set.
+    """
     random, limit = np.random.default_rng(0), 10
     vector, peer = pool("CartPole-v1", 6, max_episode_steps=limit), gym.make("CartPole-v1").unwrapped
     peer.reset()
@@ -137,7 +164,10 @@ def test_no_dead_row_is_stored_and_truncated_episodes_lead_to_their_own_end(tmp_
     """Each stored row again in gymnasium's simulator, and what is bootstrapped from where an episode ended."""
     made = config(tmp_path, POOL, "env.max_episode_steps=10", "train.rollout=64", "train.batch_size=64")
     collector, model = collector_for(made, make_vector(made.env, 0, 4))
-    rollout, peer = collector.collect(model, torch.Generator().manual_seed(0), torch.device("cpu")), gym.make("CartPole-v1").unwrapped
+    rollout, peer = (
+        collector.collect(model, torch.Generator().manual_seed(0), torch.device("cpu")),
+        gym.make("CartPole-v1").unwrapped,
+    )
     peer.reset()
     final = dict(zip(rollout.final_at, rollout.final))
     assert rollout.valid.all()
@@ -154,7 +184,9 @@ def test_no_dead_row_is_stored_and_truncated_episodes_lead_to_their_own_end(tmp_
 
 @installed
 def test_returns_logged_are_of_whole_games_in_points(tmp_path):
-    """Breakout: the learner sees lives and signs; the books hold what envpool itself pays in a game, and how long it was."""
+    """Breakout: the learner sees lives and signs; the books hold what envpool itself pays in a game, and how long it
+    was.
+    """
     made = config(tmp_path, *BREAKOUT, POOL, "env.noop_max=1", "train.rollout=300", "train.batch_size=64")
     collector, _ = collector_for(made, make_vector(made.env, 0, 2))
     actions = draw(collector.vector.action_space, np.random.default_rng(3), 601, 2)
@@ -176,7 +208,9 @@ def test_returns_logged_are_of_whole_games_in_points(tmp_path):
 
 
 class Script(gym.vector.VectorEnv):
-    """In envpool's place: two games whose lives are written down, a row a step; resets answer in another order than asked."""
+    """In envpool's place: two games whose lives are written down, a row a step; resets answer in another order than
+    asked.
+    """
 
     num_envs, single_observation_space, single_action_space = 2, gym.spaces.Box(0, 99, (1,)), gym.spaces.Discrete(2)
 
@@ -192,15 +226,29 @@ class Script(gym.vector.VectorEnv):
     def step(self, actions):
         self.age += 1
         over, no = np.full(2, self.age in self.over), np.zeros(2, dtype=bool)
-        return np.full((2, 1), self.age), np.zeros(2), over, no, {"lives": self.lives[self.age - 1], "elapsed_step": np.zeros(2)}
+        return (
+            np.full((2, 1), self.age),
+            np.zeros(2),
+            over,
+            no,
+            {"lives": self.lives[self.age - 1], "elapsed_step": np.zeros(2)},
+        )
 
 
 def test_lives():
-    """A life more ends nothing, one less does, in a game's first step, too; rows come back to the environments that they belong to."""
+    """A life more ends nothing, one less does, in a game's first step, too; rows come back to the environments that
+    they belong to.
+    """
     vector = PoolVector(lambda seeds: Script([[3, 4], [2, 4], [0, 0], [2, 3], [2, 4]], over=(3,)), 2, 0, by_lives=True)
     vector.reset()
     steps = [vector.step(np.zeros(2, dtype=np.int64)) for _ in range(5)]
-    assert [step.terminated.tolist() for step in steps] == [[False, False], [True, False], [True, True], [True, False], [False, False]]
+    assert [step.terminated.tolist() for step in steps] == [
+        [False, False],
+        [True, False],
+        [True, True],
+        [True, False],
+        [False, False],
+    ]
     assert [bool(step.over.any()) for step in steps] == [False, False, True, False, False]
     assert steps[2].observations.tolist() == [[50.0], [51.0]]
     assert {n: after.tolist() for n, after in steps[2].final.items()} == {0: [3.0], 1: [3.0]}
@@ -217,10 +265,16 @@ def test_evaluation_plays_whole_games():
 
 
 @installed
-@pytest.mark.parametrize(("words", "stops"), [
-    (("env.max_episode_steps=30", "env.normalize_observations=true", "env.normalize_rewards=true"), (3,)),
-    (("env.max_episode_steps=30",), (4, 5)), (("env.id=LunarLander-v3", "env.continuous=true"), (2,)), (BREAKOUT, (1,))],
-    ids=["cartpole", "cartpole, at a save", "lunarlander", "breakout"])
+@pytest.mark.parametrize(
+    ("words", "stops"),
+    [
+        (("env.max_episode_steps=30", "env.normalize_observations=true", "env.normalize_rewards=true"), (3,)),
+        (("env.max_episode_steps=30",), (4, 5)),
+        (("env.id=LunarLander-v3", "env.continuous=true"), (2,)),
+        (BREAKOUT, (1,)),
+    ],
+    ids=["cartpole", "cartpole, at a save", "lunarlander", "breakout"],
+)
 def test_resume_is_exact(words, stops, tmp_path, monkeypatch):
     """Seeds and actions are played again."""
     assert train(config(tmp_path / "whole", POOL, *words)) == 0
@@ -237,7 +291,14 @@ def test_resume_is_exact(words, stops, tmp_path, monkeypatch):
 @installed
 @pytest.mark.parametrize("words", [(), BREAKOUT], ids=["cartpole", "breakout"])
 def test_trains_two_updates_and_is_evaluated(words, tmp_path, capsys, recwarn):
-    made = config(tmp_path / "run", *words, POOL, *(() if words else ("train.steps=128",)), "eval.episodes=2", "env.max_episode_steps=40")
+    made = config(
+        tmp_path / "run",
+        *words,
+        POOL,
+        *(() if words else ("train.steps=128",)),
+        "eval.episodes=2",
+        "env.max_episode_steps=40",
+    )
     assert train(made) == 0
     assert len(log(tmp_path / "run")) == 2
     assert evaluate(made) == 0
@@ -255,11 +316,19 @@ def test_missing_package_says_how_to_install_it(tmp_path, monkeypatch, capsys):
 
 
 @installed
-@pytest.mark.parametrize(("name", "settings", "words"), [
-    ("CartPole-v9", {}, ("no 'CartPole-v9'", "CartPole-v1")), ("LunarLandr-v3", {}, ("LunarLander-v3",)),
-    ("CartPole-v1", {"continuous": True}, ("CartPoleContinuous-v1", "env.backend=auto")), ("Pong-v5", {}, ("ALE/Pong-v5",)),
-    ("ALE/Pnog-v5", {}, ("did you mean", "ALE/Pong-v5")), ("ALE/Pong-v5", {"noop_max": 0}, ("env.noop_max",)),
-    ("Go9x9-v1", {}, ("one player",)), ("CoinrunEasy-v0", {}, ("CoinrunEasy-v0",))])
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("CartPole-v9", {}, ("no 'CartPole-v9'", "CartPole-v1")),
+        ("LunarLandr-v3", {}, ("LunarLander-v3",)),
+        ("CartPole-v1", {"continuous": True}, ("CartPoleContinuous-v1", "env.backend=auto")),
+        ("Pong-v5", {}, ("ALE/Pong-v5",)),
+        ("ALE/Pnog-v5", {}, ("did you mean", "ALE/Pong-v5")),
+        ("ALE/Pong-v5", {"noop_max": 0}, ("env.noop_max",)),
+        ("Go9x9-v1", {}, ("one player",)),
+        ("CoinrunEasy-v0", {}, ("CoinrunEasy-v0",)),
+    ],
+)
 def test_what_envpool_has_not_got_is_one_line(name, settings, words):
     with pytest.raises(ProjectError) as error:
         pool(name, **settings)

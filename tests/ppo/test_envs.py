@@ -19,9 +19,11 @@ IDENTITIES = (0, 3, 5)
 
 
 def transitions(vector, steps):
-    """For each environment its valid rows (observation, reward, terminated, truncated, observation that followed or ended the episode).
+    """For each environment its valid rows (observation, reward, terminated, truncated, observation that followed or
+    ended the episode).
 
-    Actions follow from the observation, so that dead rows do not shift them. Also counts dead rows and those of them called valid.
+    Actions follow from the observation, so that dead rows do not shift them. Also counts dead rows and those of them
+    called valid.
     """
     rows = [[] for _ in range(len(vector))]
     observations = vector.reset()
@@ -31,21 +33,33 @@ def transitions(vector, steps):
         for n in range(len(vector)):
             if step.valid[n]:
                 after = step.final.get(n, step.observations[n])
-                rows[n].append((tuple(observations[n]), step.rewards[n], bool(step.terminated[n]), bool(step.truncated[n]), tuple(after)))
+                rows[n].append(
+                    (
+                        tuple(observations[n]),
+                        step.rewards[n],
+                        bool(step.terminated[n]),
+                        bool(step.truncated[n]),
+                        tuple(after),
+                    )
+                )
         observations = step.observations
     return rows
 
 
 @pytest.mark.parametrize("mode", [None, *MODES])
 def test_all_reset_modes_tell_the_same_story(mode):
-    """What the vector reports is, row for row, what the toy itself did: no dead row is called valid, none that is valid is left out."""
+    """What the vector reports is, row for row, what the toy itself did: no dead row is called valid, none that is
+    valid is left out.
+    """
     toys = [Counting(i) for i in IDENTITIES]
     rows = transitions(vector_of(mode, toys), 60)
     for toy, seen in zip(toys, rows):
         assert seen == toy.rows
         assert len(toy.played) > 5
         assert {(row[2], row[3]) for row in seen} == {(False, False), (True, False), (False, True), (True, True)}
-        assert all(row[4][0] == row[0][0] and row[4][1] == row[0][1] + 1 for row in seen), "an observation of another episode"
+        assert all(row[4][0] == row[0][0] and row[4][1] == row[0][1] + 1 for row in seen), (
+            "an observation of another episode"
+        )
     dead = 60 * len(toys) - sum(len(seen) for seen in rows)
     ended = sum(len(toy.played) for toy in toys)
     assert dead == 0 if mode != AutoresetMode.NEXT_STEP else ended - 3 <= dead <= ended
@@ -77,7 +91,9 @@ def test_final_observation_survives_a_simulator_that_reuses_its_array():
 
 @pytest.mark.parametrize("mode", [None, *MODES])
 def test_collector_keeps_the_books(mode, tmp_path):
-    """Rollouts through the product's own loop: rows, final observations, returns and lengths are those that the toys counted."""
+    """Rollouts through the product's own loop: rows, final observations, returns and lengths are those that the toys
+    counted.
+    """
     toys = [Counting(i) for i in IDENTITIES]
     made = config(tmp_path, "env.count=3", "train.rollout=16", "train.batch_size=48")
     collector, model = collector_for(made, vector_of(mode, toys))
@@ -89,8 +105,15 @@ def test_collector_keeps_the_books(mode, tmp_path):
         final = dict(zip(rollout.final_at, rollout.final))
         for t, n in np.argwhere(rollout.valid):
             after = final.get((t, n), rollout.observations[t + 1, n])
-            stored[n].append((tuple(rollout.observations[t, n]), float(rollout.rewards[t, n]), bool(rollout.terminated[t, n]),
-                              bool(rollout.done[t, n]), tuple(after)))
+            stored[n].append(
+                (
+                    tuple(rollout.observations[t, n]),
+                    float(rollout.rewards[t, n]),
+                    bool(rollout.terminated[t, n]),
+                    bool(rollout.done[t, n]),
+                    tuple(after),
+                )
+            )
     for toy, rows in zip(toys, stored):
         assert rows == [(before, reward, over, over or cut, after) for before, reward, over, cut, after in toy.rows]
     assert sorted(episodes) == sorted(game for toy in toys for game in toy.played)
@@ -105,7 +128,9 @@ def test_collector_keeps_the_books(mode, tmp_path):
 def test_dead_rows_are_in_no_statistic(tmp_path):
     """Running moments of a vector with dead rows are those of the valid observations and discounted returns alone."""
     toys = [Counting(i) for i in IDENTITIES]
-    made = config(tmp_path, "env.count=3", "train.batch_size=48", "env.normalize_observations=true", "env.normalize_rewards=true")
+    made = config(
+        tmp_path, "env.count=3", "train.batch_size=48", "env.normalize_observations=true", "env.normalize_rewards=true"
+    )
     collector, model = collector_for(made, vector_of(AutoresetMode.NEXT_STEP, toys))
     for update in range(3):
         collector.collect(model, torch.Generator().manual_seed(update), torch.device("cpu"))
@@ -165,7 +190,9 @@ def test_limit_of_the_config_reaches_every_backend():
 
 
 def test_a_wrapped_environment_keeps_its_wrappers():
-    """Only gymnasium's own limit and checks are done without; a wrapper that changes what is seen stays, and so does its time limit."""
+    """Only gymnasium's own limit and checks are done without; a wrapper that changes what is seen stays, and so does
+    its time limit.
+    """
     inner = TimeLimit(gym.wrappers.TransformReward(Counting(0, 0), lambda reward: -reward), 4)
     vector = LocalVector([inner], 0)
     assert vector.limit == 0

@@ -29,7 +29,9 @@ def count(module: nn.Module) -> int:
 
 
 def pixels(n: int = 2, channels: int = 4, size: int = 84) -> torch.Tensor:
-    return torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (n, channels, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -83,11 +85,15 @@ def gain(weight: torch.Tensor) -> float:
     matrix = weight.detach().flatten(1).double()
     gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
     g = math.sqrt(float(gram[0, 0]))
-    torch.testing.assert_close(gram, g * g * torch.eye(len(gram), dtype=torch.float64), atol=1e-5 * max(g * g, 1e-6), rtol=0)
+    torch.testing.assert_close(
+        gram, g * g * torch.eye(len(gram), dtype=torch.float64), atol=1e-5 * max(g * g, 1e-6), rtol=0
+    )
     return g
 
 
-@pytest.mark.parametrize("settings", [{}, {"shared": True}, {"hidden": (16, 64, 8), "activation": "relu"}, {"kind": "cnn"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"shared": True}, {"hidden": (16, 64, 8), "activation": "relu"}, {"kind": "cnn"}], ids=str
+)
 @pytest.mark.parametrize("space", [SPACES[0], SPACES[3]], ids=str)
 def test_orthogonal_gains(settings, space):
     model = build(space, (4, 84, 84) if "kind" in settings else (5,), **settings)
@@ -116,9 +122,11 @@ def test_initial_deviation():
 
 
 def test_nature_cnn_has_the_size_of_the_paper():
-    """Mnih et al. 2015, Methods: 32 filters 8 x 8 stride 4, 64 of 4 x 4 stride 2, 64 of 3 x 3 stride 1, 512 rectifier units.
+    """Mnih et al. 2015, Methods: 32 filters 8 x 8 stride 4, 64 of 4 x 4 stride 2, 64 of 3 x 3 stride 1, 512 rectifier
+    units.
 
-    On 84 x 84 that leaves maps of 20, 9 and 7 pixels a side. With one linear output for each of four actions: 1,686,180.
+    On 84 x 84 that leaves maps of 20, 9 and 7 pixels a side. With one linear output for each of four actions:
+    1,686,180.
     """
     convolutions = (4 * 8 * 8 + 1) * 32 + (32 * 4 * 4 + 1) * 64 + (64 * 3 * 3 + 1) * 64
     trunk = convolutions + (64 * 7 * 7 + 1) * 512
@@ -145,7 +153,9 @@ def test_nature_cnn_equals_stable_baselines3():
     x = pixels(3)
     with torch.no_grad():
         torch.testing.assert_close(ours.actor_trunk(x), cnn(x.float() / 255), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(ours.act(x).softmax(dim=1), theirs.get_distribution(x).distribution.probs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            ours.act(x).softmax(dim=1), theirs.get_distribution(x).distribution.probs, rtol=1e-5, atol=1e-6
+        )
         torch.testing.assert_close(ours.evaluate(x), theirs.predict_values(x).flatten(), rtol=1e-4, atol=1e-5)
 
 

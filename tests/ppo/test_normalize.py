@@ -104,7 +104,10 @@ def test_moments_come_back_from_a_state(shape):
 
 
 def test_observations():
-    normalizer, data = ObservationNormalizer((3,), enabled=True, clip=2.0), batches((3,), mean=50.0)[7].astype(np.float32)
+    normalizer, data = (
+        ObservationNormalizer((3,), enabled=True, clip=2.0),
+        batches((3,), mean=50.0)[7].astype(np.float32),
+    )
     np.testing.assert_array_equal(normalizer(data[:5] * 0 + 1.5), 1.5)  # nothing learned yet: mean 0, variance 1
     normalizer.learn(data)
     found = normalizer(data)
@@ -190,8 +193,12 @@ def test_rewards_come_back_from_a_state():
 
 
 def test_a_rollout_sees_one_scaling_and_teaches_the_next(tmp_path):
-    """What the network saw is what the statistics of before the rollout make of it; they change at its end, by its raw numbers."""
-    settings = config(tmp_path / "run", "env.normalize_observations=true", "env.normalize_rewards=true", "env.backend=local")
+    """What the network saw is what the statistics of before the rollout make of it; they change at its end, by its
+    raw numbers.
+    """
+    settings = config(
+        tmp_path / "run", "env.normalize_observations=true", "env.normalize_rewards=true", "env.backend=local"
+    )
     vector = make_vector(settings.env, 0, 4)
     distribution = distribution_for(vector.action_space)
     collector = Collector(settings, vector, distribution)
@@ -214,8 +221,13 @@ def test_evaluation_never_changes_statistics(tmp_path):
     assert train(settings) == 0
     files = {path: path.read_bytes() for path in sorted(folder.rglob("*.safetensors")) + sorted(folder.rglob("*.pt"))}
     vector = make_vector(settings.env, 5, 3)
-    policy = Policy(folder / "last.safetensors", settings, vector.observation_space, vector.action_space, torch.device("cpu"))
-    state, weights = policy.scale.state_dict(), {name: value.clone() for name, value in policy.model.state_dict().items()}
+    policy = Policy(
+        folder / "last.safetensors", settings, vector.observation_space, vector.action_space, torch.device("cpu")
+    )
+    state, weights = (
+        policy.scale.state_dict(),
+        {name: value.clone() for name, value in policy.model.state_dict().items()},
+    )
     saved = load_file(folder / "last.safetensors")
     assert saved["observations.count"] == state["count"] == read_metrics(folder / "metrics.jsonl")[-1]["env_steps"]
     assert torch.equal(saved["observations.var"], state["var"])

@@ -1,4 +1,6 @@
-"""The clipped objective by hand, and a whole minibatch against stable-baselines3's own training step with copied weights."""
+"""The clipped objective by hand, and a whole minibatch against stable-baselines3's own training step with copied
+weights.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ ALONE = SimpleNamespace(world=1)
 # ratio, advantage: inside the clip (eps = .2), above it and below it, with both signs; the last two on its edges
 RATIO = [1.0, 1.1, 0.9, 1.5, 1.5, 0.5, 0.5, 1.05, 0.95, 1.2, 0.8]
 ADVANTAGE = [1.0, -2.0, 3.0, 2.0, -2.0, 2.0, -2.0, 0.0, -1.0, 1.0, -1.0]
-FREE = [True, True, True, False, True, True, False, True, True]  # whether the policy's gradient flows; undefined on an edge
+# whether the policy's gradient flows; undefined on an edge
+FREE = [True, True, True, False, True, True, False, True, True]
 
 
 def minibatch() -> dict[str, torch.Tensor]:
@@ -33,9 +36,15 @@ def minibatch() -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     old_log_prob = -torch.rand(n, generator=g, dtype=torch.float64) - 1
     values, old_values, returns, entropy = (torch.randn(n, generator=g, dtype=torch.float64) for _ in range(4))
-    return {"log_prob": (old_log_prob + torch.tensor(RATIO, dtype=torch.float64).log()).requires_grad_(), "entropy": entropy.abs(),
-            "values": values.requires_grad_(), "old_log_prob": old_log_prob, "old_values": old_values,
-            "advantages": torch.tensor(ADVANTAGE, dtype=torch.float64), "returns": returns}
+    return {
+        "log_prob": (old_log_prob + torch.tensor(RATIO, dtype=torch.float64).log()).requires_grad_(),
+        "entropy": entropy.abs(),
+        "values": values.requires_grad_(),
+        "old_log_prob": old_log_prob,
+        "old_values": old_values,
+        "advantages": torch.tensor(ADVANTAGE, dtype=torch.float64),
+        "returns": returns,
+    }
 
 
 def by_hand(batch: dict[str, torch.Tensor], clip: float, clip_value: float) -> dict[str, list[float]]:
@@ -52,7 +61,9 @@ def by_hand(batch: dict[str, torch.Tensor], clip: float, clip_value: float) -> d
         if clip_value:
             step = max(-clip_value, min(clip_value, value - old_value))
             error = max(error, (old_value + step - target) ** 2 / 2)
-        for name, number in zip(found, (-gain, error, entropy, ratio - 1 - math.log(ratio), float(abs(ratio - 1) > clip))):
+        for name, number in zip(
+            found, (-gain, error, entropy, ratio - 1 - math.log(ratio), float(abs(ratio - 1) > clip))
+        ):
             found[name].append(number)
     return found
 
@@ -76,11 +87,15 @@ def test_total_loss_by_hand():
     terms, expected = ppo_terms(**batch, clip=0.2, clip_value=0.3), by_hand(batch, 0.2, 0.3)
     found = total_loss(terms, TrainConfig(value_weight=0.7, entropy_weight=0.03))
     by_name = {name: np.array(numbers) for name, numbers in expected.items()}
-    np.testing.assert_allclose(found.detach(), by_name["policy"] + 0.7 * by_name["value"] - 0.03 * by_name["entropy"], rtol=1e-12)
+    np.testing.assert_allclose(
+        found.detach(), by_name["policy"] + 0.7 * by_name["value"] - 0.03 * by_name["entropy"], rtol=1e-12
+    )
 
 
 def test_gradient_of_the_policy_stops_where_clipped_unfavourably():
-    """Beyond the clip in the direction that the advantage asks for: zero. Elsewhere -A ratio, also far on the other side."""
+    """Beyond the clip in the direction that the advantage asks for: zero. Elsewhere -A ratio, also far on the other
+    side.
+    """
     batch = minibatch()
     ppo_terms(**batch, clip=0.2, clip_value=0.0).policy.sum().backward()
     found = batch["log_prob"].grad.numpy()
@@ -98,8 +113,10 @@ def test_gradient_equals_a_finite_difference():
             x = batch[name].clone().requires_grad_()
             weights = TrainConfig(value_weight=0.7)
             total_loss(ppo_terms(**{**batch, name: x}, clip=0.2, clip_value=clip_value), weights).sum().backward()
-            up, down = (total_loss(ppo_terms(**{**batch, name: batch[name] + s * h}, clip=0.2, clip_value=clip_value), weights)
-                        for s in (1, -1))
+            up, down = (
+                total_loss(ppo_terms(**{**batch, name: batch[name] + s * h}, clip=0.2, clip_value=clip_value), weights)
+                for s in (1, -1)
+            )
             torch.testing.assert_close(x.grad, (up - down) / (2 * h), rtol=1e-5, atol=1e-6)
 
 
@@ -115,7 +132,9 @@ def test_first_epoch_is_the_plain_policy_gradient():
 
 @pytest.mark.parametrize("clip_value", [0.0, 0.2])
 def test_gradient_of_the_value(clip_value):
-    """V moved from 0 towards R = 1 or away from it: past the limit in the right direction nothing pulls, in the wrong one all does."""
+    """V moved from 0 towards R = 1 or away from it: past the limit in the right direction nothing pulls, in the
+    wrong one all does.
+    """
     values = torch.tensor([0.1, 0.5, -0.1, -0.5], requires_grad=True)
     zero, one = torch.zeros(4), torch.ones(4)
     ppo_terms(zero, zero, values, zero, zero, one, one, 0.2, clip_value).value.sum().backward()
@@ -184,8 +203,12 @@ def test_normalized_advantages():
 
 def names(our: ActorCritic, their: torch.nn.Module) -> dict[str, str]:
     """Our parameter names -> theirs."""
-    pairs = {"policy.linear": "action_net", "value": "value_net", "actor_trunk": "mlp_extractor.policy_net",
-             "critic_trunk": "mlp_extractor.value_net"}
+    pairs = {
+        "policy.linear": "action_net",
+        "value": "value_net",
+        "actor_trunk": "mlp_extractor.policy_net",
+        "critic_trunk": "mlp_extractor.value_net",
+    }
     found = {"policy.log_std": "log_std"} if "policy.log_std" in our.state_dict() else {}
     for name in our.state_dict():
         for a, b in pairs.items():
@@ -212,11 +235,28 @@ class Fixed(gym.Env):
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw"])
 @pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([3, 2]), spaces.Box(-1, 1, (2,))], ids=str)
 def test_an_update_equals_that_of_stable_baselines3(space, normalize, rows=48):
-    """Their own `train` on a buffer filled with our rows, weights copied: the loss, every gradient, and the weights after Adam's step."""
-    settings = TrainConfig(value_weight=0.8, entropy_weight=0.02, lr=3e-3, clip=0.2, max_grad_norm=0.5, normalize_advantage=normalize)
-    theirs = PPO("MlpPolicy", Fixed(space), n_steps=rows, batch_size=rows, n_epochs=1, learning_rate=settings.lr, clip_range=settings.clip,
-                 ent_coef=settings.entropy_weight, vf_coef=settings.value_weight / 2, max_grad_norm=settings.max_grad_norm,
-                 normalize_advantage=normalize, device="cpu", seed=0, policy_kwargs={"net_arch": [32, 16], "ortho_init": False})
+    """Their own `train` on a buffer filled with our rows, weights copied: the loss, every gradient, and the weights
+    after Adam's step.
+    """
+    settings = TrainConfig(
+        value_weight=0.8, entropy_weight=0.02, lr=3e-3, clip=0.2, max_grad_norm=0.5, normalize_advantage=normalize
+    )
+    theirs = PPO(
+        "MlpPolicy",
+        Fixed(space),
+        n_steps=rows,
+        batch_size=rows,
+        n_epochs=1,
+        learning_rate=settings.lr,
+        clip_range=settings.clip,
+        ent_coef=settings.entropy_weight,
+        vf_coef=settings.value_weight / 2,
+        max_grad_norm=settings.max_grad_norm,
+        normalize_advantage=normalize,
+        device="cpu",
+        seed=0,
+        policy_kwargs={"net_arch": [32, 16], "ortho_init": False},
+    )
     theirs.set_logger(configure(None, []))
     distribution = distribution_for(space)
     model = ActorCritic(ModelConfig(hidden=(32, 16)), (6,), distribution)
@@ -233,8 +273,14 @@ def test_an_update_equals_that_of_stable_baselines3(space, normalize, rows=48):
         log_prob, _ = distribution.log_prob_entropy(parameters, actions)
         old_log_prob = log_prob + 0.3 * torch.randn(rows, generator=g)  # ratios on both sides of the clip
     buffer = theirs.rollout_buffer
-    for name, value in (("observations", observations), ("actions", actions.view(rows, -1)), ("values", old_values),
-                        ("log_probs", old_log_prob), ("advantages", advantages), ("returns", returns)):
+    for name, value in (
+        ("observations", observations),
+        ("actions", actions.view(rows, -1)),
+        ("values", old_values),
+        ("log_probs", old_log_prob),
+        ("advantages", advantages),
+        ("returns", returns),
+    ):
         array = getattr(buffer, name)
         setattr(buffer, name, value.numpy().reshape(array.shape).astype(array.dtype))
     buffer.pos, buffer.full, buffer.generator_ready = rows, True, False
@@ -245,18 +291,28 @@ def test_an_update_equals_that_of_stable_baselines3(space, normalize, rows=48):
     parameters, values = model(observations)
     log_prob, entropy = distribution.log_prob_entropy(parameters, actions)
     scaled = normalized(advantages, rows, ALONE) if normalize else advantages
-    terms = ppo_terms(log_prob, entropy, values, old_log_prob, old_values, scaled, returns, settings.clip, settings.clip_value)
+    terms = ppo_terms(
+        log_prob, entropy, values, old_log_prob, old_values, scaled, returns, settings.clip, settings.clip_value
+    )
     loss = total_loss(terms, settings).mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
     optimizer.step()
 
     assert 0.2 < float(terms.clipped.mean()) < 0.8
-    for ours, name in ((loss, "loss"), (terms.policy.mean(), "policy_gradient_loss"), (2 * terms.value.mean(), "value_loss"),
-                       (-terms.entropy.mean(), "entropy_loss"), (terms.kl.mean(), "approx_kl"), (terms.clipped.mean(), "clip_fraction")):
+    for ours, name in (
+        (loss, "loss"),
+        (terms.policy.mean(), "policy_gradient_loss"),
+        (2 * terms.value.mean(), "value_loss"),
+        (-terms.entropy.mean(), "entropy_loss"),
+        (terms.kl.mean(), "approx_kl"),
+        (terms.clipped.mean(), "clip_fraction"),
+    ):
         assert float(ours.detach()) == pytest.approx(float(logged[f"train/{name}"]), rel=1e-5, abs=1e-6), name
     gradients = {name: p.grad for name, p in theirs.policy.named_parameters()}
     for name, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, gradients[pairs[name]], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            p.grad, gradients[pairs[name]], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
         torch.testing.assert_close(p, theirs.policy.get_parameter(pairs[name]), rtol=1e-4, atol=2e-5)
     assert any(not torch.equal(p, model_before[name]) for name, p in model.named_parameters())

@@ -66,15 +66,30 @@ def test_dry_run_says_what_would_happen_and_makes_nothing(tmp_path, capsys):
     assert "id: CartPole-v1" in out
 
 
-@pytest.mark.parametrize(("override", "key"), [
-    ("train.lr=fast", "train.lr"), ("train.lr=0", "train.lr"), ("train.gama=0.9", "train.gamma"), ("train.gamma=1.5", "train.gamma"),
-    ("train.batch_size=100", "train.batch_size"), ("env.backend=asnyc", "env.backend"), ("env.count=0", "env.count"),
-    ("env.id=", "env.id"), ("env.sticky_actions=1", "env.sticky_actions"), ("model.kind=rnn", "model.kind"),
-    ("model.hidden=[8,0]", "model.hidden"), ("train.clip=0", "train.clip"), ("train.steps=-1", "train.steps"),
-    ("precision=fp16", "precision"), ("eval.episodes=0", "eval.episodes"), ("eval.policy=worst", "eval.policy"),
-    ("train.rollout=0", "train.rollout"),
-    ("train.target_kl=-1", "train.target_kl"), ("enf.id=x", "did you mean env"),
-])
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("train.lr=fast", "train.lr"),
+        ("train.lr=0", "train.lr"),
+        ("train.gama=0.9", "train.gamma"),
+        ("train.gamma=1.5", "train.gamma"),
+        ("train.batch_size=100", "train.batch_size"),
+        ("env.backend=asnyc", "env.backend"),
+        ("env.count=0", "env.count"),
+        ("env.id=", "env.id"),
+        ("env.sticky_actions=1", "env.sticky_actions"),
+        ("model.kind=rnn", "model.kind"),
+        ("model.hidden=[8,0]", "model.hidden"),
+        ("train.clip=0", "train.clip"),
+        ("train.steps=-1", "train.steps"),
+        ("precision=fp16", "precision"),
+        ("eval.episodes=0", "eval.episodes"),
+        ("eval.policy=worst", "eval.policy"),
+        ("train.rollout=0", "train.rollout"),
+        ("train.target_kl=-1", "train.target_kl"),
+        ("enf.id=x", "did you mean env"),
+    ],
+)
 def test_bad_settings_are_one_line(override, key, capsys):
     with pytest.raises(SystemExit) as stop:
         load(Config, "ppo", "train", ["--config", "configs/ppo_cartpole.yaml", *TINY, override])
@@ -92,12 +107,17 @@ def test_bad_settings_from_the_shell():
         assert line.startswith("error: train.")
 
 
-@pytest.mark.parametrize(("words", "status", "said"), [
-    (("env.id=CartPol-v1",), 1, "CartPole-v1"), (("model.kind=cnn",), 2, "model.kind"),
-    (("env.id=Pendulum-v1", "model.squash=true", "env.backend=native"), 1, "Pendulum-v1"),
-    (("env.id=ALE/Pong-v5", "model.kind=cnn", "env.normalize_observations=true"), 2, "env.normalize_observations"),
-    (("env.backend=atari",), 1, "CartPole-v1"), (("device=cuda:77",), 2, "device"),
-])
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("env.id=CartPol-v1",), 1, "CartPole-v1"),
+        (("model.kind=cnn",), 2, "model.kind"),
+        (("env.id=Pendulum-v1", "model.squash=true", "env.backend=native"), 1, "Pendulum-v1"),
+        (("env.id=ALE/Pong-v5", "model.kind=cnn", "env.normalize_observations=true"), 2, "env.normalize_observations"),
+        (("env.backend=atari",), 1, "CartPole-v1"),
+        (("device=cuda:77",), 2, "device"),
+    ],
+)
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_settings_that_do_not_fit_the_environment_are_one_line(words, status, said, dry_run, tmp_path, capsys):
     if dry_run and words[0].startswith("device"):
@@ -108,7 +128,9 @@ def test_settings_that_do_not_fit_the_environment_are_one_line(words, status, sa
 
 
 def test_evaluation_measures_and_repeats_itself(trained, capsys):
-    """The same weights and seeds give the same numbers; both policies and both kinds of choosing are measured apart, game by game."""
+    """The same weights and seeds give the same numbers; both policies and both kinds of choosing are measured apart,
+    game by game.
+    """
     results = []
     for _ in range(2):
         assert evaluate(config(trained, *NORMAL, "eval.episodes=6")) == 0
@@ -131,9 +153,14 @@ def test_evaluation_measures_and_repeats_itself(trained, capsys):
 
 def test_evaluation_changes_nothing_that_was_learned(trained):
     """Weights, statistics of observations and checkpoints have the same bytes and times afterwards."""
+
     def files():
-        return {path: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns) for path in sorted(trained.rglob("*"))
-                if path.suffix in (".safetensors", ".pt") or path.name == "metrics.jsonl"}
+        return {
+            path: (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+            for path in sorted(trained.rglob("*"))
+            if path.suffix in (".safetensors", ".pt") or path.name == "metrics.jsonl"
+        }
+
     before = files()
     assert len(before) >= 5
     assert evaluate(config(trained, *NORMAL)) == 0
@@ -143,7 +170,9 @@ def test_evaluation_changes_nothing_that_was_learned(trained):
 def test_policy_uses_the_saved_scaling_and_keeps_it(trained):
     made = config(trained, *NORMAL)
     vector = make_vector(made.env, 0, 4)
-    policy = Policy(trained / "last.safetensors", made, vector.observation_space, vector.action_space, torch.device("cpu"))
+    policy = Policy(
+        trained / "last.safetensors", made, vector.observation_space, vector.action_space, torch.device("cpu")
+    )
     saved = load_file(trained / "last.safetensors")
     assert saved["observations.count"] > 300
     play(policy, vector, 4, None)
@@ -163,7 +192,12 @@ def test_evaluation_without_weights_and_with_damaged_ones(trained, tmp_path, cap
     folder = tmp_path / "damaged"
     folder.mkdir()
     whole = (trained / "best.safetensors").read_bytes()
-    files = {"half": (whole[: len(whole) // 2],), "empty": (b"",), "noise": (b"\xff" * 999,), "other": (whole, "model.hidden=[16]")}
+    files = {
+        "half": (whole[: len(whole) // 2],),
+        "empty": (b"",),
+        "noise": (b"\xff" * 999,),
+        "other": (whole, "model.hidden=[16]"),
+    }
     for name, (data, *words) in files.items():
         (folder / "best.safetensors").write_bytes(data)
         (folder / "last.safetensors").write_bytes(whole)
@@ -175,7 +209,9 @@ def test_evaluation_without_weights_and_with_damaged_ones(trained, tmp_path, cap
 
 @pytest.mark.parametrize("episodes", [3, 7, 8])
 def test_play_gives_each_environment_a_fixed_quota(episodes):
-    """The games counted are each environment's first ones, however short another's are: the long one is not left out."""
+    """The games counted are each environment's first ones, however short another's are: the long one is not left
+    out.
+    """
     toys = [Counting(0, 40), Counting(1, 2), Counting(2, 3)]
     games = play(lambda observations, generator: np.zeros(3, dtype=np.int64), LocalVector(toys, 0), episodes, None)
     quota = [episodes // 3 + (n < episodes % 3) for n in range(3)]
@@ -201,12 +237,16 @@ def test_film_is_a_gif_that_moves(trained, tmp_path):
 def count_updates(monkeypatch):
     """A list that grows by one number, the step, with each gradient step."""
     optimize, seen = Run.optimize, []
-    monkeypatch.setattr(Run, "optimize", lambda self, *args, **kw: (seen.append(self.step), optimize(self, *args, **kw))[1])
+    monkeypatch.setattr(
+        Run, "optimize", lambda self, *args, **kw: (seen.append(self.step), optimize(self, *args, **kw))[1]
+    )
     return seen
 
 
 def test_target_kl_stops_all_remaining_epochs(tmp_path, monkeypatch):
-    """The minibatch that exceeds 1.5 times the target is not learned from, nor any later one of its rollout; the next starts anew."""
+    """The minibatch that exceeds 1.5 times the target is not learned from, nor any later one of its rollout; the
+    next starts anew.
+    """
     steps = count_updates(monkeypatch)
     words = ("env.backend=local", "train.epochs=10", "train.lr=0.01", "train.lr_decay=constant")
     assert train(config(tmp_path / "free", *words)) == 0
@@ -214,35 +254,52 @@ def test_target_kl_stops_all_remaining_epochs(tmp_path, monkeypatch):
     steps.clear()
     assert train(config(tmp_path / "run", *words, "train.target_kl=1e-8")) == 0
     taken = [steps.count(update) for update in range(1, UPDATES + 1)]
-    assert taken == [1] * UPDATES, "before the first minibatch nothing can have moved yet, before the second it must have"
+    assert taken == [1] * UPDATES, (
+        "before the first minibatch nothing can have moved yet, before the second it must have"
+    )
     assert [line["epochs"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == [1] * UPDATES
 
 
 def test_minibatch_of_one(tmp_path, monkeypatch):
     """There is no spread in one advantage: it is used as it is, and nothing becomes NaN."""
     steps = count_updates(monkeypatch)
-    assert train(config(tmp_path / "run", "train.batch_size=1", "train.rollout=3", "train.steps=24", "train.epochs=1")) == 0
+    assert (
+        train(config(tmp_path / "run", "train.batch_size=1", "train.rollout=3", "train.steps=24", "train.epochs=1"))
+        == 0
+    )
     assert all(torch.isfinite(value).all() for part in weights(tmp_path / "run").values() for value in part.values())
-    assert len(steps) == read_metrics(tmp_path / "run/metrics.jsonl")[-1]["env_steps"], "as many as there are valid rows"
+    assert len(steps) == read_metrics(tmp_path / "run/metrics.jsonl")[-1]["env_steps"], (
+        "as many as there are valid rows"
+    )
 
 
 TWO = {
     "cartpole": ("env.backend=local", "train.clip_value=0.2", "train.target_kl=0.5"),
-    "lander": ("env.id=LunarLander-v3", "env.continuous=true", "train.entropy_weight=0.01", "env.max_episode_steps=20", *NORMAL),
+    "lander": (
+        "env.id=LunarLander-v3",
+        "env.continuous=true",
+        "train.entropy_weight=0.01",
+        "env.max_episode_steps=20",
+        *NORMAL,
+    ),
     "dead rows": ("env.max_episode_steps=9", *NORMAL),
 }
 
 
 def test_two_processes_equal_one(tmp_path):
-    """The same environments and noise, gradients averaged, advantages and running statistics over all: equal weights in fp64.
+    """The same environments and noise, gradients averaged, advantages and running statistics over all: equal weights in
+    fp64.
 
-    The native CartPole vector draws its starts from one generator a process, so it takes part only to show that dead rows spread
-    unevenly over two processes do no harm.
+    The native CartPole vector draws its starts from one generator a process, so it takes part only to show that dead
+    rows spread unevenly over two processes do no harm.
     """
-    two_processes(tmp_path, f"""
+    two_processes(
+        tmp_path,
+        f"""
         for name, words in {TWO!r}.items():
             assert train(config(Path({str(tmp_path)!r}) / name, "precision=fp64", *words)) == 0
-    """)
+    """,
+    )
     for name in ("cartpole", "lander"):
         folder = tmp_path / f"{name} alone"
         assert train(config(folder, "precision=fp64", *TWO[name])) == 0
@@ -250,8 +307,19 @@ def test_two_processes_equal_one(tmp_path):
             other = weights(tmp_path / name)[part]
             for key, value in tensors.items():
                 torch.testing.assert_close(other[key], value, rtol=0, atol=1e-6)
-        for a, b in zip(read_metrics(folder / "metrics.jsonl"), read_metrics(tmp_path / name / "metrics.jsonl"), strict=True):
-            for key in ("return_mean", "episodes", "env_steps", "policy_loss", "value_loss", "approx_kl", "grad_norm", "epochs"):
+        for a, b in zip(
+            read_metrics(folder / "metrics.jsonl"), read_metrics(tmp_path / name / "metrics.jsonl"), strict=True
+        ):
+            for key in (
+                "return_mean",
+                "episodes",
+                "env_steps",
+                "policy_loss",
+                "value_loss",
+                "approx_kl",
+                "grad_norm",
+                "epochs",
+            ):
                 assert b[key] == pytest.approx(a[key], abs=1e-6, nan_ok=True), (name, a["step"], key)
     assert all(torch.isfinite(value).all() for value in weights(tmp_path / "dead rows")["last"].values())
 

@@ -1,4 +1,6 @@
-"""Exact resume, environments included: a run that was stopped and one that was not log the same numbers and end with the same bits."""
+"""Exact resume, environments included: a run that was stopped and one that was not log the same numbers and end with
+the same bits.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,17 @@ TOY = register(noisy=True)
 KINDS = {
     "native": ("env.normalize_rewards=true",),  # the simulator's arrays are saved
     "native, normalised, dead rows": (*NORMAL, "env.max_episode_steps=9", "train.steps=1280"),
-    "local": ("env.id=LunarLander-v3", "train.rollout=48", "train.steps=1152", *NORMAL),  # seeds and actions are saved and played again
-    "local, continuous": ("env.id=LunarLander-v3", "env.continuous=true", "env.max_episode_steps=30", "train.rollout=48",
-                          "train.steps=1152"),
-    "processes": (f"env.id={TOY}", "env.backend=processes", "train.steps=704", "train.save_every=3", *NORMAL),  # new episodes at saves
+    # seeds and actions are saved and played again
+    "local": ("env.id=LunarLander-v3", "train.rollout=48", "train.steps=1152", *NORMAL),
+    "local, continuous": (
+        "env.id=LunarLander-v3",
+        "env.continuous=true",
+        "env.max_episode_steps=30",
+        "train.rollout=48",
+        "train.steps=1152",
+    ),
+    # new episodes at saves
+    "processes": (f"env.id={TOY}", "env.backend=processes", "train.steps=704", "train.save_every=3", *NORMAL),
 }
 
 
@@ -48,11 +57,25 @@ def newest(folder):
     return {name: state[name] for name in ("step", "parts", "rng")}
 
 
-@pytest.mark.parametrize(("kind", "stops"), [
-    ("native", (3,)), ("native", (4,)), ("native", (2, 3)), ("native", (1, 6)), ("native, normalised, dead rows", (17,)),
-    ("local", (2,)), ("local", (4, 5)), ("local, continuous", (3,)),
-    ("processes", (1,)), ("processes", (4,)), ("processes", (3,)), ("processes", (5, 7)), ("processes", (6, 7, 8)),
-], ids=lambda value: value if isinstance(value, str) else "stopped in " + " and ".join(map(str, value)))
+@pytest.mark.parametrize(
+    ("kind", "stops"),
+    [
+        ("native", (3,)),
+        ("native", (4,)),
+        ("native", (2, 3)),
+        ("native", (1, 6)),
+        ("native, normalised, dead rows", (17,)),
+        ("local", (2,)),
+        ("local", (4, 5)),
+        ("local, continuous", (3,)),
+        ("processes", (1,)),
+        ("processes", (4,)),
+        ("processes", (3,)),
+        ("processes", (5, 7)),
+        ("processes", (6, 7, 8)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "stopped in " + " and ".join(map(str, value)),
+)
 def test_resume_is_exact(kind, stops, whole, tmp_path, monkeypatch):
     """Real SIGTERMs in the middle of an update's epochs; in some of these updates a checkpoint is due anyway."""
     folder = tmp_path / "run"
@@ -114,8 +137,12 @@ def test_environment_that_does_not_repeat_itself_is_refused(tmp_path, monkeypatc
 
 
 def test_two_processes_resume(tmp_path):
-    """Each process gets its own environments back, not those of the first: the second is stopped at an update without a regular save."""
-    two_processes(tmp_path, f"""
+    """Each process gets its own environments back, not those of the first: the second is stopped at an update
+    without a regular save.
+    """
+    two_processes(
+        tmp_path,
+        f"""
         folder, words = Path({str(tmp_path)!r}), ("env.backend=local", *{NORMAL!r})
         assert train(config(folder / "whole", *words)) == 0
         with pytest.MonkeyPatch.context() as patch:
@@ -124,7 +151,8 @@ def test_two_processes_resume(tmp_path):
         if os.environ["RANK"] == "0":  # the one that saves
             assert Checkpoints(folder / "run/checkpoints", 2, 0).newest_step() == 3
         assert train(config(folder / "run", *words), resume=True) == 0
-    """)
+    """,
+    )
     assert log(tmp_path / "run") == log(tmp_path / "whole")
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert same(newest(tmp_path / "run")["parts"], newest(tmp_path / "whole")["parts"])
@@ -143,10 +171,28 @@ def test_resume_with_another_number_of_processes_is_refused(tmp_path, monkeypatc
 
 def test_stop_signal_to_the_whole_group_spares_the_workers(tmp_path):
     """As Ctrl-C or a cluster does it: the main process still saves, nothing hangs and no worker is left."""
-    command = [sys.executable, "-m", "ppo.train", "--config", str(CARTPOLE), *TINY, f"run_dir={tmp_path / 'run'}", "env.backend=processes",
-               "env.count=2", "train.steps=3200000", "train.save_every=1000000"]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "ppo.train",
+        "--config",
+        str(CARTPOLE),
+        *TINY,
+        f"run_dir={tmp_path / 'run'}",
+        "env.backend=processes",
+        "env.count=2",
+        "train.steps=3200000",
+        "train.save_every=1000000",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     metrics = tmp_path / "run/metrics.jsonl"
     deadline = time.monotonic() + 100
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):

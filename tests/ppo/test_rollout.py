@@ -16,7 +16,9 @@ NAMES = ("rewards", "values", "next_values", "terminated", "done", "valid")
 
 
 def definition(rewards, values, next_values, terminated, done, valid, gamma, gae_lambda):
-    """A_t = sum over l of (gamma lambda)^l delta_{t+l}, up to the end of the episode or of the data (Schulman et al. 2016, eq. 16)."""
+    """A_t = sum over l of (gamma lambda)^l delta_{t+l}, up to the end of the episode or of the data (Schulman et al.
+    2016, eq. 16).
+    """
     rewards, values, next_values = (array.double().numpy() for array in (rewards, values, next_values))
     terminated, done, valid = (flags.numpy() for flags in (terminated, done, valid))
     advantages, returns = np.zeros(rewards.shape), np.zeros(rewards.shape)
@@ -36,8 +38,12 @@ def definition(rewards, values, next_values, terminated, done, valid, gamma, gae
     return torch.from_numpy(advantages), torch.from_numpy(returns)
 
 
-def rollout(seed: int, terminations: float = 0.1, truncations: float = 0.1, dead: bool = False) -> dict[str, torch.Tensor]:
-    """Random numbers float64 (T, N) and flags; with `dead`, the row after each end is a dead one, as under next-step autoreset."""
+def rollout(
+    seed: int, terminations: float = 0.1, truncations: float = 0.1, dead: bool = False
+) -> dict[str, torch.Tensor]:
+    """Random numbers float64 (T, N) and flags; with `dead`, the row after each end is a dead one, as under next-step
+    autoreset.
+    """
     g = torch.Generator().manual_seed(seed)
     rewards, values, next_values = (torch.randn(T, N, generator=g, dtype=torch.float64) for _ in range(3))
     terminated, truncated = torch.rand(T, N, generator=g) < terminations, torch.rand(T, N, generator=g) < truncations
@@ -63,14 +69,22 @@ def test_equals_the_buffer_of_stable_baselines3(gamma, gae_lambda):
     data["next_values"] = torch.cat([data["values"][1:], data["next_values"][-1:]])
     data["terminated"][-1, 0] = data["done"][-1, 0] = True
     data = {name: value.float() if value.is_floating_point() else value for name, value in data.items()}
-    buffer = RolloutBuffer(T, spaces.Box(-1, 1, (3,)), spaces.Discrete(2), device="cpu", gae_lambda=gae_lambda, gamma=gamma, n_envs=N)
+    buffer = RolloutBuffer(
+        T, spaces.Box(-1, 1, (3,)), spaces.Discrete(2), device="cpu", gae_lambda=gae_lambda, gamma=gamma, n_envs=N
+    )
     done = data["done"].numpy()
     starts = np.concatenate([np.ones((1, N)), done[:-1]])
     for t in range(T):
-        buffer.add(np.zeros((N, 3)), np.zeros(N), data["rewards"][t].numpy(), starts[t], data["values"][t], torch.zeros(N))
+        buffer.add(
+            np.zeros((N, 3)), np.zeros(N), data["rewards"][t].numpy(), starts[t], data["values"][t], torch.zeros(N)
+        )
     buffer.compute_returns_and_advantage(data["next_values"][-1], done[-1])
     assert done[:-1].any() and done[-1].any() and not done[-1].all()
-    close(gae(**data, gamma=gamma, gae_lambda=gae_lambda), (torch.from_numpy(buffer.advantages), torch.from_numpy(buffer.returns)), 2e-5)
+    close(
+        gae(**data, gamma=gamma, gae_lambda=gae_lambda),
+        (torch.from_numpy(buffer.advantages), torch.from_numpy(buffer.returns)),
+        2e-5,
+    )
 
 
 @pytest.mark.parametrize("dead", [False, True], ids=["all rows live", "dead rows"])
@@ -91,21 +105,28 @@ def test_equals_the_one_of_torchrl(time):
 
     data = rollout(3, truncations=0.1 if time else 0.0)
     turned = {name: value.T.unsqueeze(-1) for name, value in data.items()}  # (N, T, 1)
-    theirs = generalized_advantage_estimate(0.97, 0.9, turned["values"], turned["next_values"], turned["rewards"], turned["done"],
-                                            turned["terminated"])
-    close(gae(**data, gamma=0.97, gae_lambda=0.9), [value.squeeze(-1).T for value in theirs], 2e-5)  # theirs has float32 inside
+    theirs = generalized_advantage_estimate(
+        0.97, 0.9, turned["values"], turned["next_values"], turned["rewards"], turned["done"], turned["terminated"]
+    )
+    # theirs has float32 inside
+    close(gae(**data, gamma=0.97, gae_lambda=0.9), [value.squeeze(-1).T for value in theirs], 2e-5)
 
 
 def one(reward: float, value: float, following: float, terminated: bool, done: bool) -> float:
     """Advantage of the first of two steps, the second worth 100, with gamma .5 and lambda 1."""
-    column = [torch.tensor([[a], [b]]) for a, b in ((reward, 100.0), (value, 0.0), (following, 0.0), (terminated, True), (done, True))]
+    column = [
+        torch.tensor([[a], [b]])
+        for a, b in ((reward, 100.0), (value, 0.0), (following, 0.0), (terminated, True), (done, True))
+    ]
     return float(gae(*column, torch.ones(2, 1, dtype=torch.bool), 0.5, 1.0)[0][0, 0])
 
 
 def test_ends_by_hand():
     """r = 1, V = 2, V' = 4, gamma = .5."""
     assert one(1, 2, 4, terminated=False, done=False) == 1 + 0.5 * 4 - 2 + 0.5 * 100
-    assert one(1, 2, 4, terminated=False, done=True) == 1 + 0.5 * 4 - 2, "out of time: the value of where it stopped, and no more"
+    assert one(1, 2, 4, terminated=False, done=True) == 1 + 0.5 * 4 - 2, (
+        "out of time: the value of where it stopped, and no more"
+    )
     assert one(1, 2, 4, terminated=True, done=True) == 1 - 2, "over: nothing follows"
 
 
@@ -122,7 +143,9 @@ def test_termination_wins_where_both_flags_are_set():
 @pytest.mark.parametrize("garbage", [1e30, -3e38, torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_a_dead_row_holds_does_not_matter(garbage, dtype):
-    data = {name: value.to(dtype) if value.is_floating_point() else value for name, value in rollout(7, dead=True).items()}
+    data = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in rollout(7, dead=True).items()
+    }
     dead = ~data["valid"]
     before = gae(**data, gamma=0.99, gae_lambda=0.95)
     for name in ("rewards", "values", "next_values"):
@@ -153,7 +176,9 @@ def test_lambda_zero_is_the_temporal_difference():
 
 
 def test_lambda_one_is_the_discounted_sum_of_rewards():
-    """With consistent values, A + V is the plain sum of discounted rewards to the end, plus the value of where it was cut."""
+    """With consistent values, A + V is the plain sum of discounted rewards to the end, plus the value of where it
+    was cut.
+    """
     data = rollout(4)
     inside = ~data["done"][:-1]
     data["next_values"][:-1] = torch.where(inside, data["values"][1:], data["next_values"][:-1])
@@ -181,8 +206,18 @@ def test_shapes_and_inputs():
     assert first.shape == (1, 1)
 
 
-PARTS = [(256, 64, 4), (250, 64, 4), (64, 64, 1), (63, 64, 1), (90, 64, 1), (100, 64, 2), (127, 64, 2), (1, 64, 1), (7, 1, 7),
-         (1000, 3, 333)]
+PARTS = [
+    (256, 64, 4),
+    (250, 64, 4),
+    (64, 64, 1),
+    (63, 64, 1),
+    (90, 64, 1),
+    (100, 64, 2),
+    (127, 64, 2),
+    (1, 64, 1),
+    (7, 1, 7),
+    (1000, 3, 333),
+]
 
 
 @pytest.mark.parametrize(("count", "size", "number"), PARTS)
@@ -208,7 +243,9 @@ def test_minibatches_of_one_generator_differ_from_epoch_to_epoch():
 
 def test_every_row_is_as_likely_in_every_place():
     """Mean place of each row over many orders, against the uniform law's."""
-    places = torch.stack([torch.cat(minibatches(torch.arange(20), 5, torch.Generator().manual_seed(s))).argsort() for s in range(2000)])
+    places = torch.stack(
+        [torch.cat(minibatches(torch.arange(20), 5, torch.Generator().manual_seed(s))).argsort() for s in range(2000)]
+    )
     error = (places.double().mean(dim=0) - 9.5).abs()
     assert error.max() < 5 * np.sqrt((20**2 - 1) / 12 / 2000)
 

@@ -1,4 +1,6 @@
-"""Environments whose value function is known: the critic finds it, whether episodes end or run out of time, in every reset mode."""
+"""Environments whose value function is known: the critic finds it, whether episodes end or run out of time, in every
+reset mode.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,20 @@ from tests.ppo.helpers import config, train
 
 GAMMA = 0.9
 # hidden=[]: the networks are tables, one number for each state
-SETTINGS = ("train.rollout=28", "env.count=4", "train.steps=2240", "train.epochs=10", "train.batch_size=112", "train.lr=0.3",
-            f"train.gamma={GAMMA}", "train.gae_lambda=0.95", "train.max_grad_norm=0", "train.log_every=50", "train.save_every=1000",
-            "model.hidden=[]")
+SETTINGS = (
+    "train.rollout=28",
+    "env.count=4",
+    "train.steps=2240",
+    "train.epochs=10",
+    "train.batch_size=112",
+    "train.lr=0.3",
+    f"train.gamma={GAMMA}",
+    "train.gae_lambda=0.95",
+    "train.max_grad_norm=0",
+    "train.log_every=50",
+    "train.save_every=1000",
+    "model.hidden=[]",
+)
 MODES = {"next": AutoresetMode.NEXT_STEP, "same": AutoresetMode.SAME_STEP, "disabled": AutoresetMode.DISABLED}
 
 
@@ -33,12 +46,15 @@ class Ring(gym.Env):
     """From state s to s + 1, after the last one to the first; each step pays what its state pays. Actions do nothing.
 
     Args:
-        pays: reward of a step from each state. ends: terminates after so many steps, 0 = never. chance: of terminating in any step.
+        pays: reward of a step from each state. ends: terminates after so many steps, 0 = never. chance: of terminating
+            in any step.
     """
 
     action_space = gym.spaces.Discrete(2)
 
-    def __init__(self, pays: tuple[float, ...], ends: int = 0, chance: float = 0.0, render_mode: str | None = None) -> None:
+    def __init__(
+        self, pays: tuple[float, ...], ends: int = 0, chance: float = 0.0, render_mode: str | None = None
+    ) -> None:
         self.pays, self.ends, self.chance, self.render_mode = pays, ends, chance, render_mode
         self.observation_space = gym.spaces.Discrete(len(pays))
 
@@ -72,7 +88,9 @@ def name_of(toy: str) -> str:
 
 
 def true_values(toy: str) -> np.ndarray:
-    """V = r + gamma V' of each state that is ever left, solved as linear equations; time limits are no part of the task."""
+    """V = r + gamma V' of each state that is ever left, solved as linear equations; time limits are no part of the
+    task.
+    """
     arguments, _ = TOYS[toy]
     pays, ends = arguments["pays"], arguments.get("ends", 0)
     S = len(pays)
@@ -85,8 +103,13 @@ def true_values(toy: str) -> np.ndarray:
 def learned_values(settings: Config) -> np.ndarray:
     """What the exported critic says of each state."""
     vector = make_vector(settings.env, 0, 1)
-    policy = Policy(Path(settings.run_dir) / "last.safetensors", settings, vector.observation_space, vector.action_space,
-                    torch.device("cpu"))
+    policy = Policy(
+        Path(settings.run_dir) / "last.safetensors",
+        settings,
+        vector.observation_space,
+        vector.action_space,
+        torch.device("cpu"),
+    )
     with torch.no_grad():
         return policy.model.evaluate(torch.eye(int(vector.observation_space.n))).numpy()
 
@@ -97,7 +120,9 @@ def test_the_known_values():
     for toy in ("chain", "both"):
         assert true_values(toy) == pytest.approx([(1 - GAMMA**k) / (1 - GAMMA) for k in (6, 5, 4, 3, 2, 1)])
     pays = TOYS["ring"][0]["pays"]
-    assert true_values("ring") == pytest.approx([sum(GAMMA**i * pays[(s + i) % 4] for i in range(400)) for s in range(4)])
+    assert true_values("ring") == pytest.approx(
+        [sum(GAMMA**i * pays[(s + i) % 4] for i in range(400)) for s in range(4)]
+    )
     assert true_values("chance") == pytest.approx([sum((GAMMA * 0.9) ** i for i in range(400))])
 
 
@@ -117,14 +142,22 @@ def test_the_critic_finds_the_right_values(toy, tmp_path):
 
 def test_ends_and_time_limits_mixed(tmp_path):
     """By chance some episodes terminate; the estimate is as noisy as the last rollouts are."""
-    found, expected = run("chance", tmp_path / "run", "env.count=32", "train.steps=26880", "train.batch_size=896", "train.epochs=8")
+    found, expected = run(
+        "chance", tmp_path / "run", "env.count=32", "train.steps=26880", "train.batch_size=896", "train.epochs=8"
+    )
     np.testing.assert_allclose(found, expected, atol=0.3)
 
 
-@pytest.mark.parametrize(("toy", "overrides"), [("ring", ("model.hidden=[32]", "train.lr=0.03", "train.steps=4480")),
-                                                ("both", ("train.clip_value=1.0",)), ("both", ("train.gae_lambda=0", "train.steps=4480")),
-                                                ("ring", ("train.gae_lambda=1", "train.rollout=30", "train.batch_size=60"))],
-                         ids=["hidden layer", "value clipping", "lambda 0", "lambda 1"])
+@pytest.mark.parametrize(
+    ("toy", "overrides"),
+    [
+        ("ring", ("model.hidden=[32]", "train.lr=0.03", "train.steps=4480")),
+        ("both", ("train.clip_value=1.0",)),
+        ("both", ("train.gae_lambda=0", "train.steps=4480")),
+        ("ring", ("train.gae_lambda=1", "train.rollout=30", "train.batch_size=60")),
+    ],
+    ids=["hidden layer", "value clipping", "lambda 0", "lambda 1"],
+)
 def test_other_settings_find_them_too(toy, overrides, tmp_path):
     found, expected = run(toy, tmp_path / "run", *overrides)
     np.testing.assert_allclose(found, expected, atol=0.15)
@@ -133,7 +166,9 @@ def test_other_settings_find_them_too(toy, overrides, tmp_path):
 @pytest.mark.parametrize(("toy", "mode"), [("ring", "next"), ("ring", "same"), ("ring", "disabled"), ("chain", "next")])
 def test_every_reset_mode_finds_them(toy, mode, tmp_path, monkeypatch):
     """The same training program on gymnasium's vector environments."""
-    monkeypatch.setattr("ppo.train.make_vector", lambda env, seed, count, first=0: vector_of(toy, mode, count, seed, first))
+    monkeypatch.setattr(
+        "ppo.train.make_vector", lambda env, seed, count, first=0: vector_of(toy, mode, count, seed, first)
+    )
     found, expected = run(toy, tmp_path / "run")
     np.testing.assert_allclose(found, expected, atol=0.01)
 
@@ -159,14 +194,18 @@ def test_bootstrapping_does_not_touch_real_ends(tmp_path):
 
 
 def vector_of(toy: str, mode: str, count: int, seed: int = 0, first: int = 0) -> GymVector:
-    environments = gym.make_vec(name_of(toy), count, vectorization_mode="sync", vector_kwargs={"autoreset_mode": MODES[mode]})
+    environments = gym.make_vec(
+        name_of(toy), count, vectorization_mode="sync", vector_kwargs={"autoreset_mode": MODES[mode]}
+    )
     return GymVector(environments, seed, first)
 
 
 @pytest.mark.parametrize("mode", ["local", *MODES])
 @pytest.mark.parametrize("toy", ["stream", "ring", "chain", "both"])
 def test_a_perfect_critic_leaves_no_advantage(toy, mode, tmp_path):
-    """Nothing is random here but the actions, so that every row's advantage is zero and its return the true value; no training involved."""
+    """Nothing is random here but the actions, so that every row's advantage is zero and its return the true value;
+    no training involved.
+    """
     settings = config(tmp_path / "run", *SETTINGS, f"env.id={name_of(toy)}", "train.rollout=23", "train.batch_size=4")
     vector = make_vector(settings.env, 0, 4) if mode == "local" else vector_of(toy, mode, 4)
     distribution, expected = distribution_for(vector.action_space), true_values(toy)
@@ -178,8 +217,9 @@ def test_a_perfect_critic_leaves_no_advantage(toy, mode, tmp_path):
     collector = Collector(settings, vector, distribution)
     for update, gae_lambda in enumerate((0.0, 0.7, 1.0)):
         rollout = collector.collect(model, torch.Generator().manual_seed(update), torch.device("cpu"))
-        observations, _, numbers = prepare(rollout, model, distribution, replace(settings.train, gae_lambda=gae_lambda),
-                                           torch.device("cpu"))
+        observations, _, numbers = prepare(
+            rollout, model, distribution, replace(settings.train, gae_lambda=gae_lambda), torch.device("cpu")
+        )
         _, values, advantages, returns = numbers
         valid = torch.from_numpy(rollout.valid).flatten()
         state = observations.argmax(dim=1)[valid]
@@ -194,9 +234,17 @@ def test_a_perfect_critic_leaves_no_advantage(toy, mode, tmp_path):
 
 @pytest.mark.parametrize("mode", ["local", *MODES])
 def test_the_value_of_the_final_observation_counts_and_not_the_next_episodes_first(mode, tmp_path):
-    """A critic that knows only the state in which the ring's episodes are cut: its value reaches their last rows, and no others."""
-    settings = config(tmp_path / "run", *SETTINGS, f"env.id={name_of('ring')}", "train.gae_lambda=0", "train.rollout=24",
-                      "train.batch_size=96")
+    """A critic that knows only the state in which the ring's episodes are cut: its value reaches their last rows,
+    and no others.
+    """
+    settings = config(
+        tmp_path / "run",
+        *SETTINGS,
+        f"env.id={name_of('ring')}",
+        "train.gae_lambda=0",
+        "train.rollout=24",
+        "train.batch_size=96",
+    )
     vector = make_vector(settings.env, 0, 4) if mode == "local" else vector_of("ring", mode, 4)
     distribution = distribution_for(vector.action_space)
     model = ActorCritic(settings.model, (4,), distribution)
@@ -209,5 +257,6 @@ def test_the_value_of_the_final_observation_counts_and_not_the_next_episodes_fir
     ends = torch.from_numpy(rollout.done & rollout.valid)
     assert ends.any()
     pays = TOYS["ring"][0]["pays"]
-    torch.testing.assert_close(returns[ends], torch.full_like(returns[ends], pays[1] + GAMMA * 50.0))  # the sixth step leaves state 1
+    # the sixth step leaves state 1
+    torch.testing.assert_close(returns[ends], torch.full_like(returns[ends], pays[1] + GAMMA * 50.0))
     vector.close()
