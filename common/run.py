@@ -150,6 +150,8 @@ class Run:
         for step in self.display.track(range(done + 1, total + 1), total, self.folder.name, done, every=0):
             self.step = step
             runtime.seed_generators(self.device, self.config.seed, step, self.rank)
+            # asked here, where every process passes once a step whatever the loop does in between
+            self._agreed_to_stop = self.machine.any(self.signals.received is not None)
             yield step
             if self.stopping and self.saved_step == step:
                 break
@@ -172,8 +174,8 @@ class Run:
         """`due`, and also once a stop signal has arrived."""
         return self.due(step, every) or self.stopping
 
-    def optimize(self, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float = 0.0) -> Tensor:
-        """Clip the gradients and step, unless the loss or a gradient is not finite.
+    def check_gradients(self, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float = 0.0) -> Tensor:
+        """Clip the gradients, and stop the run if the loss or a gradient is not finite; the step comes next.
 
         On a CPU that raises `NonFinite` at once. On a GPU asking would make the host wait for the device at every step,
         so a fused optimizer is told to skip from the first bad step on, and the error is raised when a line is logged
@@ -188,14 +190,11 @@ class Run:
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-        # no need to agree on `bad`: gradients are shared
-        self._agreed_to_stop = self.machine.any(self.signals.received is not None)
         # numbers at hand: asking them costs less than keeping books
         if self.device.type == "cpu" and not self.scaler.is_enabled():
             if not (math.isfinite(norm) and math.isfinite(loss.detach())):
                 self._bad.fill_(float(self.step))
                 self._check_finite(loss, norm)
-            optimizer.step()
             return norm
         bad = ~torch.isfinite(loss.detach())
         # under fp16 an overflow is the scaler's business: it skips the step and halves its factor
@@ -206,8 +205,6 @@ class Run:
             optimizer.grad_scale, optimizer.found_inf = None, (self._bad > 0).float()
         else:
             self._check_finite(loss, norm)
-        self.scaler.step(optimizer)
-        self.scaler.update()
         return norm
 
     def _check_finite(self, loss: Tensor | None = None, norm: Tensor | None = None) -> None:

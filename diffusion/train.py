@@ -83,7 +83,9 @@ def train(config: Config, options: Options) -> None:
                 part_loss = losses.sum() / len(x0)
                 run.scaler.scale(part_loss).backward()
                 loss += part_loss.detach()
-            grad_norm = run.optimize(optimizer, loss, config.train.grad_clip)  # stops on a non-finite value
+            grad_norm = run.check_gradients(optimizer, loss, config.train.grad_clip)  # stops on a non-finite value
+            run.scaler.step(optimizer)  # in fp16 left out where a gradient overflowed; else simply optimizer.step()
+            run.scaler.update()
             ema.update(model, step)
 
             run.log(

@@ -63,7 +63,8 @@ def train(config: Config, options: Options) -> None:
                 optimizer.zero_grad(set_to_none=True)
                 loss = task.loss(net, epoch)
                 loss.backward()
-                grad_norm = run.optimize(optimizer, loss, config.train.grad_clip)  # stops on a non-finite value
+                grad_norm = run.check_gradients(optimizer, loss, config.train.grad_clip)  # stops on a non-finite value
+                optimizer.step()
                 if epoch % config.train.validate_every == 0 or epoch == steps:
                     model.eval()
                     with torch.no_grad():

@@ -111,7 +111,8 @@ def train(config: Config, options: Options) -> None:
                 watched.append(means)
                 if settings.target_kl and means[KL] > 1.5 * settings.target_kl:
                     break  # without this step, all remaining minibatches and all remaining epochs
-                grad_norm = run.optimize(optimizer, loss, settings.max_grad_norm)  # stops on a non-finite value
+                grad_norm = run.check_gradients(optimizer, loss, settings.max_grad_norm)  # stops on a non-finite value
+                optimizer.step()
             played = collector.played()  # the same numbers in every process
             run.log(
                 update,

@@ -139,18 +139,18 @@ def stop_in_step(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     monkeypatch.setattr(EMA, "update", update_and_stop)
 
 
-def stop_in_optimize(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """The same right after the update of each of these steps, for any project."""
-    optimize, waiting = Run.optimize, list(steps)
+def stop_in_check(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """The same right before the update of each of these steps, for any project."""
+    check, waiting = Run.check_gradients, list(steps)
 
-    def optimize_and_stop(self, *args, **kwargs):
-        result = optimize(self, *args, **kwargs)
+    def check_and_stop(self, *args, **kwargs):
+        result = check(self, *args, **kwargs)
         if self.step in waiting:
             waiting.remove(self.step)
             signal.raise_signal(signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(Run, "optimize", optimize_and_stop)
+    monkeypatch.setattr(Run, "check_gradients", check_and_stop)
 
 
 def errors(text: str) -> list[str]:

@@ -131,7 +131,9 @@ def training_step(config: Config, images: Images, run: Run) -> Callable[[int], t
         with run.autocast():
             loss = objective.loss(net, x0.contiguous(memory_format=run.memory_format), labels, noise, u).mean()
         run.scaler.scale(loss).backward()
-        run.optimize(optimizer, loss, config.train.grad_clip)
+        run.check_gradients(optimizer, loss, config.train.grad_clip)
+        run.scaler.step(optimizer)
+        run.scaler.update()
         ema.update(model, number)
         return loss.detach()
 

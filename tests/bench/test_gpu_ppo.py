@@ -18,7 +18,7 @@ from common.config import Options, resolve
 from common.logging import read_metrics
 from ppo.collect import Collector
 from ppo.config import Config
-from tests.helpers import ROOT, status, stop_in_optimize
+from tests.helpers import ROOT, status, stop_in_check
 
 
 def run(work, *words):
@@ -63,7 +63,7 @@ def test_train_is_planned_once_goes_on_and_is_evaluated(tmp_path, monkeypatch):
     assert result(tmp_path, "train_pong")["finished"] is False
     words = [*json.loads((tmp_path / "pong/plan.json").read_text())["overrides"], f"run_dir={tmp_path / 'pong'}"]
     with monkeypatch.context() as patch:
-        stop_in_optimize(patch, 3)
+        stop_in_check(patch, 3)
         config = resolve(Config, ROOT / program.config_path("pong"), words)
         assert status(ppo.train.train, config, Options("train", resume=True)) == 143
     assert (tmp_path / "pong/last.safetensors").exists()

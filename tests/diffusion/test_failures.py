@@ -123,14 +123,14 @@ def spoil_loss(monkeypatch: pytest.MonkeyPatch, at: int, value: float = float("n
 
 def spoil_gradient(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Make one gradient entry of the `at`-th step NaN, while the loss stays finite."""
-    optimize = Run.optimize
+    check = Run.check_gradients
 
     def spoiled(self, optimizer, loss, clip=0.0):
         if self.step == at:
             optimizer.param_groups[0]["params"][3].grad.view(-1)[0] = float("nan")
-        return optimize(self, optimizer, loss, clip)
+        return check(self, optimizer, loss, clip)
 
-    monkeypatch.setattr(Run, "optimize", spoiled)
+    monkeypatch.setattr(Run, "check_gradients", spoiled)
 
 
 @pytest.fixture
@@ -191,7 +191,8 @@ def test_deferred_stop_of_a_fused_optimizer(bad, tmp_path):
         loss.backward()
         if run.step == 3 and bad == "gradient":
             model.weight.grad[0, 0] = float("nan")
-        run.optimize(optimizer, loss * float("nan") if run.step == 3 and bad == "loss" else loss, 1.0)
+        run.check_gradients(optimizer, loss * float("nan") if run.step == 3 and bad == "loss" else loss, 1.0)
+        optimizer.step()
         values.append([p.detach().clone() for p in model.parameters()])
     assert not torch.equal(values[0][0], values[1][0])
     assert all(torch.equal(a, b) for later in values[2:] for a, b in zip(later, values[1], strict=True))

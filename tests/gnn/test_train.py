@@ -16,7 +16,7 @@ from common.report import read_run
 from gnn.task import Task
 from gnn.train import Best
 from tests.gnn.helpers import KARATE, config, evaluate, train
-from tests.helpers import ROOT, environment, python, same, stop_in_optimize
+from tests.helpers import ROOT, environment, python, same, stop_in_check
 
 SMALL = ("train.steps=6", "train.seeds=3", "train.log_every=1", "eval.figures=false")
 
@@ -51,7 +51,7 @@ def test_resume_is_exact(steps, whole, tmp_path, monkeypatch):
     """Stopped by a real SIGTERM in the middle of a seed, at its end, and twice in a row: every later number is the
     same.
     """
-    stop_in_optimize(monkeypatch, *steps)
+    stop_in_check(monkeypatch, *steps)
     folder = tmp_path / "run"
     for i in range(len(steps)):
         assert train(config(folder, *SMALL), resume=i > 0) == 143

@@ -103,7 +103,7 @@ def two_processes(folder: Path, source: str) -> None:
         from pathlib import Path
         import pytest
         from common.checkpoint import Checkpoints
-        from tests.helpers import stop_in_optimize
+        from tests.helpers import stop_in_check
         from tests.ppo import helpers
         from tests.ppo.helpers import *
 

@@ -21,7 +21,7 @@ from common.config import resolve
 from ppo.config import EnvConfig
 from ppo.envs import GymVector
 from ppo.registry import make_atari, make_vector, register_atari, rom_name
-from tests.helpers import ROOT, same, stop_in_optimize
+from tests.helpers import ROOT, same, stop_in_check
 from tests.ppo.helpers import TINY, collector_for, config, evaluate, log, train, weights
 
 PONG = (
@@ -218,7 +218,7 @@ def test_pong_trains_resumes_and_is_evaluated(tmp_path, monkeypatch, capsys):
     """
     assert train(config(tmp_path / "whole", *PONG)) == 0
     with monkeypatch.context() as patch:
-        stop_in_optimize(patch, 1)
+        stop_in_check(patch, 1)
         assert train(config(tmp_path / "run", *PONG)) == 143
     assert train(config(tmp_path / "run", *PONG), resume=True) == 0
     assert len(log(tmp_path / "run")) == 2

@@ -19,7 +19,7 @@ from ppo.distributions import distribution_for
 from ppo.envs import LocalVector, check_finite
 from ppo.model import ActorCritic
 from ppo.registry import as_input, make_vector, observation_shape
-from tests.helpers import errors, same, stop_in_optimize
+from tests.helpers import errors, same, stop_in_check
 from tests.ppo.helpers import Counting, collector_for, config, log, register, train, vector_of, weights
 
 MODES = list(AutoresetMode)
@@ -256,7 +256,7 @@ def test_pictures_with_channels_last_are_learned_from_and_resumed(showing, tmp_p
     words = (*IMAGES, f"env.id={showing(shape=(40, 48, 3), dtype='uint8')}")
     assert train(config(tmp_path / "whole", *words)) == 0
     with monkeypatch.context() as patch:
-        stop_in_optimize(patch, 1)
+        stop_in_check(patch, 1)
         assert train(config(tmp_path / "run", *words)) == 143
     assert train(config(tmp_path / "run", *words), resume=True) == 0
     assert log(tmp_path / "run") == log(tmp_path / "whole")

@@ -18,7 +18,7 @@ from common.runtime import fold
 from ppo.config import EnvConfig
 from ppo.envs import PoolVector
 from ppo.registry import make_vector, pool_task, register_atari
-from tests.helpers import errors, same, stop_in_optimize
+from tests.helpers import errors, same, stop_in_check
 from tests.ppo.helpers import collector_for, config, evaluate, log, train, weights
 
 installed = pytest.mark.skipif(find_spec("envpool") is None, reason="needs pip install envpool")
@@ -279,7 +279,7 @@ def test_resume_is_exact(words, stops, tmp_path, monkeypatch):
     """Seeds and actions are played again."""
     assert train(config(tmp_path / "whole", POOL, *words)) == 0
     with monkeypatch.context() as patch:
-        stop_in_optimize(patch, *stops)
+        stop_in_check(patch, *stops)
         for i in range(len(stops)):
             assert train(config(tmp_path / "run", POOL, *words), resume=i > 0) == 143
     assert train(config(tmp_path / "run", POOL, *words), resume=True) == 0

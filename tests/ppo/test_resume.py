@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from common.checkpoint import Checkpoints
-from tests.helpers import ROOT, environment, errors, same, stop_in_optimize
+from tests.helpers import ROOT, environment, errors, same, stop_in_check
 from tests.ppo.helpers import CARTPOLE, TINY, Counting, config, log, register, train, two_processes, weights
 
 NORMAL = ("env.normalize_observations=true", "env.normalize_rewards=true")
@@ -79,7 +79,7 @@ def newest(folder):
 def test_resume_is_exact(kind, stops, whole, tmp_path, monkeypatch):
     """Real SIGTERMs in the middle of an update's epochs; in some of these updates a checkpoint is due anyway."""
     folder = tmp_path / "run"
-    stop_in_optimize(monkeypatch, *stops)
+    stop_in_check(monkeypatch, *stops)
     for i, update in enumerate(stops):
         assert train(config(folder, *KINDS[kind]), resume=i > 0) == 143
         assert newest(folder)["step"] == update, "it leaves within one update, with a checkpoint"
@@ -126,7 +126,7 @@ def test_environment_that_does_not_repeat_itself_is_refused(tmp_path, monkeypatc
 
     gym.register("Forgetful-v0", entry_point=Forgetful)
     try:
-        stop_in_optimize(monkeypatch, 3)
+        stop_in_check(monkeypatch, 3)
         assert train(config(tmp_path / "run", "env.id=Forgetful-v0", "train.steps=640")) == 143
         assert train(config(tmp_path / "run", "env.id=Forgetful-v0", "train.steps=640"), resume=True) == 1
         (line,) = errors(capsys.readouterr().err)
@@ -146,10 +146,10 @@ def test_two_processes_resume(tmp_path):
         folder, words = Path({str(tmp_path)!r}), ("env.backend=local", *{NORMAL!r})
         assert train(config(folder / "whole", *words)) == 0
         with pytest.MonkeyPatch.context() as patch:
-            stop_in_optimize(patch, 3 if os.environ["RANK"] == "1" else 99)
+            stop_in_check(patch, 3 if os.environ["RANK"] == "1" else 99)
             assert train(config(folder / "run", *words)) == (143 if os.environ["RANK"] == "1" else 0)
         if os.environ["RANK"] == "0":  # the one that saves
-            assert Checkpoints(folder / "run/checkpoints", 2, 0).newest_step() == 3
+            assert Checkpoints(folder / "run/checkpoints", 2, 0).newest_step() == 4  # agreed when the next step begins
         assert train(config(folder / "run", *words), resume=True) == 0
     """,
     )
@@ -161,7 +161,7 @@ def test_two_processes_resume(tmp_path):
 def test_resume_with_another_number_of_processes_is_refused(tmp_path, monkeypatch, capsys):
     from ppo.collect import Collector
 
-    stop_in_optimize(monkeypatch, 2)
+    stop_in_check(monkeypatch, 2)
     monkeypatch.setattr(Collector, "gathered", lambda self: [self.state_dict()] * 2)
     assert train(config(tmp_path / "run")) == 143
     assert train(config(tmp_path / "run"), resume=True) == 1
