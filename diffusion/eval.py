@@ -37,6 +37,7 @@ from common.run import Run
 from diffusion.data import load_images
 from diffusion.features import (
     FeatureExtractor,
+    Labelled,
     build_extractor,
     conditional_accuracy,
     extract,
@@ -83,7 +84,7 @@ def main(config: Config, options: Options) -> None:
         model, objective, step = load_model(config, options, run)
         train, test = load_images(config.data, config.data_root), load_images(config.data, config.data_root, "test")
         assert train is not None
-        judge = build_judge(config, train, test, run)
+        judge = build_judge(config, config.eval.features, train, test, run)
         name = judge.extractor.name
         key = {
             "step": step,
@@ -96,6 +97,8 @@ def main(config: Config, options: Options) -> None:
         metrics = measure(generated, labels, judge, config, run)
         if (floor := judge.floor(len(generated), run)) is not None:
             metrics["fd_floor"] = floor
+        for features in config.eval.more_features:
+            metrics |= further_distance(generated, build_judge(config, features, train, test, run), run)
         if judge.extractor.test_accuracy is not None:
             metrics["classifier_test_accuracy"] = judge.extractor.test_accuracy
         metrics |= memorisation(generated, judge.real, test, config, run.folder / "figures/neighbours.png")
@@ -122,29 +125,34 @@ def main(config: Config, options: Options) -> None:
         print(json.dumps(result), flush=True)
 
 
-def build_judge(config: Config, train: Images, test: Images | None, run: Run) -> Judge:
-    """The extractor of `eval.features` and the training images' statistics, from the cache under data_root where
-    possible.
-    """
+def build_judge(config: Config, features: str, train: Images, test: Images | None, run: Run) -> Judge:
+    """The extractor of that name and the training images' statistics, from the cache under data_root where possible."""
     cache = Path(config.data_root) / "diffusion_cache"
     real = train.head(config.eval.num_reference)
     held_out = test.head(0) if test is not None else None
     labelled = None
     if real.labels is not None and held_out is not None and held_out.labels is not None:
         everything = train.head(0)
-        labelled = lambda: ((everything.images, everything.labels), (held_out.images, held_out.labels))  # noqa: E731
+
+        def labelled() -> Labelled:
+            return (everything.images, everything.labels), (held_out.images, held_out.labels)
+
     extractor = build_extractor(
-        config.eval.features,
+        features,
         config.data.dataset,
         Path(config.data_root),
         cache,
         labelled,
         weights=config.eval.classifier_weights,
+        inception=config.eval.inception_weights,
+        dtype=torch.bfloat16 if config.eval.feature_precision == "bf16" else torch.float32,
         device=run.device,
         log=run.display.say,
         track=run.track,
     )
     identity = {"dataset": config.data.dataset, "folder": config.data.folder, "image_size": config.data.image_size}
+    if extractor.name in ("sfid", "fd_inception768"):
+        identity["precision"] = config.eval.feature_precision
     statistics = reference_statistics(extractor, real.images, cache, {**identity, "split": "train"}, track=run.track)
     return Judge(extractor, real, statistics, held_out)
 
@@ -189,6 +197,16 @@ def measure(generated: Tensor, labels: Tensor | None, judge: Judge, config: Conf
         )
         metrics |= precision_recall_density_coverage(real_features, features[:side])
     return metrics
+
+
+def further_distance(generated: Tensor, judge: Judge, run: Run) -> dict[str, float]:
+    """The Fréchet distance of generated images in the eyes of one more extractor, and what held-out images score."""
+    name = judge.extractor.name
+    features, _ = extract(judge.extractor, generated, track=run.track)
+    distances = {name: frechet_between(judge.statistics, FeatureStatistics().update(features), len(generated))}
+    if (floor := judge.floor(len(generated), run)) is not None:
+        distances[f"{name}_floor"] = floor
+    return distances
 
 
 def memorisation(
