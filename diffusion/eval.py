@@ -164,7 +164,8 @@ def generate_resumable(
     W).
     """
     folder = run.folder / "eval_samples" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    size, parts = config.sample.batch_size, []
+    size = config.sample.batch_size
+    parts = []
     for b in run.display.track(range(0, count, size), -(-count // size), "generating"):
         path = folder / f"{b:08d}.npy"
         chunk = None if labels is None else labels[b : b + size]
@@ -221,7 +222,8 @@ def memorisation(
     if not config.eval.neighbours:
         return {}
     scale = generated[0].numel() ** 0.5
-    reference, pixels = real.images.cpu(), generated[:NEIGHBOUR_SAMPLES]
+    reference = real.images.cpu()
+    pixels = generated[:NEIGHBOUR_SAMPLES]
     distance, index = nearest_neighbours(pixels, reference, 9)
     rows = range(min(config.eval.neighbours, len(pixels)))
     save_grid(torch.cat([torch.cat([pixels[i : i + 1], reference[index[i]]]) for i in rows]), path, columns=10)
@@ -253,7 +255,8 @@ def sampler_table(model: UNet, objective: Objective, config: Config, judge: Judg
     """Frechet distance by sampler and number of network evaluations: the price of an image against its quality."""
     if not config.eval.nfe_samples:
         return {}
-    floor, rows = judge.floor(config.eval.nfe_samples, run), {}
+    floor = judge.floor(config.eval.nfe_samples, run)
+    rows = {}
     for sampler in SAMPLERS[config.objective.kind]:
         for nfe in config.eval.nfe_table:
             # heun: 2 * steps - 1 evaluations, so never more than nfe

@@ -60,7 +60,8 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Object
     """The network of a run's newest whole checkpoint (or of `--checkpoint`), its objective, and the number of
     updates it has seen.
     """
-    folder, chosen = run.folder / "checkpoints", Path(options.checkpoint)
+    folder = run.folder / "checkpoints"
+    chosen = Path(options.checkpoint)
     if chosen.name == options.checkpoint:  # a bare name is one of this run's; a path is taken as it stands
         chosen = folder / chosen
     state = Checkpoints.load(chosen) if options.checkpoint else Checkpoints(folder).load_newest()

@@ -139,7 +139,8 @@ def drop_labels(labels: torch.Tensor | None, config: Config, rng: torch.Generato
 
 def check_fit(config: Config, images: Images) -> None:
     """`ConfigError` where the model does not fit the images."""
-    channels, classes = images.shape[0], len(images.class_names)
+    channels = images.shape[0]
+    classes = len(images.class_names)
     require(
         channels == config.model.image_channels,
         "model.image_channels",
