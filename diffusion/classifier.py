@@ -73,6 +73,7 @@ class ResNet20(nn.Module):
     """
 
     name = "fd_resnet20"
+    class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     test_accuracy: float | None = None
 
     def __init__(self) -> None:
@@ -150,6 +151,7 @@ class SmallCNN(nn.Module):
         super().__init__()
         narrow, middle, wide = RECIPE["widths"]
         self.name = name
+        self.class_names: tuple[str, ...] | None = None  # the dataset's
         self.test_accuracy: float | None = None
         self.body = nn.Sequential(
             # (B, C, H, W) -> (B, 4 C, H / 2, W / 2): most of the cost of a network is at full resolution

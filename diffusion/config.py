@@ -164,6 +164,7 @@ class SampleConfig:
         require(0 <= self.eta <= 1, "sample.eta", "must be in [0, 1]")
         require(0 < self.sigma_min < self.sigma_max, "sample.sigma_min", "must be positive and below sample.sigma_max")
         require(self.rho > 0, "sample.rho", "must be positive")
+        require(math.isfinite(self.guidance), "sample.guidance", "must be a finite number")
         require(self.count >= 1, "sample.count", "must be at least 1")
         require(self.batch_size >= 1, "sample.batch_size", "must be at least 1")
 
@@ -194,6 +195,9 @@ class EvalConfig:
         require(self.nfe_samples == 0 or self.nfe_samples >= 2, "eval.nfe_samples", "must be 0 or at least 2")
         for name in self.more_features:
             require(name in EXTRACTORS, "eval.more_features", f"{name} is not one of {', '.join(EXTRACTORS)}")
+        require(
+            all(math.isfinite(w) for w in self.guidance_table), "eval.guidance_table", "must hold finite numbers only"
+        )
         for name in ("manifold_samples", "num_reference", "neighbours"):
             require(getattr(self, name) >= 0, f"eval.{name}", "must not be negative")
         require(
@@ -227,4 +231,12 @@ class Config(BaseConfig):
             self.data.image_size % (self.model.patch * 2 ** (len(self.model.multipliers) - 1)) == 0,
             "data.image_size",
             "must be divisible by model.patch * 2 ** (levels - 1)",
+        )
+        grids = [self.data.image_size // self.model.patch // 2**level for level in range(len(self.model.multipliers))]
+        unused = [size for size in self.model.attention if size not in grids]
+        require(not unused, "model.attention", f"{unused} is no resolution of this network, whose levels have {grids}")
+        require(
+            self.sample.guidance == 1 or self.model.num_classes > 0,
+            "sample.guidance",
+            "must be 1 without classes (model.num_classes=0): there is no label to be guided by",
         )

@@ -23,6 +23,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from common.errors import exits_cleanly
 from common.files import atomic_open, write_json
 from common.metrics import FeatureStatistics, frechet_between
 from common.run import Run
+from diffusion.classifier import checksum, json_hash
 from diffusion.data import load_images
 from diffusion.features import (
     FeatureExtractor,
@@ -51,6 +53,7 @@ from diffusion.model import UNet
 from diffusion.sample import Objective, generate_batch, grid_labels, load_model, save_grid
 from diffusion.samplers import SAMPLERS, resolve_sampler
 
+MANIFOLD_NEIGHBOURS = 5  # k of precision, recall, density and coverage
 NEIGHBOUR_SAMPLES = 1000  # generated and held-out images whose distance to the training images is measured
 
 
@@ -86,12 +89,7 @@ def main(config: Config, options: Options) -> None:
         assert train is not None
         judge = build_judge(config, config.eval.features, train, test, run)
         name = judge.extractor.name
-        key = {
-            "step": step,
-            "seed": config.seed,
-            "sample": dataclasses.asdict(config.sample),
-            "count": config.eval.num_samples,
-        }
+        key = sample_key(model, config, config.eval.num_samples)
         labels = grid_labels(config, config.eval.num_samples)
         generated = generate_resumable(model, objective, config, config.eval.num_samples, labels, key, run)
         metrics = measure(generated, labels, judge, config, run)
@@ -157,6 +155,20 @@ def build_judge(config: Config, features: str, train: Images, test: Images | Non
     return Judge(extractor, real, statistics, held_out)
 
 
+def sample_key(model: UNet, config: Config, count: int) -> dict[str, Any]:
+    """What generated images depend on, in JSON types: none kept of an interrupted evaluation are taken for others."""
+    return {
+        "weights": json_hash({name: checksum(value) for name, value in model.state_dict().items()}),
+        "objective": dataclasses.asdict(config.objective),
+        "model": dataclasses.asdict(config.model),
+        "image_size": config.data.image_size,
+        "sample": dataclasses.asdict(config.sample),
+        "precision": config.precision,
+        "seed": config.seed,
+        "count": count,
+    }
+
+
 def generate_resumable(
     model: UNet, objective: Objective, config: Config, count: int, labels: Tensor | None, key: dict, run: Run
 ) -> Tensor:
@@ -188,15 +200,18 @@ def measure(generated: Tensor, labels: Tensor | None, judge: Judge, config: Conf
     if log_probs is not None:
         kind = "inception_score" if judge.extractor.name == "fid" else "classifier_score"
         metrics[kind], metrics[f"{kind}_std"] = inception_score(log_probs.exp(), splits=min(10, len(generated)))
-        if labels is not None and log_probs.shape[1] == config.model.num_classes:
+        judged = judge.extractor.class_names  # None: those of the dataset
+        if labels is not None and judged in (None, judge.real.class_names):
             metrics["conditional_accuracy"] = conditional_accuracy(log_probs, labels)
-    if config.eval.manifold_samples > 5:  # fewer have no fifth neighbour
-        side = config.eval.manifold_samples
+    side = min(config.eval.manifold_samples, len(generated), len(judge.real))
+    if side > MANIFOLD_NEIGHBOURS:  # fewer have no fifth neighbour
         chosen = torch.randperm(len(judge.real), generator=torch.Generator().manual_seed(config.seed))[:side]
         real_features, _ = extract(
             judge.extractor, judge.real.images[chosen.to(judge.real.images.device)], track=run.track
         )
-        metrics |= precision_recall_density_coverage(real_features, features[:side])
+        metrics |= precision_recall_density_coverage(real_features, features[:side], MANIFOLD_NEIGHBOURS)
+    elif config.eval.manifold_samples:
+        run.display.say(f"no precision, recall, density, coverage: {side} images a side are too few")
     return metrics
 
 
@@ -238,9 +253,7 @@ def quick_distance(model: UNet, objective: Objective, config: Config, judge: Jud
     """Frechet distance, and agreement with the label, of `eval.nfe_samples` images drawn as `config.sample` says."""
     count = config.eval.nfe_samples
     labels = grid_labels(config, count)
-    weights = next(model.parameters()).double().sum().item()
-    key = {"table": dataclasses.asdict(config.sample), "seed": config.seed, "count": count, "weights": weights}
-    generated = generate_resumable(model, objective, config, count, labels, key, run)
+    generated = generate_resumable(model, objective, config, count, labels, sample_key(model, config, count), run)
     plain = dataclasses.replace(config, eval=dataclasses.replace(config.eval, manifold_samples=0))
     metrics = measure(generated, labels, judge, plain, run)
     return {name: metrics[name] for name in (judge.extractor.name, "conditional_accuracy") if name in metrics}

@@ -37,9 +37,16 @@ Track = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class FeatureExtractor(Protocol):
-    """An `nn.Module` in evaluation mode. `test_accuracy` is that of its class predictions, where it was measured."""
+    """An `nn.Module` in evaluation mode.
+
+    Attributes:
+        name: the metric's name.
+        class_names: of its class predictions; None where they are those of the dataset it was trained on here.
+        test_accuracy: that of its class predictions, where it was measured.
+    """
 
     name: str
+    class_names: tuple[str, ...] | None
     test_accuracy: float | None
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

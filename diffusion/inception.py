@@ -44,6 +44,7 @@ class InceptionFeatures(nn.Module):
     """
 
     name = "fid"
+    class_names: tuple[str, ...] = ()  # ImageNet's, of which no dataset here has any use
     test_accuracy: float | None = None
 
     def __init__(self, weights: Path) -> None:
@@ -73,6 +74,7 @@ class TruncatedInception(nn.Module):
     `ProjectError` when torch-fidelity is missing, or the file lacks a layer.
     """
 
+    class_names: tuple[str, ...] = ()
     test_accuracy: float | None = None
 
     def __init__(self, weights: Path, kind: str, dtype: torch.dtype = torch.float32) -> None:
@@ -110,7 +112,9 @@ class TruncatedInception(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return self.features(images).float(), None
+            # on a CPU the activations of more images at once (5 MB each) fall out of its caches
+            size = 8 if images.device.type == "cpu" else len(images)
+            return torch.cat([self.features(part).float() for part in images.split(size)]), None
 
     def features(self, images: Tensor) -> Tensor:
         """uint8 (B, 1 or 3, H, W) -> (B, 768) or (B, 2023)."""

@@ -75,7 +75,7 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Object
             f"the checkpoint in {folder} is of another model than the config's model section"
         ) from None
     model = model.to(run.device, memory_format=run.memory_format).eval().requires_grad_(False)
-    return model, build_objective(config.objective, state["parts"]["sigma_data"]), int(state["step"])
+    return model, build_objective(config.objective, state["parts"]["measured"]["sigma_data"]), int(state["step"])
 
 
 def generate(
