@@ -19,7 +19,7 @@ from ppo.config import EnvConfig
 from ppo.envs import PoolVector
 from ppo.registry import make_vector, pool_task, register_atari
 from tests.helpers import errors, same, stop_in_check
-from tests.ppo.helpers import collector_for, config, evaluate, log, train, weights
+from tests.ppo.helpers import acting, collector_for, config, evaluate, log, train, weights
 
 installed = pytest.mark.skipif(find_spec("envpool") is None, reason="needs pip install envpool")
 POOL = "env.backend=envpool"
@@ -165,7 +165,7 @@ def test_no_dead_row_is_stored_and_truncated_episodes_lead_to_their_own_end(tmp_
     made = config(tmp_path, POOL, "env.max_episode_steps=10", "train.rollout=64", "train.batch_size=64")
     collector, model = collector_for(made, make_vector(made.env, 0, 4))
     rollout, peer = (
-        collector.collect(model, torch.Generator().manual_seed(0), torch.device("cpu")),
+        collector.collect(acting(model), torch.Generator().manual_seed(0)),
         gym.make("CartPole-v1").unwrapped,
     )
     peer.reset()
