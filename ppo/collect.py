@@ -72,7 +72,16 @@ class Collector:
         rollout, distribution, count = self.rollout, self.distribution, len(self.vector)
         rollout.clear()
         steps = len(rollout.rewards)
-        act = act or (lambda seen: model.act(torch.from_numpy(np.ascontiguousarray(seen)).to(device)))
+        keep = act is None and model.kind == "cnn"  # a shared trunk: the value costs nothing beside the policy
+
+        def watch(seen: np.ndarray) -> torch.Tensor:
+            observations = torch.from_numpy(np.ascontiguousarray(seen)).to(device)
+            if not keep:
+                return model.act(observations)
+            rollout.passes.append(model(observations))
+            return rollout.passes[-1][0]
+
+        act = act or watch
         noise = distribution.noise((steps, count * self.world), generator)[
             :, self.rank * count : (self.rank + 1) * count
         ]
@@ -85,6 +94,8 @@ class Collector:
             rollout.actions[t] = actions
             self.play(t, distribution.to_env(actions))
         rollout.observations[steps] = self.observations(self.current)
+        if keep:
+            watch(rollout.observations[steps])
         self.learn()
         return rollout
 

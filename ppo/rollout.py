@@ -24,6 +24,8 @@ class Rollout:
         valid: bool (T, N), false for a dead row: a step in which the environment was reset and ignored the action.
         final: observations (K, *O) in which the episodes of the rows `final_at` (K, 2), pairs (t, n), ended, where row
             t + 1 holds another episode's first one.
+        passes: pixels only: the policy's parameters (N, P) and values (N,) of each of the T + 1 observations, so that
+            the network need not see them twice.
         episodes: (return, length) of each episode that ended, rewards as the environment gave them.
     """
 
@@ -37,6 +39,7 @@ class Rollout:
     def __post_init__(self) -> None:
         self.final: list[np.ndarray] = []
         self.final_at: list[tuple[int, int]] = []
+        self.passes: list[tuple[Tensor, Tensor]] = []
         self.episodes: list[tuple[float, int]] = []
 
     @classmethod
@@ -60,7 +63,7 @@ class Rollout:
 
     def clear(self) -> None:
         """Forget what is kept in lists; the arrays are overwritten."""
-        self.final, self.final_at, self.episodes = [], [], []
+        self.final, self.final_at, self.passes, self.episodes = [], [], [], []
 
 
 def gae(

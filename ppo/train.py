@@ -57,7 +57,8 @@ def train(config: Config, options: Options) -> None:
         vector = make_vector(config.env, config.seed, count, first=run.rank * count)
         distribution = distribution_for(vector.action_space, config.model.squash)
         torch.manual_seed(config.seed)  # equal weights in every process, whatever making the environments drew
-        model = ActorCritic(config.model, observation_shape(vector.observation_space), distribution).to(run.device)
+        shape, bf16 = observation_shape(vector.observation_space), config.precision == "bf16"
+        model = ActorCritic(config.model, shape, distribution, bf16).to(run.device)
         manual = by_hand(config, model, distribution, run)  # None where autograd has to do it
         weights = model.parameters() if manual is None else [manual.weights]
         optimizer = torch.optim.Adam(weights, lr=settings.lr, eps=settings.adam_eps, fused=run.device.type != "mps")
@@ -152,7 +153,8 @@ def prepare(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the epochs learn from; row t N + n belongs to step t of environment n.
 
-    Values and log-probabilities of the whole rollout are computed in one pass, with the weights that played it.
+    Values and log-probabilities of the whole rollout are computed in one pass, with the weights that played it; or they
+    are those of the rollout's own passes, where it has kept them.
 
     Returns: observations (T N, *O), actions (T N, *D), and (4, T N): log-probability, value, advantage, return.
     """
@@ -161,7 +163,7 @@ def prepare(
     observations = torch.from_numpy(rollout.observations).to(device, copy=True).view((T + 1) * N, *shape)
     actions = torch.from_numpy(rollout.actions).to(device, copy=True).flatten(0, 1)
     with torch.no_grad():
-        passes = [model(part) for part in observations.split(PART)]
+        passes = rollout.passes or [model(part) for part in observations.split(PART)]
         parameters, values = (
             torch.cat([p for p, _ in passes])[: T * N],
             torch.cat([v for _, v in passes]).view(T + 1, N),
