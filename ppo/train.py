@@ -57,8 +57,8 @@ def train(config: Config, options: Options) -> None:
         vector = make_vector(config.env, config.seed, count, first=run.rank * count)
         distribution = distribution_for(vector.action_space, config.model.squash)
         torch.manual_seed(config.seed)  # equal weights in every process, whatever making the environments drew
-        shape, bf16 = observation_shape(vector.observation_space), config.precision == "bf16"
-        model = ActorCritic(config.model, shape, distribution, bf16).to(run.device)
+        shape = observation_shape(vector.observation_space)
+        model = ActorCritic(config.model, shape, distribution, config.precision == "bf16").to(run.device)
         manual = by_hand(config, model, distribution, run)  # None where autograd has to do it
         weights = model.parameters() if manual is None else [manual.weights]
         optimizer = torch.optim.Adam(weights, lr=settings.lr, eps=settings.adam_eps, fused=run.device.type != "mps")
