@@ -29,6 +29,8 @@ class EnvConfig:
     clip_observations: float = 10.0  # after normalisation
     clip_rewards: float = 10.0  # after normalisation
     # Atari (Mnih et al. 2015; Machado et al. 2018)
+    image_size: int = 84  # pixels a side
+    threads: int = 0  # CPU threads of the emulators; 0 = as many as there are cores. The games do not depend on it
     frame_stack: int = 4
     frame_skip: int = 4
     noop_max: int = 30  # random "no operation" steps at the start of an episode
@@ -40,10 +42,11 @@ class EnvConfig:
         require(self.id, "env.id", "must name an environment")
         for name in ("count", "frame_stack", "frame_skip"):
             require(getattr(self, name) >= 1, f"env.{name}", "must be at least 1")
-        for name in ("max_episode_steps", "noop_max"):
+        for name in ("max_episode_steps", "noop_max", "threads"):
             require(getattr(self, name) >= 0, f"env.{name}", "must not be negative")
         for name in ("clip_observations", "clip_rewards"):
             require(getattr(self, name) > 0, f"env.{name}", "must be positive")
+        require(self.image_size >= 36, "env.image_size", "must be at least 36: less does not survive the convolutions")
         require(0 <= self.sticky_actions < 1, "env.sticky_actions", "must be in [0, 1)")
 
 
@@ -130,13 +133,15 @@ class EvalConfig:
 class Config(BaseConfig):
     """One experiment."""
 
-    precision: Literal["fp32", "fp64"] = "fp32"  # type: ignore[assignment]  # small networks gain nothing from 16 bits
+    # bf16: the convolutional network computes in it, losses do not; small networks gain nothing from 16 bits
+    precision: Literal["fp32", "fp64", "bf16"] = "fp32"  # type: ignore[assignment]
     env: EnvConfig = field(default_factory=EnvConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        require(self.precision != "bf16" or self.model.kind == "cnn", "precision", "bf16 is for model.kind=cnn")
         size = self.env.count * self.train.rollout
         require(
             self.train.batch_size <= size, "train.batch_size", f"must be at most env.count * train.rollout = {size}"

@@ -40,6 +40,7 @@ class Rollout:
         valid: bool (T, N), false for a dead row: a step in which the environment was reset and ignored the action.
         final: observations (K, *O) in which the episodes of the rows `final_at` (K, 2), pairs (t, n), ended, where row
             t + 1 holds another episode's first one.
+        passes: the policy's parameters (N, P) and values (N,) of each of the T + 1 observations, or nothing.
         episodes: (return, length) of each episode that ended, rewards as the environment gave them.
     """
 
@@ -53,6 +54,7 @@ class Rollout:
     def __post_init__(self) -> None:
         self.final: list[np.ndarray] = []
         self.final_at: list[tuple[int, int]] = []
+        self.passes: list[tuple[Tensor, Tensor]] = []
         self.episodes: list[tuple[float, int]] = []
 
     @classmethod
@@ -76,7 +78,8 @@ class Rollout:
 
     def clear(self) -> None:
         """Forget what is kept in lists; the arrays are overwritten."""
-        self.final, self.final_at, self.episodes = [], [], []
+        for kept in (self.final, self.final_at, self.passes, self.episodes):
+            kept.clear()
 
 
 class Batch(NamedTuple):
@@ -150,14 +153,15 @@ def learning_batch(
 ) -> Batch:
     """Everything that the epochs learn from, T N rows on the device.
 
-    Values and log-probabilities of the whole rollout are computed in one pass, with the weights that played it.
+    Values and log-probabilities of the whole rollout are computed in one pass, with the weights that played it; or they
+    are those of the rollout's own passes, where it has kept them.
     """
     T, N = rollout.rewards.shape
     shape = rollout.observations.shape[2:]
     observations = torch.from_numpy(rollout.observations).to(device, copy=True).view((T + 1) * N, *shape)
     actions = torch.from_numpy(rollout.actions).to(device, copy=True).flatten(0, 1)
     with torch.no_grad():
-        passes = [model(rows) for rows in observations.split(ROWS_AT_ONCE)]
+        passes = rollout.passes or [model(rows) for rows in observations.split(ROWS_AT_ONCE)]
         parameters = torch.cat([p for p, _ in passes])[: T * N]
         values = torch.cat([v for _, v in passes]).view(T + 1, N)
         next_values = values[1:].clone()

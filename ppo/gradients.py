@@ -9,7 +9,7 @@ Legend: B rows of this process in a minibatch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from common.errors import ProjectError
 from common.run import Run
 from ppo import objective
 from ppo.backprop import Backprop, can_backprop
+from ppo.collect import Act, Look
 from ppo.config import Config, TrainConfig
 from ppo.data import Batch, local_rows
 from ppo.distributions import Distribution
@@ -52,10 +53,12 @@ class Gradients(Protocol):
     Attributes:
         parameters: what the optimizer steps.
         act: from observations (N, *O) to the parameters of the policy's distribution (N, P), for rollouts.
+        look: the same and values (N,), where they come for nothing; else None.
     """
 
     parameters: Iterable[nn.Parameter]
-    act: Callable[[np.ndarray], Tensor]
+    act: Act
+    look: Look | None
 
     def gradients(self, batch: Batch, minibatch: Tensor, clip: float) -> tuple[Tensor, Statistics]:
         """Set the gradient of the loss on the rows `minibatch` int64 of all processes' batches; the loss, and means."""
@@ -84,10 +87,15 @@ class Autograd:
         self.count = config.env.count // run.world
         self.net = run.prepare(model)  # the same weights, compiled or spread over processes
         self.parameters = list(model.parameters())
+        self.look = self.see if model.kind == "cnn" else None  # its trunk is shared
 
     def act(self, observations: np.ndarray) -> Tensor:
         """Parameters of the distribution (N, P)."""
         return self.model.act(torch.from_numpy(np.ascontiguousarray(observations)).to(self.run.device))
+
+    def see(self, observations: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Parameters of the distribution (N, P) and values (N,)."""
+        return self.model(torch.from_numpy(np.ascontiguousarray(observations)).to(self.run.device))
 
     def gradients(self, batch: Batch, minibatch: Tensor, clip: float) -> tuple[Tensor, Statistics]:
         """See `Gradients`."""
@@ -115,6 +123,7 @@ class Manual:
         self.backprop = Backprop(model, distribution, settings)
         self.parameters = [self.backprop.weights]
         self.act = self.backprop.act
+        self.look = None
         self.checked = False
 
     def gradients(self, batch: Batch, minibatch: Tensor, clip: float) -> tuple[Tensor, Statistics]:

@@ -56,7 +56,7 @@ class Policy:
         self.device = device
         self.distribution = distribution_for(action_space, config.model.squash)
         shape = observation_shape(observation_space)
-        self.model = ActorCritic(config.model, shape, self.distribution)
+        self.model = ActorCritic(config.model, shape, self.distribution, config.precision == "bf16")
         self.scale = ObservationNormalizer(shape, config.env.normalize_observations, config.env.clip_observations)
         self.facts: dict[str, str] = {}
         try:

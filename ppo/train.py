@@ -44,7 +44,8 @@ def train(config: Config, options: Options) -> None:
         vector = make_vector(config.env, config.seed, count, first=run.rank * count)
         distribution = distribution_for(vector.action_space, config.model.squash)
         torch.manual_seed(config.seed)  # equal weights in every process, whatever making the environments drew
-        model = ActorCritic(config.model, observation_shape(vector.observation_space), distribution).to(run.device)
+        shape = observation_shape(vector.observation_space)
+        model = ActorCritic(config.model, shape, distribution, config.precision == "bf16").to(run.device)
         learner = build_gradients(config, model, distribution, run)  # autograd, or by hand, as train.backprop says
         optimizer = torch.optim.Adam(
             learner.parameters, lr=settings.lr, eps=settings.adam_eps, fused=run.device.type != "mps"
@@ -65,7 +66,7 @@ def train(config: Config, options: Options) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * (remaining if settings.lr_decay == "linear" else 1)
 
-            rollout = collector.collect(learner.act, run.generator(update, ACTION_STREAM))
+            rollout = collector.collect(learner.act, run.generator(update, ACTION_STREAM), learner.look)
             batch = learning_batch(rollout, model, distribution, settings, run.device)
             valid = torch.from_numpy(rollout.valid).flatten().to(run.device)
             explained = explained_variance(batch.old_values[valid], batch.returns[valid])
