@@ -30,7 +30,8 @@ from rich.table import Table
 
 from common.errors import ProjectError
 from common.files import write_json
-from common.report import build, duration
+from common.report import build
+from common.report.text import duration
 
 TAIL = 4000  # characters of a failed stage's messages that the report shows
 

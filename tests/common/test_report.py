@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from common import report
-from common.pictures import draw_curves, moving_average, pictures_in, spread
+from common.report.__main__ import main
+from common.report.pictures import draw_curves, moving_average, pictures_in, spread
+from common.report.text import duration, numeral
 
 
 class Page(HTMLParser):
@@ -194,11 +196,11 @@ def test_command_line(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(
         sys, "argv", ["report", str(run), str(stray), "--out", str(run.parent / "out/r.html"), "--title", "Hello"]
     )
-    report.main()
+    main()
     assert "Hello" in Page(run.parent / "out/r.html").text
     monkeypatch.setattr(sys, "argv", ["report", str(stray)])
     with pytest.raises(SystemExit) as stop:
-        report.main()
+        main()
     assert stop.value.code == 1 and "no run folder" in capsys.readouterr().err
 
 
@@ -208,14 +210,14 @@ def test_small_pieces(tmp_path: Path):
     for name in ("grid_w10.png", "grid_w2.png", "notes.txt", ".tmp-1.png"):
         (tmp_path / name).touch()
     assert [p.name for p in pictures_in(tmp_path)] == ["grid_w2.png", "grid_w10.png"]
-    assert [report.duration(s) for s in (0.52, 42.4, 59.99, 75.2, 7325)] == [
+    assert [duration(s) for s in (0.52, 42.4, 59.99, 75.2, 7325)] == [
         "0.5 s",
         "42 s",
         "60 s",
         "1 min 15 s",
         "2 h 2 min",
     ]
-    assert [report.numeral(v) for v in (0.12345, 5, 123456.7, 1.2e-5, float("nan"))] == [
+    assert [numeral(v) for v in (0.12345, 5, 123456.7, 1.2e-5, float("nan"))] == [
         "0.1235",
         "5",
         "123,457",

@@ -12,6 +12,8 @@ from typing import Any
 
 from PIL import Image
 
+from common.report.text import number, words
+
 # shown after everything else
 COLUMNS = {"lr": "Learning rate", "grad_norm": "Gradient norm", "mfu": "Model FLOPs utilisation"}
 PICTURES = {
@@ -163,14 +165,3 @@ def moving_average(values: tuple[float, ...]) -> list[float]:
         total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
         smooth.append(total / weight)
     return smooth
-
-
-def number(value: object) -> float | None:
-    """`value` if it is a number (and not a truth value), else None."""
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def words(name: str) -> str:
-    """`images_per_second` -> `Images per second`."""
-    text = str(name).replace("_", " ").strip()
-    return text[:1].upper() + text[1:]
