@@ -1,6 +1,6 @@
 """Train and evaluate every project at its smallest size, then write one report:
 
-    python -m common.demo [--only diffusion] [key=value ...]
+    python -m common.demo [--only PROJECT] [key=value ...]
 
 This is what `make demo` runs. Nothing is downloaded. Each stage is a program of its own, so a project that fails does
 not stop the others; the exit status is then 1 and the report says what went wrong. Ctrl-C or SIGTERM goes to the
@@ -30,27 +30,11 @@ from rich.table import Table
 
 from common.errors import ProjectError
 from common.files import write_json
+from common.projects import Demo, find_demos
 from common.report import build
 from common.report.text import duration
 
 TAIL = 4000  # characters of a failed stage's messages that the report shows
-
-
-@dataclass(frozen=True)
-class Demo:
-    """One project's part."""
-
-    project: str
-    config: str
-    seconds: int  # about how long it takes on two CPU cores
-    overrides: tuple[str, ...] = ()
-
-
-DEMOS = (
-    Demo("diffusion", "configs/ddpm_digits.yaml", 90),
-    Demo("gnn", "configs/gcn_karate.yaml", 20),
-    Demo("ppo", "configs/ppo_cartpole_tiny.yaml", 30),
-)
 
 
 @dataclass
@@ -66,9 +50,10 @@ class Stage:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 1 if a stage failed, 128 + signal number if stopped."""
-    args = parse(argv)
+    known = find_demos()
+    args = parse(argv, [demo.project for demo in known])
     console, runner, folder = Console(highlight=False), Runner(), args.folder
-    demos = [demo for demo in DEMOS if not args.only or demo.project in args.only]
+    demos = [demo for demo in known if not args.only or demo.project in args.only]
     expected = duration(sum(demo.seconds for demo in demos))
     console.print(
         f"[bold]{', '.join(demo.project for demo in demos)}[/]: about {expected} on two CPU cores. Ctrl-C stops "
@@ -82,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             write_json(
                 folder / "demo.json", notes | {name: [asdict(s) for s in done] for name, done in results.items()}
             )
-    shown = [folder / demo.project for demo in DEMOS if demo in demos or (folder / demo.project).is_dir()]
+    shown = [folder / demo.project for demo in known if demo in demos or (folder / demo.project).is_dir()]
     report = build(shown, folder / "report.html", "Demo report")
     summarise(console, results)
     console.print(f"Report: [bold]{report.resolve()}[/]", soft_wrap=True)
@@ -107,12 +92,10 @@ def run_project(demo: Demo, args: argparse.Namespace, runner: Runner, console: C
             return
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None, projects: list[str]) -> argparse.Namespace:
     """The arguments; a mistake ends the program with status 2."""
     parser = argparse.ArgumentParser(prog="python -m common.demo", allow_abbrev=False)
-    parser.add_argument(
-        "--only", action="append", choices=[demo.project for demo in DEMOS], help="run this project; may be repeated"
-    )
+    parser.add_argument("--only", action="append", choices=projects, help="run this project; may be repeated")
     parser.add_argument("--resume", action="store_true", help="continue the last demo instead of starting afresh")
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/demo"), help="where everything goes (default: %(default)s)"

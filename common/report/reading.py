@@ -17,7 +17,7 @@ import yaml
 
 from common.logging import read_metrics
 from common.report.pictures import Picture, draw_curves, embed, pictures_in, spread
-from common.report.rows import Metric, metric_rows
+from common.report.rows import Row, metric_rows
 from common.report.text import number, plain, words
 
 
@@ -30,8 +30,8 @@ class RunView:
     config: str = ""
     done: int = 0
     total: int = 0
-    metrics: list[Metric] = field(default_factory=list)
-    headlines: list[Metric] = field(default_factory=list)
+    metrics: list[Row] = field(default_factory=list)
+    headlines: list[Row] = field(default_factory=list)
     evaluation: list[tuple[str, str]] = field(default_factory=list)
     curves: list[tuple[str, str, str]] = field(default_factory=list)  # title, light picture, dark picture
     samples: list[Picture] = field(default_factory=list)  # oldest first
@@ -75,7 +75,7 @@ def read_run(folder: Path) -> RunView:
     if rows and not view.curves:
         view.missing.append("metrics.jsonl holds no numbers to draw")
     values = evaluation.get("metrics")
-    view.metrics, view.headlines = metric_rows(values if isinstance(values, dict) else {})
+    view.metrics, view.headlines = metric_rows(values if isinstance(values, dict) else {}, view.project)
     view.evaluation = [
         (words(key), plain(value)) for key, value in evaluation.items() if key not in ("project", "config", "metrics")
     ]
