@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from common.errors import ProjectError
+from common.images import FolderImages, MemoryImages, batch_indices, list_images
 from diffusion.config import DataConfig
 from diffusion.data import load_images
-from diffusion.folder import FolderImages, list_images
-from diffusion.images import MemoryImages, batch_indices, to_float, to_uint8
+from diffusion.images import to_float, to_uint8
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
@@ -313,4 +313,4 @@ def test_max_images_of_a_folder(tmp_path):
 def test_folder_that_is_not_there(tmp_path):
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(ProjectError, match=r"data\.folder"):
-            list_images(folder)
+            list_images(folder, "data.folder")
