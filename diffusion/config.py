@@ -19,11 +19,12 @@ EXTRACTORS = ("inception", "inception768", "inception_spatial", "resnet20", "cla
 class DataConfig:
     """Which images, and at what size."""
 
-    dataset: Literal["cifar10", "mnist", "celeba", "digits", "folder"] = "cifar10"
+    # digits: scikit-learn's, which need no download; fashion_mnist, kmnist and qmnist are read as mnist is
+    dataset: Literal["cifar10", "mnist", "fashion_mnist", "kmnist", "qmnist", "celeba", "digits", "folder"] = "cifar10"
     folder: str = ""  # dataset=folder: any directory tree of images, relative to data_root or absolute
     image_size: int = 32  # pixels; celeba and folder images are centre-cropped and resized to it
     flip: bool = True  # random horizontal flips (Ho et al. 2020 use them on CIFAR-10; wrong for digits)
-    workers: int = 2  # processes that decode images from disk; cifar10, mnist and digits are held in memory
+    workers: int = 2  # processes that decode celeba and folder images; the others are held in memory
     max_images: int = 0  # train on only the first N images; 0 = all
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """The images that a config asks for.
 
-CIFAR-10, MNIST and the scikit-learn digits are small and live on the device as one uint8 tensor; CelebA and folders of
-images are decoded by worker processes. The readers are in `common.images`.
+CIFAR-10, MNIST and its kind, and the scikit-learn digits are small and live on the device as one uint8 tensor; CelebA
+and folders of images are decoded by worker processes. The readers are in `common.images`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def load_images(config: DataConfig, data_root: str, split: Split = "train") -> I
         return FolderImages.open("celeba", folder, files, config.image_size, config.workers, crop=148)
     if config.dataset == "digits":
         data = read_digits(split)
-    elif config.dataset == "mnist":
-        data = read_mnist(root, split, OTHERWISE)
-    else:
+    elif config.dataset == "cifar10":
         data = read_cifar10(root, split, OTHERWISE)
+    else:
+        data = read_mnist(root, split, config.dataset, OTHERWISE)
     data = resize(data, config.image_size)
     return data.head(config.max_images) if split == "train" else data

@@ -18,6 +18,19 @@ from common.images.memory import MemoryImages
 Split = Literal["train", "test"]
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # published beside the archive
+DIGIT_NAMES = tuple("0123456789")
+MNIST_FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
+QMNIST_KINDS = ("images-idx3-ubyte", "labels-idx2-int")
+QMNIST_FILES = ", ".join(f"qmnist-{split}-{kind}" for split in ("train", "test") for kind in QMNIST_KINDS)
+FASHION_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+KMNIST_NAMES = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
+# name -> torchvision's class, which is also the folder's name, the files, the classes
+IDX_FORMATS = {
+    "mnist": ("MNIST", MNIST_FILES, DIGIT_NAMES),
+    "fashion_mnist": ("FashionMNIST", MNIST_FILES, FASHION_NAMES),
+    "kmnist": ("KMNIST", MNIST_FILES, KMNIST_NAMES),
+    "qmnist": ("QMNIST", QMNIST_FILES, DIGIT_NAMES),
+}
 CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -46,19 +59,26 @@ def read_cifar10(root: Path, split: Split, otherwise: str = "") -> MemoryImages:
     return MemoryImages("cifar10", table[:, 1:].reshape(-1, 3, 32, 32).contiguous(), table[:, 0].long(), CIFAR_NAMES)
 
 
-def read_mnist(root: Path, split: Split, otherwise: str = "") -> MemoryImages:
-    """MNIST in its IDX files: 60,000 and 10,000 images of 1 x 28 x 28."""
-    from torchvision.datasets import MNIST
+def read_mnist(root: Path, split: Split, name: str = "mnist", otherwise: str = "") -> MemoryImages:
+    """MNIST, or a dataset in its IDX format: 60,000 and 10,000 images (qmnist: 60,000) of 1 x 28 x 28, ten classes.
 
+    Args:
+        name: mnist, fashion_mnist (Xiao et al. 2017), kmnist (Clanuwat et al. 2018) or qmnist (Yadav & Bottou 2019).
+    """
+    from torchvision import datasets
+
+    kind, files, classes = IDX_FORMATS[name]
     try:
-        data = MNIST(str(root), train=split == "train", download=True)
+        data = getattr(datasets, kind)(str(root), train=split == "train", download=True)
     # torchvision asserts what the files' headers say
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        raise ProjectError(
-            f"MNIST: put train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
-            f"t10k-labels-idx1-ubyte into {root}/MNIST/raw{_or(otherwise)} ({_reason(error)})"
-        ) from None
-    return MemoryImages("mnist", data.data[:, None], data.targets.long(), tuple("0123456789"))
+    except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise ProjectError(f"{kind}: put {files} into {root}/{kind}/raw{_or(otherwise)} ({_reason(error)})") from None
+    labels = data.targets.long()
+    if labels.ndim == 2:  # QMNIST: the class, then the writer and so on
+        labels = labels[:, 0].contiguous()
+    if data.data.shape != (len(labels), 28, 28):
+        raise ProjectError(f"{kind}: {len(data.data)} images but {len(labels)} labels in {root}/{kind}/raw")
+    return MemoryImages(name, data.data[:, None], labels, classes)
 
 
 def read_digits(split: Split) -> MemoryImages:
@@ -69,7 +89,7 @@ def read_digits(split: Split) -> MemoryImages:
     order = torch.randperm(len(bunch.images), generator=torch.Generator().manual_seed(0))
     index = order[:1500] if split == "train" else order[1500:]
     pixels = torch.from_numpy(bunch.images)[index].mul(255 / 16).round().byte()
-    return MemoryImages("digits", pixels[:, None], torch.from_numpy(bunch.target)[index].long(), tuple("0123456789"))
+    return MemoryImages("digits", pixels[:, None], torch.from_numpy(bunch.target)[index].long(), DIGIT_NAMES)
 
 
 def celeba_files(root: Path, split: Split, otherwise: str = "") -> tuple[Path, list[Path]]:
