@@ -7,6 +7,7 @@ eigenvalues over more orders of magnitude than float32 has digits.
 from __future__ import annotations
 
 import numpy as np
+import scipy.stats
 import torch
 from torch import Tensor
 
@@ -164,7 +165,13 @@ def bootstrap_interval(
         raise ValueError(f"an interval needs a 1-D sequence of at least two values, got shape {values.shape}")
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}")
-    rng = np.random.default_rng(seed)
-    means = np.array([statistic(rng.choice(values, len(values))) for _ in range(num_resamples)])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    result = scipy.stats.bootstrap(
+        (values,),
+        statistic,
+        n_resamples=num_resamples,
+        confidence_level=level,
+        method="percentile",
+        batch=1000,  # resamples in memory at once
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
