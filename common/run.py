@@ -115,7 +115,7 @@ class Run:
         """A generator on the device whose stream depends on the run's seed and these numbers only; equal in every
         process.
         """
-        return torch.Generator(self.device).manual_seed(runtime.fold(self.config.seed, *numbers))
+        return torch.Generator(self.device).manual_seed(runtime.mix_seed(self.config.seed, *numbers))
 
     def shard(self, batch: Tensor) -> Tensor:
         """This process's rows of a batch that every process has drawn alike. `ConfigError` if it cannot be divided

@@ -28,7 +28,7 @@ from common.errors import ProjectError, exits_cleanly
 from common.files import write_csv, write_json
 from common.logging import read_metrics
 from common.run import Run
-from common.runtime import fold, use_threads
+from common.runtime import mix_seed, use_threads
 from ppo.play import Policy, film, film_pixels, play
 from ppo.registry import make_one, make_vector
 
@@ -83,10 +83,10 @@ def measure(config: Config, path: Path, run: Run, stochastic: bool) -> tuple[lis
     environments = dataclasses.replace(
         config.env, backend="local" if config.env.backend == "native" else config.env.backend
     )
-    vector = make_vector(environments, fold(config.seed, SEED_STREAM), count, training=False)
+    vector = make_vector(environments, mix_seed(config.seed, SEED_STREAM), count, training=False)
     try:
         policy = Policy(path, config, vector.observation_space, vector.action_space, run.device)
-        generator = torch.Generator().manual_seed(fold(config.seed, SEED_STREAM, 1)) if stochastic else None
+        generator = torch.Generator().manual_seed(mix_seed(config.seed, SEED_STREAM, 1)) if stochastic else None
         return play(policy, vector, config.eval.episodes, generator, run.track), policy.facts
     finally:
         vector.close()
@@ -136,7 +136,11 @@ def save_film(config: Config, run: Run, name: str) -> None:
     """
     from ppo.pictures import save_gif
 
-    pixels, seed, frames = config.env.id.startswith("ALE/"), fold(config.seed, SEED_STREAM, 2), config.eval.video_frames
+    pixels, seed, frames = (
+        config.env.id.startswith("ALE/"),
+        mix_seed(config.seed, SEED_STREAM, 2),
+        config.eval.video_frames,
+    )
     try:
         environment = make_vector(config.env, seed, 1, training=False) if pixels else make_one(config.env, "rgb_array")
         try:

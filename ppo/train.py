@@ -22,7 +22,7 @@ from torch import Tensor
 from common.checkpoint import export_weights
 from common.errors import exits_cleanly
 from common.run import Run
-from common.runtime import count_parameters, fold, use_threads
+from common.runtime import count_parameters, mix_seed, use_threads
 from ppo.backprop import Backprop, can_backprop
 from ppo.collect import RECENT, Collector
 from ppo.distributions import Distribution, distribution_for
@@ -80,7 +80,7 @@ def train(config: Config, options: Options) -> None:
             rows = valid_rows(rollout, run)  # int64 (M,), the same in every process
             known = torch.from_numpy(rollout.valid).flatten().to(run.device)
             explained = explained_variance(numbers[1][known], numbers[3][known])
-            order = torch.Generator().manual_seed(fold(config.seed, update, ORDER_STREAM))
+            order = torch.Generator().manual_seed(mix_seed(config.seed, update, ORDER_STREAM))
             watched, grad_norm = [], torch.zeros(())
             for epoch, part in epochs(rows, settings, order):  # noqa: B007 (logged)
                 if manual is None:

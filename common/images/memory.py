@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from common.runtime import fold
+from common.runtime import mix_seed
 
 
 class Images(Protocol):
@@ -94,7 +94,7 @@ class MemoryImages:
 
 @functools.lru_cache(maxsize=4)
 def _epoch(epoch: int, size: int, seed: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(fold(seed, epoch)))
+    return torch.randperm(size, generator=torch.Generator().manual_seed(mix_seed(seed, epoch)))
 
 
 def batch_indices(step: int, batch_size: int, size: int, seed: int) -> Tensor:
