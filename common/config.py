@@ -120,7 +120,7 @@ def resolve(schema: type[C], path: Path | None, overrides: list[str] = [], run_d
         merged.run_dir = run_dir if not any(item.startswith("run_dir=") for item in overrides) else merged.run_dir
     if not merged.data_root:
         merged.data_root = os.environ.get("DATA_ROOT", "data")
-    return OmegaConf.to_object(merged)
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]  # of the class that `merged` was structured by
 
 
 def read_yaml(path: Path) -> DictConfig:
@@ -138,9 +138,10 @@ def read_yaml(path: Path) -> DictConfig:
         raise ConfigError(name, "is not a text file") from None
     except OSError as error:
         raise ConfigError(name, f"cannot be read: {error.strerror}") from None
-    node = OmegaConf.create(text) if text.strip() else None
-    require(node is not None and len(node) > 0, name, "is empty")
-    require(isinstance(node, DictConfig), name, "must hold `key: value` lines")
+    node = OmegaConf.create(text) if text.strip() else OmegaConf.create()
+    require(len(node) > 0, name, "is empty")
+    if not isinstance(node, DictConfig):
+        raise ConfigError(name, "must hold `key: value` lines")
     return node
 
 

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -59,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         f"[bold]{', '.join(demo.project for demo in demos)}[/]: about {expected} on two CPU cores. Ctrl-C stops "
         "cleanly."
     )
-    notes, results = read_notes(folder / "demo.json"), {}
+    notes = read_notes(folder / "demo.json")
+    results: dict[str, list[Stage]] = {}
     for demo in demos:
         results[demo.project] = stages = []
         for stage in run_project(demo, args, runner, console):
@@ -125,7 +127,8 @@ class Runner:
     """
 
     def __init__(self) -> None:
-        self.received, self.child = 0, None
+        self.received = 0
+        self.child: subprocess.Popen[bytes] | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
@@ -144,14 +147,15 @@ class Runner:
         source, sink = pty.openpty() if sys.stderr.isatty() else os.pipe()
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         sys.stdout.flush()
-        self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=sink, process_group=0, env=environment)
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=sink, process_group=0, env=environment)
+        self.child = child
         os.close(sink)
         if self.received:  # between the last look and the start
-            self.child.send_signal(self.received)
+            child.send_signal(self.received)
         messages = b""
         while True:
             # asked before reading, so that nothing written before the end is lost
-            ended = self.child.poll() is not None
+            ended = child.poll() is not None
             if select.select([source], [], [], 0.0 if ended else 0.2)[0]:
                 try:
                     chunk = os.read(source, 65536)
@@ -161,12 +165,12 @@ class Runner:
                     os.write(2, chunk)
                     messages = (messages + chunk)[-8 * TAIL :]
                     continue
-                self.child.wait()
+                child.wait()
                 break
             if ended:
                 break
         os.close(source)
-        status = self.child.returncode
+        status = child.returncode
         return (128 - status if status < 0 else status), messages.decode(errors="replace")
 
 
@@ -179,7 +183,7 @@ def tail(messages: str) -> str:
     return "\n".join(line for line in lines if line)[-TAIL:]
 
 
-def read_notes(path: Path) -> dict[str, list[dict]]:
+def read_notes(path: Path) -> dict[str, list[dict[str, Any]]]:
     """What an earlier demo noted of other projects; nothing where that is missing or damaged."""
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))
@@ -194,15 +198,14 @@ def summarise(console: Console, results: dict[str, list[Stage]]) -> None:
     table.add_column("total", justify="right")
     for project, stages in results.items():
         bad = next((stage for stage in stages if stage.status), None)
-        result = (
-            "[yellow]not run"
-            if not stages
-            else "[green]ok"
-            if not bad
-            else f"[yellow]{bad.stage} stopped"
-            if bad.stopped
-            else f"[red]{bad.stage} failed (exit status {bad.status})"
-        )
+        if not stages:
+            result = "[yellow]not run"
+        elif not bad:
+            result = "[green]ok"
+        elif bad.stopped:
+            result = f"[yellow]{bad.stage} stopped"
+        else:
+            result = f"[red]{bad.stage} failed (exit status {bad.status})"
         times = ", ".join(f"{stage.stage} {duration(stage.seconds)}" for stage in stages)
         table.add_row(project, result, times, duration(sum(stage.seconds for stage in stages)))
     console.print(table)

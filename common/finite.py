@@ -44,7 +44,9 @@ class FiniteCheck:
             bad |= ~torch.isfinite(norm)
         self._bad = torch.where((self._bad == 0) & bad, float(step), self._bad)
         if self.device.type == "cuda" and optimizer.defaults.get("fused"):
-            optimizer.grad_scale, optimizer.found_inf = None, (self._bad > 0).float()
+            # what a scaler would tell it: skip this step
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+            optimizer.found_inf = (self._bad > 0).float()  # type: ignore[attr-defined]
         else:
             self.check(loss, norm)
         return norm

@@ -60,6 +60,7 @@ class Run:
         self.step = self.saved_step = self.total = 0
         self._agreed_to_stop = False
         self._last_log = (0, 0.0)
+        self._environment: dict[str, Any] = {}  # env.json
         self.log_file: MetricLog | None = None
 
     @classmethod
@@ -109,7 +110,7 @@ class Run:
             net = nn.parallel.DistributedDataParallel(
                 model, device_ids=[self.device] if self.device.type == "cuda" else None
             )
-        return torch.compile(net) if self.config.compile else net
+        return torch.compile(net) if self.config.compile else net  # type: ignore[return-value]  # called as a module is
 
     def generator(self, *numbers: int) -> torch.Generator:
         """A generator on the device whose stream depends on the run's seed and these numbers only; equal in every

@@ -98,7 +98,7 @@ class FolderImages:
             decoder,
             batch_sampler=order,
             num_workers=self.workers,
-            collate_fn=_collate,  # type: ignore[arg-type]
+            collate_fn=_collate,
             pin_memory=device.type == "cuda",
             generator=apart,
             worker_init_fn=_ignore_signals if self.workers else None,

@@ -156,7 +156,8 @@ def read_stages(folder: Path, evaluation: dict[str, Any]) -> tuple[list[tuple[st
 
 def environment_rows(env: dict[str, Any]) -> list[tuple[str, str]]:
     """env.json as rows of text; the versions of packages become one row each."""
-    versions = env.get("versions") if isinstance(env.get("versions"), dict) else {}
-    return [(words(key), plain(value)) for key, value in env.items() if key != "versions" and value is not None] + [
-        (str(key), plain(value)) for key, value in versions.items()
-    ]
+    versions = env.get("versions")
+    rows = [(words(key), plain(value)) for key, value in env.items() if key != "versions" and value is not None]
+    if isinstance(versions, dict):
+        rows += [(str(key), plain(value)) for key, value in versions.items()]
+    return rows
