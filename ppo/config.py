@@ -31,8 +31,8 @@ class EnvConfig:
     # Atari (Mnih et al. 2015; Machado et al. 2018)
     image_size: int = 84  # pixels a side
     threads: int = 0  # CPU threads of the emulators; 0 = as many as there are cores. The games do not depend on it
-    frame_stack: int = 4
-    frame_skip: int = 4
+    frame_stack: int = 4  # frames that the network sees at once
+    frame_skip: int = 4  # Atari: frames that each action is repeated for
     noop_max: int = 30  # random "no operation" steps at the start of an episode
     sticky_actions: float = 0.0  # probability that the last action is repeated
     episodic_life: bool = True  # in training, a lost life ends the episode for the learner
@@ -56,7 +56,7 @@ class ModelConfig:
 
     kind: Literal["mlp", "cnn"] = "mlp"  # cnn: the network of Mnih et al. 2015, for pixels
     hidden: tuple[int, ...] = (64, 64)  # mlp: widths
-    activation: Literal["tanh", "relu"] = "tanh"
+    activation: Literal["tanh", "relu"] = "tanh"  # mlp: between the layers
     shared: bool = False  # one trunk for actor and critic; cnn always shares
     orthogonal: bool = True  # orthogonal initial weights, gains sqrt(2), 0.01 for the policy, 1 for the value
     squash: bool = False  # continuous actions: tanh of a Gaussian instead of a Gaussian whose samples are clipped
@@ -74,20 +74,20 @@ class TrainConfig:
     rollout: int = 32  # steps of each copy between two updates
     epochs: int = 20  # passes over the rollout
     batch_size: int = 256  # of a minibatch, over all processes
-    gamma: float = 0.98
-    gae_lambda: float = 0.8
-    lr: float = 1e-3
+    gamma: float = 0.98  # discount of later rewards
+    gae_lambda: float = 0.8  # of generalised advantage estimation: 0 trusts the critic, 1 the rewards
+    lr: float = 1e-3  # learning rate of Adam
     lr_decay: Literal["constant", "linear"] = "linear"  # linear: down to zero at the last update
     clip: float = 0.2  # of the probability ratio
-    clip_decay: Literal["constant", "linear"] = "linear"
+    clip_decay: Literal["constant", "linear"] = "linear"  # linear: down to zero at the last update
     clip_value: float = 0.0  # how far the value may move from the old one before its loss stops pulling; 0 = no limit
-    value_weight: float = 0.5
-    entropy_weight: float = 0.0
+    value_weight: float = 0.5  # of the value loss, beside the policy's
+    entropy_weight: float = 0.0  # of the entropy bonus
     normalize_advantage: bool = True  # in each minibatch: zero mean, unit variance
     max_grad_norm: float = 0.5  # 0 = no limit
     # stop all remaining epochs of an update when the approximate KL exceeds 1.5 times this; 0 = never
     target_kl: float = 0.0
-    adam_eps: float = 1e-5
+    adam_eps: float = 1e-5  # epsilon of Adam
     bootstrap_truncated: bool = True  # add the value of the final observation where an episode ran out of time
     log_every: int = 1  # updates
     save_every: int = 20  # updates

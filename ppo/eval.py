@@ -28,7 +28,7 @@ from common.errors import ProjectError, exits_cleanly
 from common.files import write_csv, write_json
 from common.logging import read_metrics
 from common.run import Run
-from common.runtime import fold, use_threads
+from common.runtime import mix_seed, use_threads
 from ppo.play import Policy, evaluation_vector, film, film_pixels, play
 from ppo.registry import make_one, make_vector
 
@@ -82,10 +82,10 @@ def main(config: Config, options: Options) -> None:
 def measure(config: Config, path: Path, run: Run, stochastic: bool) -> tuple[list[tuple[float, int]], dict[str, str]]:
     """(return, length) of each episode, and what is noted beside the weights."""
     count = config.eval.count or min(config.eval.episodes, 16)
-    vector = evaluation_vector(config, fold(config.seed, SEED_STREAM), count)
+    vector = evaluation_vector(config, mix_seed(config.seed, SEED_STREAM), count)
     try:
         policy = Policy(path, config, vector.observation_space, vector.action_space, run.device)
-        generator = torch.Generator().manual_seed(fold(config.seed, SEED_STREAM, 1)) if stochastic else None
+        generator = torch.Generator().manual_seed(mix_seed(config.seed, SEED_STREAM, 1)) if stochastic else None
         games = play(policy, vector, config.eval.episodes, generator, config.eval.max_steps, run.track)
     finally:
         vector.close()
@@ -139,7 +139,11 @@ def save_film(config: Config, run: Run) -> None:
     """
     from ppo.pictures import save_gif
 
-    pixels, seed, frames = config.env.id.startswith("ALE/"), fold(config.seed, SEED_STREAM, 2), config.eval.video_frames
+    pixels, seed, frames = (
+        config.env.id.startswith("ALE/"),
+        mix_seed(config.seed, SEED_STREAM, 2),
+        config.eval.video_frames,
+    )
     try:
         environment = make_vector(config.env, seed, 1, training=False) if pixels else make_one(config.env, "rgb_array")
         try:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.config import ConfigError
 from common.errors import ProjectError
-from common.runtime import fold as mix_seed
+from common.runtime import mix_seed
 from ppo.collect import Collector
 from ppo.config import Config
 from ppo.distributions import distribution_for

@@ -16,8 +16,7 @@ import torch
 from common.checkpoint import export_weights
 from common.errors import exits_cleanly
 from common.run import Run
-from common.runtime import count_parameters, use_threads
-from common.runtime import fold as mix_seed
+from common.runtime import count_parameters, mix_seed, use_threads
 from ppo.collect import Collector
 from ppo.data import epochs, learning_batch, valid_rows
 from ppo.distributions import distribution_for

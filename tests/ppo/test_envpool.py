@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from common.errors import ProjectError
-from common.runtime import fold
+from common.runtime import mix_seed
 from ppo.config import EnvConfig
 from ppo.envs import PoolVector
 from ppo.registry import make_vector, pool_task, register_atari
@@ -93,7 +93,7 @@ def test_steps_are_those_of_envpool_alone(name, task, settings, limit):
         if atari
         else {}
     )
-    theirs = alone(task, [fold(5, n) % 2**31 for n in range(3)], actions, limit, **options)
+    theirs = alone(task, [mix_seed(5, n) % 2**31 for n in range(3)], actions, limit, **options)
     ours.reset()
     lives, age, kinds = np.full(3, 5), np.zeros(3, dtype=int), {"terminated": 0, "truncated": 0, "lives": 0}
     for t in range(steps - 1):
@@ -194,7 +194,9 @@ def test_returns_logged_are_of_whole_games_in_points(tmp_path):
         collector.play(t % 300, actions[t])
         assert set(np.unique(collector.raw_rewards[t % 300])) <= {0.0, 1.0}
     expected = [[], []]
-    for n, rows in enumerate(alone("Breakout-v5", [fold(0, n) % 2**31 for n in range(2)], actions, 27_000, noop_max=1)):
+    for n, rows in enumerate(
+        alone("Breakout-v5", [mix_seed(0, n) % 2**31 for n in range(2)], actions, 27_000, noop_max=1)
+    ):
         points, length = 0.0, 0
         for reward, done, _, _ in rows[:600]:
             points, length = points + reward, length + 1
