@@ -18,10 +18,10 @@ from bench.gpu.gnn_sage import Feed, Learner
 from bench.gpu.gnn_seeds import BatchedGCN, Best, diagonal, losses, train_together
 from common.config import ConfigError, resolve
 from gnn.config import Config
-from gnn.sampled import SampledNodeTask
-from gnn.sampling import epoch_batch
-from gnn.sparse import SparseFeatures
-from gnn.task import build_task
+from gnn.core.sparse import SparseFeatures
+from gnn.node.minibatch_task import SampledNodeTask
+from gnn.node.neighbours import epoch_batch
+from gnn.tasks import build_task
 from gnn.train import Best as BestOfOne
 from gnn.train import start_trial
 from tests.helpers import ROOT, status

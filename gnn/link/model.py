@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnn.config import LinkConfig, ModelConfig
-from gnn.layers import Features
+from gnn.core.layers import Features
+from gnn.core.sparse import Structure, dropout
 from gnn.model import ACTIVATIONS, build_model
-from gnn.sparse import Structure, dropout
 
 MAX_LOG_SIGMA = 10.0  # exp of more would overflow in the first steps of a bad start
 

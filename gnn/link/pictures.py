@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from gnn.link_metrics import auc, average_precision
-from gnn.pictures import COLOURS, INK, canvas
+from gnn.core.pictures import COLOURS, INK, canvas
+from gnn.link.metrics import auc, average_precision
 
 NAMES = {"positive": "links", "uniform": "uniform pairs", "hard": "hard negatives"}
 TINTS = {"positive": COLOURS[0], "uniform": COLOURS[2], "hard": COLOURS[1]}

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.config import require
-from gnn import partition_metrics as metrics
+from gnn.community import metrics
+from gnn.community.dmon import DMoN, dmon_loss, harden, soft_modularity
+from gnn.community.louvain_leiden import leiden, louvain
+from gnn.community.spectral import spectral_communities
 from gnn.config import Config
-from gnn.data import load_graph
-from gnn.dmon import DMoN, dmon_loss, harden, soft_modularity
-from gnn.graph import Graph
-from gnn.partition import leiden, louvain
-from gnn.spectral import spectral_communities
+from gnn.core.graph import Graph
+from gnn.data.datasets import load_graph
 from gnn.task import Task
 
 
@@ -92,7 +92,7 @@ class CommunityTask(Task):
 
     def figures(self, model: nn.Module, folder: Path) -> None:
         """The graph with its communities coloured, and communities against classes."""
-        from gnn import community_pictures as pictures
+        from gnn.community import pictures
 
         labels = self.predict(model)
         hidden = model.hidden(self.graph.features, self.structure).cpu().numpy()

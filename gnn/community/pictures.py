@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gnn.graph import Graph
-from gnn.layout import project
-from gnn.partition_metrics import as_labels
-from gnn.pictures import COLOURS, MAX_POINTS, UNKNOWN, blank, canvas
+from gnn.community.metrics import as_labels
+from gnn.core.graph import Graph
+from gnn.core.layout import project
+from gnn.core.pictures import COLOURS, MAX_POINTS, UNKNOWN, blank, canvas
 
 MORE = (
     "#7F3C8D",

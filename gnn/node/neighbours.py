@@ -7,7 +7,7 @@ Neighbour sampling is GraphSAGE's (Hamilton, Ying, Leskovec 2017, algorithm 2) w
 node v are kept at hop k is a function of (seed, step, k, v) alone: two processes that meet the same node in one step
 keep the same neighbours, so a batch split over processes gives the same gradient as the whole.
 
-Compiled loops over int64 indptr and int32 indices, which may lie in a memory-mapped file (`gnn.storage`).
+Compiled loops over int64 indptr and int32 indices, which may lie in a memory-mapped file (`gnn.data.storage`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gnn.randomness import GOLDEN, below, make_key, mix64
+from gnn.core.randomness import GOLDEN, below, make_key, mix64
 
 ALL = -1  # as a fanout: keep every neighbour
 _FLOYD = 64  # largest fanout for which Floyd's method, quadratic in the fanout, is used

@@ -31,10 +31,10 @@ from numpy.typing import NDArray
 
 from common.errors import ProjectError
 from gnn.config import Config, SyntheticConfig
-from gnn.csr import undirected_csr
-from gnn.graph import Graph
-from gnn.randomness import GOLDEN, below, low_unit, make_key, mix64, unit
-from gnn.storage import open_arrays, save_arrays
+from gnn.data.csr import undirected_csr
+from gnn.core.graph import Graph
+from gnn.core.randomness import GOLDEN, below, low_unit, make_key, mix64, unit
+from gnn.data.storage import open_arrays, save_arrays
 
 _ROWS = 1 << 16  # nodes at a time where float temporaries would be large
 # the Graph500 benchmark's quadrants, close to those fitted to social networks in the R-MAT paper
@@ -341,7 +341,7 @@ def load_social(config: Config) -> Graph:
 
 
 def make_social(settings: SyntheticConfig) -> dict[str, NDArray]:
-    """A graph's arrays, named as in `gnn.storage`."""
+    """A graph's arrays, named as in `gnn.data.storage`."""
     if settings.generator == "dcsbm":
         planted = plant_social(settings)
         communities = planted.communities

@@ -1,5 +1,12 @@
 """A graph in memory, and the one place where edges from outside are checked.
 
+Five classes of this package hold edges, each for one purpose. `Graph` (here) is the data: edges, features, labels and
+splits of one undirected graph, as it was read. `Structure` (sparse.py) is what layers take: who hears from whom, with
+its normalisations kept, destinations and sources possibly different nodes. `Pattern` (sparse.py) is below that: the
+places of a sparse matrix's entries, with its transpose, which every product and its backward pass need. `Block`
+(node/neighbours.py) is a sampled piece of a graph: the edges of one layer in local numbers, from which a Structure is
+made. `Csr` (community/metrics.py) is a graph as NumPy arrays with weights, for the compiled loops of community search.
+
 Legend: N nodes, E entries of the adjacency (both directions of each edge), F features.
 """
 
@@ -12,7 +19,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ProjectError
-from gnn.sparse import SparseFeatures, Structure
+from gnn.core.sparse import SparseFeatures, Structure
 
 SPARSE_BELOW = 0.1  # share of non-zeros under which features are kept sparse
 

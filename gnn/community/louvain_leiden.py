@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gnn import partition_kernels as kernels
-from gnn.partition_metrics import Csr, as_csr, as_labels
+from gnn.community import kernels
+from gnn.community.metrics import Csr, as_csr, as_labels
 
 MARGIN = 1e-10  # in mean edge weights: gains below it are rounding
 
@@ -51,7 +51,7 @@ def louvain(
 ) -> Partition:
     """Louvain's algorithm on a symmetric CSR graph (N nodes) without self-loops, with weights (E,) >= 0 or none.
 
-    `resolution` is gamma > 0 of `gnn.partition_metrics.modularity`: higher means more and smaller communities. The best
+    `resolution` is gamma > 0 of `gnn.community.metrics.modularity`: higher means more and smaller communities. The best
     of `restarts` runs in different random orders is returned, a function of `seed` alone. Raises `ValueError` for a
     graph that `as_csr` refuses.
     """

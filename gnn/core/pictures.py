@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from common.files import atomic_open
 from common.report.text import words
-from gnn.layout import project, spread_out, stress_layout
+from gnn.core.layout import project, spread_out, stress_layout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from gnn.graph import Graph
-    from gnn.sparse import Structure
+    from gnn.core.graph import Graph
+    from gnn.core.sparse import Structure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")

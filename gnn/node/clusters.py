@@ -17,8 +17,8 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gnn.partition import louvain
-from gnn.sampling import Block, InducedSubgraphs, epoch_batch
+from gnn.community.louvain_leiden import louvain
+from gnn.node.neighbours import Block, InducedSubgraphs, epoch_batch
 
 
 def partition(

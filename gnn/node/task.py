@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from common.config import require
 from common.errors import ProjectError
 from gnn.config import Config
-from gnn.data import load_graph, random_split
+from gnn.core.scores import accuracy, macro_f1
+from gnn.data.datasets import load_graph, random_split
 from gnn.model import build_model, consistency_loss
 from gnn.task import Task
 
@@ -77,7 +78,7 @@ class NodeTask(Task):
 
     def figures(self, model: nn.Module, folder: Path) -> None:
         """Embeddings coloured by class, errors, and, for attention, what the nodes listen to."""
-        from gnn import pictures
+        from gnn.core import pictures
 
         graph = self.graph
         hidden, logits = model.hidden(graph.features, self.structure), model(graph.features, self.structure)
@@ -100,19 +101,3 @@ class NodeTask(Task):
             f"{g.num_classes} classes",
             f"split ({split}): {len(g.train)} training, {len(g.val)} validation, {len(g.test)} test nodes",
         ]
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of rows of logits (N, K) whose largest entry is the label."""
-    return (logits.argmax(dim=1) == labels).double().mean().item()
-
-
-def macro_f1(logits: Tensor, labels: Tensor) -> float:
-    """Mean over the classes of F1 = 2 TP / (2 TP + FP + FN); a class that neither occurs nor is predicted is left
-    out.
-    """
-    predicted, num_classes = logits.argmax(dim=1), logits.shape[1]
-    hits = torch.bincount(labels[predicted == labels], minlength=num_classes).double()
-    # 2 TP + FP + FN
-    total = torch.bincount(predicted, minlength=num_classes) + torch.bincount(labels, minlength=num_classes)
-    return (2 * hits / total)[total > 0].mean().item()

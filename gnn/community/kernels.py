@@ -1,4 +1,4 @@
-"""Compiled inner loops of `gnn.partition`: local moving, Leiden's refinement, aggregation, connected parts.
+"""Compiled inner loops of `louvain_leiden.py`: local moving, Leiden's refinement, aggregation, connected parts.
 
 Legend: n nodes of the current level (a node is a group of original nodes after the first level), e stored entries, k
     communities.

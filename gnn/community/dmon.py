@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnn.config import CommunityConfig, ModelConfig
-from gnn.layers import Features
+from gnn.core.layers import Features
+from gnn.core.sparse import Structure, dropout
 from gnn.model import ACTIVATIONS, Dense, build_model
-from gnn.sparse import Structure, dropout
 
 
 class DMoN(nn.Module):

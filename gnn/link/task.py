@@ -19,12 +19,13 @@ from common.config import require
 from common.errors import ProjectError
 from common.runtime import mix_seed
 from gnn.config import Config
-from gnn.data import load_graph
-from gnn.link_heuristics import Heuristics
-from gnn.link_metrics import auc, average_precision, pair_metrics
-from gnn.link_model import LinkModel, TrainingEdges, reconstruction_loss
-from gnn.links import NegativeSampler, corrupt_hard, corrupt_uniformly, split_edges
-from gnn.sparse import SparseFeatures
+from gnn.core.sparse import SparseFeatures
+from gnn.data.datasets import load_graph
+from gnn.link.heuristics import Heuristics
+from gnn.link.metrics import auc, average_precision, pair_metrics
+from gnn.link.model import LinkModel, TrainingEdges, reconstruction_loss
+from gnn.link.negatives import NegativeSampler, corrupt_hard, corrupt_uniformly
+from gnn.link.splits import split_edges
 from gnn.task import Task
 
 SPLIT_STREAM, NEGATIVE_STREAM = 7_000_013, 7_000_019  # keep these generators apart from that of training
@@ -152,7 +153,8 @@ class LinkTask(Task):
         """Embeddings coloured by class, scores of links and of both kinds of negatives, ROC and precision-recall
         curves.
         """
-        from gnn import link_pictures, pictures
+        from gnn.core import pictures
+        from gnn.link import pictures as link_pictures
 
         z, pairs = model.embed(self.features, self.train_edges.whole), self.test_pairs
         score = {name: self.score(model, z, getattr(pairs, name)) for name in ("positive", "uniform", "hard")}

@@ -10,8 +10,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from gnn.config import SyntheticConfig
-from gnn.graph import Graph
-from gnn.synthetic import centres, plant_social
+from gnn.core.graph import Graph
+from gnn.data.synthetic import centres, plant_social
 
 
 def feature_scores(x: NDArray, points: NDArray, shares: NDArray) -> NDArray:

@@ -20,9 +20,9 @@ from torch import Tensor
 from common.errors import ProjectError
 from common.runtime import mix_seed
 from gnn.config import Config
-from gnn.data import SPLIT_STREAM, fetch
-from gnn.graph import build_graph
-from gnn.sparse import Structure
+from gnn.core.graph import build_graph
+from gnn.core.sparse import Structure
+from gnn.data.datasets import SPLIT_STREAM, fetch
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gnn.sparse import Matrix, SparseFeatures, Structure, aggregate, at_columns, at_rows, dropout, segment_softmax
+from gnn.core.sparse import Matrix, SparseFeatures, Structure, aggregate, at_columns, at_rows, dropout, segment_softmax
 
 Features = Tensor | SparseFeatures
 

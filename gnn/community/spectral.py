@@ -11,7 +11,7 @@ import scipy.sparse.linalg as la
 from numpy.typing import ArrayLike, NDArray
 from sklearn.cluster import KMeans
 
-from gnn.partition_metrics import Csr, as_csr
+from gnn.community.metrics import Csr, as_csr
 
 
 def spectral_communities(

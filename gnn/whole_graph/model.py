@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from common.config import require
 from gnn.config import GraphConfig, ModelConfig
-from gnn.graph_data import Batch
-from gnn.layers import GCN, GIN, SAGE
+from gnn.core.layers import GCN, GIN, SAGE
+from gnn.core.sparse import dropout
 from gnn.model import ACTIVATIONS, Dense
-from gnn.sparse import dropout
+from gnn.whole_graph.data import Batch
 
 
 def pool(h: Tensor, owner: Tensor, sizes: Tensor, kind: str) -> Tensor:

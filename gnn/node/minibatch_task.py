@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from common.config import require
 from common.errors import ProjectError
 from common.runtime import mix_seed
-from gnn.ceilings import ceilings
-from gnn.clusters import ClusterBatches
 from gnn.config import Config
-from gnn.data import load_graph, random_split
-from gnn.graph import Graph
+from gnn.core.graph import Graph
+from gnn.core.scores import accuracy, macro_f1
+from gnn.core.sparse import SparseFeatures, Structure
+from gnn.data.ceilings import ceilings
+from gnn.data.datasets import load_graph, random_split
 from gnn.model import build_model
-from gnn.node import accuracy, macro_f1
-from gnn.sampling import ALL, Block, NeighborSampler, edge_chunks, epoch_batch
-from gnn.sparse import SparseFeatures, Structure
+from gnn.node.clusters import ClusterBatches
+from gnn.node.neighbours import ALL, Block, NeighborSampler, edge_chunks, epoch_batch
 from gnn.task import Task
 
 BIPARTITE = ("sage", "gat", "gatv2", "gin", "mlp")  # layers that need nothing of a source but its features

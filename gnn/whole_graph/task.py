@@ -29,10 +29,10 @@ from common.errors import ProjectError
 from common.logging import read_metrics
 from common.runtime import mix_seed
 from gnn.config import Config
-from gnn.graph_data import load_graphs, stratified_folds
-from gnn.graph_model import GraphNet
-from gnn.node import accuracy, macro_f1
+from gnn.core.scores import accuracy, macro_f1
 from gnn.task import Task
+from gnn.whole_graph.data import load_graphs, stratified_folds
+from gnn.whole_graph.model import GraphNet
 
 # keep the generators of batches and of inner splits apart from others
 BATCH_STREAM, INNER_STREAM = 7_000_011, 7_000_013
@@ -165,7 +165,7 @@ class GraphTask(Task):
         """Accuracy of each fold, the readouts of all graphs coloured by class, and the errors on the first held-out
         fold.
         """
-        from gnn import pictures
+        from gnn.core import pictures
 
         graphs = self.graphs
         if self.tested:
@@ -248,7 +248,7 @@ def best_common_epoch(logged: dict[int, dict[int, float]], repetition: int, fold
 
 def draw_folds(path: Path, values: dict[int, float], usual: float, title: str) -> None:
     """A bar for each trial's accuracy, their mean, and the share of the most frequent class."""
-    from gnn.pictures import COLOURS, INK, canvas
+    from gnn.core.pictures import COLOURS, INK, canvas
 
     trials, mean = sorted(values), statistics.fmean(values.values())
     low = max(0.0, min(0.4, usual, *values.values()) - 0.06)
