@@ -4,10 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test test-slow lint clean
 
 help:            ## show what can be made
-	@grep -E '^[a-z]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; found " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 demo" if sys.version_info < (3, 11) else 0)'
@@ -21,8 +21,11 @@ install: $(VENV)/.installed   ## create .venv with everything in it
 demo: $(VENV)/.installed      ## train and evaluate every project at its smallest, then write runs/demo/report.html
 	$(BIN)/python -m common.demo
 
-test: $(VENV)/.installed      ## run the tests
-	$(BIN)/python -m pytest tests/
+test: $(VENV)/.installed      ## run the tests, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ -n 2 --dist loadgroup -m "not slow"
+
+test-slow: $(VENV)/.installed ## run the tests that `make test` leaves out
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ -n 2 --dist loadgroup -m slow
 
 lint: $(VENV)/.installed      ## check style and types
 	$(BIN)/python -m ruff check .
