@@ -1,4 +1,5 @@
-# Nothing but Python 3.11 or newer and make is needed. PYTHON=python3.12 make demo   chooses another interpreter.
+# Nothing but Python 3.11 or newer and make is needed. PYTHON=python3.12 make demo   chooses another interpreter;
+# make install CONSTRAINTS=constraints.txt   installs the versions that the results were made with.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -13,7 +14,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; found " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 demo" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --editable '.[dev,peers]'
+	$(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[dev,peers]'
 	@touch $@
 
 install: $(VENV)/.installed   ## create .venv with everything in it
