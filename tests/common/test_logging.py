@@ -71,3 +71,26 @@ def test_a_bar_on_a_terminal():
     for step in display.track(range(1, 4), 3, "my run"):
         display.note(step, 3, {"loss": float(step)}, 0.0)
     assert "my run" in screen.getvalue() and "3/3" in screen.getvalue()
+
+
+def test_damaged_lines_are_counted_and_skipped(tmp_path):
+    """A flipped bit costs its line, neither the lines after it nor the run."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 0.5}).encode() for step in range(1, 6)]
+    lines[1] = lines[1].replace(b'"loss"', b'"los\xf3"')
+    lines[3] = lines[3].replace(b":", b"z", 1)
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.warns(UserWarning, match="2 damaged lines left out"):
+        assert [line["step"] for line in read_metrics(path)] == [1, 3, 5]
+    with pytest.warns(UserWarning, match="damaged"):
+        MetricLog(tmp_path, first_step=5).close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 3]
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    log = MetricLog(tmp_path)
+    log.write(1, {"loss": float("nan"), "rate": float("inf"), "lr": 0.5})
+    log.flush()
+    log.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": None, "rate": None, "lr": 0.5}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from common.finite import NonFinite
 from common.logging import read_metrics
 from common.run import Run
 from common.signals import Stopped
+from tests.helpers import start_python
 
 
 def start(tmp_path, *flags: str, **settings) -> Run:
@@ -155,3 +158,154 @@ def test_changes_on_resume_are_said(tmp_path, capfd):
         pass
     err = capfd.readouterr().err
     assert "note: seed was 0, is now 9" in err and "keep_last" not in err
+
+
+# -- one owner ---------------------------------------------------------------------------------------------------------
+
+OWNER = """
+import sys, time
+from common.config import BaseConfig, Options
+from common.run import Run
+run = Run.start(BaseConfig(run_dir=sys.argv[1], device="cpu", precision="fp32"), Options("train"))
+run.resume()
+run.save(1, number=1)
+print("mine", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.fixture
+def owned(tmp_path):
+    """A folder that another process trains in."""
+    process = start_python("-c", OWNER, str(tmp_path / "run"))
+    assert process.stdout.readline() == "mine\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("flag", ["resume", "overwrite", None])
+def test_a_folder_has_one_owner(owned, tmp_path, flag):
+    before = contents(tmp_path / "run")
+    with pytest.raises(ProjectError, match=f"in use by process {owned.pid} on "):
+        start(tmp_path, *([flag] if flag else []))
+    assert contents(tmp_path / "run") == before
+    Run(BaseConfig(run_dir=str(tmp_path / "run"), device="cpu", precision="fp32"), Options("eval"))  # a reader may
+
+
+def test_the_lock_dies_with_its_process(owned, tmp_path):
+    owned.kill()
+    owned.wait()
+    with start(tmp_path, "resume") as run:
+        assert run.resume() == 1
+
+
+def test_forked_workers_do_not_hold_the_lock(tmp_path):
+    """A data worker that outlives a killed training must not keep the folder from the next one."""
+    code = OWNER.replace("time.sleep(100)", "import os; os.fork() or time.sleep(100)")
+    process = start_python("-c", code, str(tmp_path / "run"))
+    assert process.stdout.readline() == "mine\n"
+    assert process.wait(timeout=60) == 0
+    with start(tmp_path, "resume"):
+        pass
+    process.stdout.close()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capfd):
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with start(tmp_path):
+        pass
+    assert "cannot be locked (No locks available)" in capfd.readouterr().err
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_refused_resume_changes_nothing(tmp_path):
+    with start(tmp_path) as run:
+        run.resume()
+        run.log_file.write(1, {"loss": 1.0})
+        run.save(1, model=torch.nn.Linear(2, 1))
+    before = contents(tmp_path / "run")
+    with pytest.raises(ProjectError, match="model does not fit"), start(tmp_path, "resume", seed=5) as run:
+        run.resume(model=torch.nn.Linear(3, 1))
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_first_save_that_was_cut_is_no_dead_end(tmp_path):
+    with start(tmp_path) as run:
+        run.resume()
+    (tmp_path / "run/checkpoints/00000002.pt").write_bytes(b"half")
+    for flags in ((), ("resume",)):
+        with start(tmp_path, *flags) as run:
+            assert run.resume() == 0
+    with start(tmp_path, "resume") as run:
+        run.resume()
+        run.save(2, number=1)
+    with start(tmp_path, "resume") as run:
+        assert run.resume() == 2
+
+
+def test_nothing_to_resume_is_said(tmp_path, capfd):
+    with start(tmp_path, "resume") as run:
+        assert run.resume() == 0
+    assert f"nothing to resume in {tmp_path / 'run'}: starting at step 1" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("lost", ["*", "*.pt"])
+def test_lost_checkpoints_are_not_a_fresh_start(tmp_path, lost):
+    with start(tmp_path) as run:
+        run.resume()
+        run.save(3, number=1)
+    for path in (tmp_path / "run/checkpoints").glob(lost):
+        path.unlink()
+    with start(tmp_path, "resume") as run, pytest.raises(ProjectError, match=r"are gone from .* --overwrite"):
+        run.resume()
+
+
+def test_env_json_keeps_earlier_processes(tmp_path):
+    for flags in ((), ("resume",), ("resume",)):
+        with start(tmp_path, *flags) as run:
+            run.resume()
+            run.save(run.step + 1, number=1)
+    env = json.loads((tmp_path / "run/env.json").read_text())
+    assert env["first_saved"] == 1 and env["command"] and [entry["device"] for entry in env["earlier"]] == ["cpu"] * 2
+    assert all("earlier" not in entry for entry in env["earlier"])
+
+
+def test_temporaries_anywhere_are_removed_at_the_start(tmp_path):
+    with start(tmp_path) as run:
+        run.resume()
+        run.save(1, number=1)
+    (tmp_path / "run/models").mkdir()
+    for name in ("models/.tmp-9-0000.safetensors", ".tmp-9-eval.json", "checkpoints/.tmp-9-00000002.pt"):
+        (tmp_path / "run" / name).write_bytes(b"half")
+    with start(tmp_path, "resume"):
+        assert not list((tmp_path / "run").rglob(".tmp-*"))
+
+
+def test_overwrite_says_what_it_deletes(tmp_path, capfd):
+    with start(tmp_path) as run:
+        run.resume()
+        run.save(7, number=1)
+    with start(tmp_path, "overwrite"):
+        assert f"deleting the run in {tmp_path / 'run'}, at step 7" in capfd.readouterr().err
+
+
+def test_weights_that_an_update_ruined_are_not_saved(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    with start(tmp_path) as run:
+        run.resume()
+        run.save(1, model=model)
+        with torch.no_grad():
+            model.weight[0, 1] = float("nan")  # as after a step with a rate of 1e39
+        with pytest.raises(NonFinite, match=r"weight is not finite after step 2; .* \(step 1\)"):
+            run.save(2, model=model)
+    assert [path.stem for path in run.checkpoints.list()] == ["00000001"]
