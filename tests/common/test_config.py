@@ -147,6 +147,7 @@ def test_without_config_lists_them(capsys, monkeypatch):
     ],
     ids=lambda words: " ".join(words[:1] + words[2:])[:50],
 )
+@pytest.mark.xdist_group("timing")
 def test_bad_config_as_a_process(words):
     started = time.perf_counter()
     result = python("-m", *words)
