@@ -50,7 +50,8 @@ class ResidualBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.new_channels = stride, channels - in_channels
+        self.stride = stride
+        self.new_channels = channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W) -> (B, channels, H / stride, W / stride)
         h = F.relu(self.bn1(self.conv1(x)))
@@ -72,6 +73,7 @@ class ResNet20(nn.Module):
     """
 
     name = "fd_resnet20"
+    class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     test_accuracy: float | None = None
 
     def __init__(self) -> None:
@@ -116,7 +118,8 @@ def load_resnet20(path: Path) -> ResNet20:
             f"no ResNet-20 weights at {path}: put resnet20-12fca82f.th of github.com/akamaster/pytorch_resnet_cifar10 "
             "there, or choose eval.features=classifier"
         )
-    network, checkpoint = ResNet20(), load_tensors(files[0])
+    network = ResNet20()
+    checkpoint = load_tensors(files[0])
     try:
         network.load_state_dict(
             {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
@@ -148,6 +151,7 @@ class SmallCNN(nn.Module):
         super().__init__()
         narrow, middle, wide = RECIPE["widths"]
         self.name = name
+        self.class_names: tuple[str, ...] | None = None  # the dataset's
         self.test_accuracy: float | None = None
         self.body = nn.Sequential(
             # (B, C, H, W) -> (B, 4 C, H / 2, W / 2): most of the cost of a network is at full resolution
@@ -193,7 +197,11 @@ def augment(x: Tensor, rng: torch.Generator) -> Tensor:
     # five times (B,), in [-1, 1)
     angle, scale, shear, right, down = (torch.rand(5, len(x), generator=rng) * 2 - 1).to(x.device)
     # the image is 2 units wide
-    angle, scale, shear, right, down = 0.2 * angle, 1 + 0.1 * scale, 0.15 * shear, right / 7, down / 7
+    angle = 0.2 * angle
+    scale = 1 + 0.1 * scale
+    shear = 0.15 * shear
+    right = right / 7
+    down = down / 7
     matrix = torch.stack(
         [scale * angle.cos(), shear - angle.sin(), right, angle.sin(), scale * angle.cos(), down], dim=1
     ).view(-1, 2, 3)  # (B, 6) -> (B, 2, 3)

@@ -12,6 +12,8 @@ from typing import Literal
 
 from common.config import BaseConfig, require
 
+EXTRACTORS = ("inception", "inception768", "inception_spatial", "resnet20", "classifier")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -162,6 +164,7 @@ class SampleConfig:
         require(0 <= self.eta <= 1, "sample.eta", "must be in [0, 1]")
         require(0 < self.sigma_min < self.sigma_max, "sample.sigma_min", "must be positive and below sample.sigma_max")
         require(self.rho > 0, "sample.rho", "must be positive")
+        require(math.isfinite(self.guidance), "sample.guidance", "must be a finite number")
         require(self.count >= 1, "sample.count", "must be at least 1")
         require(self.batch_size >= 1, "sample.batch_size", "must be at least 1")
 
@@ -172,8 +175,13 @@ class EvalConfig:
 
     num_samples: int = 50_000  # generated images; 50,000 is the convention for FID on CIFAR-10
     num_reference: int = 0  # training images to compare with; 0 = all
-    # auto: FID if its weights can be had, else a classifier
-    features: Literal["auto", "inception", "resnet20", "classifier"] = "auto"
+    # auto: FID if its weights can be had, else a classifier. inception768 (reported as fd_inception768) and
+    # inception_spatial (sfid) need the Inception network only up to mixed_7, and are no FID
+    features: Literal["auto", "inception", "inception768", "inception_spatial", "resnet20", "classifier"] = "auto"
+    more_features: tuple[str, ...] = ()  # further extractors: each one's Fréchet distance, and its floor, beside it
+    # file or folder for inception768 and inception_spatial; default data_root/inception_fid_2015, else the FID's file
+    inception_weights: str = ""
+    feature_precision: Literal["fp32", "bf16"] = "fp32"  # of the Inception network; bf16 is 3 times as fast on a CPU
     # features=resnet20: path of the checkpoint, default data_root/pretrained_resnet_cifar10/
     classifier_weights: str = ""
     manifold_samples: int = 5000  # images a side for precision, recall, density, coverage
@@ -185,6 +193,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         require(self.num_samples >= 2, "eval.num_samples", "must be at least 2: a covariance needs two images")
         require(self.nfe_samples == 0 or self.nfe_samples >= 2, "eval.nfe_samples", "must be 0 or at least 2")
+        for name in self.more_features:
+            require(name in EXTRACTORS, "eval.more_features", f"{name} is not one of {', '.join(EXTRACTORS)}")
+        require(
+            all(math.isfinite(w) for w in self.guidance_table), "eval.guidance_table", "must hold finite numbers only"
+        )
         for name in ("manifold_samples", "num_reference", "neighbours"):
             require(getattr(self, name) >= 0, f"eval.{name}", "must not be negative")
         require(
@@ -218,4 +231,12 @@ class Config(BaseConfig):
             self.data.image_size % (self.model.patch * 2 ** (len(self.model.multipliers) - 1)) == 0,
             "data.image_size",
             "must be divisible by model.patch * 2 ** (levels - 1)",
+        )
+        grids = [self.data.image_size // self.model.patch // 2**level for level in range(len(self.model.multipliers))]
+        unused = [size for size in self.model.attention if size not in grids]
+        require(not unused, "model.attention", f"{unused} is no resolution of this network, whose levels have {grids}")
+        require(
+            self.sample.guidance == 1 or self.model.num_classes > 0,
+            "sample.guidance",
+            "must be 1 without classes (model.num_classes=0): there is no label to be guided by",
         )

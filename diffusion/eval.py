@@ -23,6 +23,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +35,11 @@ from common.errors import exits_cleanly
 from common.files import atomic_open, write_json
 from common.metrics import FeatureStatistics, frechet_between
 from common.run import Run
+from diffusion.classifier import checksum, json_hash
 from diffusion.data import load_images
 from diffusion.features import (
     FeatureExtractor,
+    Labelled,
     build_extractor,
     conditional_accuracy,
     extract,
@@ -50,6 +53,7 @@ from diffusion.model import UNet
 from diffusion.sample import Objective, generate_batch, grid_labels, load_model, save_grid
 from diffusion.samplers import SAMPLERS, resolve_sampler
 
+MANIFOLD_NEIGHBOURS = 5  # k of precision, recall, density and coverage
 NEIGHBOUR_SAMPLES = 1000  # generated and held-out images whose distance to the training images is measured
 
 
@@ -83,19 +87,16 @@ def main(config: Config, options: Options) -> None:
         model, objective, step = load_model(config, options, run)
         train, test = load_images(config.data, config.data_root), load_images(config.data, config.data_root, "test")
         assert train is not None
-        judge = build_judge(config, train, test, run)
+        judge = build_judge(config, config.eval.features, train, test, run)
         name = judge.extractor.name
-        key = {
-            "step": step,
-            "seed": config.seed,
-            "sample": dataclasses.asdict(config.sample),
-            "count": config.eval.num_samples,
-        }
+        key = sample_key(model, config, config.eval.num_samples)
         labels = grid_labels(config, config.eval.num_samples)
         generated = generate_resumable(model, objective, config, config.eval.num_samples, labels, key, run)
         metrics = measure(generated, labels, judge, config, run)
         if (floor := judge.floor(len(generated), run)) is not None:
             metrics["fd_floor"] = floor
+        for features in config.eval.more_features:
+            metrics |= further_distance(generated, build_judge(config, features, train, test, run), run)
         if judge.extractor.test_accuracy is not None:
             metrics["classifier_test_accuracy"] = judge.extractor.test_accuracy
         metrics |= memorisation(generated, judge.real, test, config, run.folder / "figures/neighbours.png")
@@ -122,31 +123,50 @@ def main(config: Config, options: Options) -> None:
         print(json.dumps(result), flush=True)
 
 
-def build_judge(config: Config, train: Images, test: Images | None, run: Run) -> Judge:
-    """The extractor of `eval.features` and the training images' statistics, from the cache under data_root where
-    possible.
-    """
+def build_judge(config: Config, features: str, train: Images, test: Images | None, run: Run) -> Judge:
+    """The extractor of that name and the training images' statistics, from the cache under data_root where possible."""
     cache = Path(config.data_root) / "diffusion_cache"
     real = train.head(config.eval.num_reference)
     held_out = test.head(0) if test is not None else None
     labelled = None
     if real.labels is not None and held_out is not None and held_out.labels is not None:
         everything = train.head(0)
-        labelled = lambda: ((everything.images, everything.labels), (held_out.images, held_out.labels))  # noqa: E731
+
+        def labelled() -> Labelled:
+            return (everything.images, everything.labels), (held_out.images, held_out.labels)
+
     extractor = build_extractor(
-        config.eval.features,
+        features,
         config.data.dataset,
         Path(config.data_root),
         cache,
         labelled,
         weights=config.eval.classifier_weights,
+        inception=config.eval.inception_weights,
+        dtype=torch.bfloat16 if config.eval.feature_precision == "bf16" else torch.float32,
         device=run.device,
         log=run.display.say,
         track=run.track,
     )
     identity = {"dataset": config.data.dataset, "folder": config.data.folder, "image_size": config.data.image_size}
+    if extractor.name in ("sfid", "fd_inception768"):
+        identity["precision"] = config.eval.feature_precision
     statistics = reference_statistics(extractor, real.images, cache, {**identity, "split": "train"}, track=run.track)
     return Judge(extractor, real, statistics, held_out)
+
+
+def sample_key(model: UNet, config: Config, count: int) -> dict[str, Any]:
+    """What generated images depend on, in JSON types: none kept of an interrupted evaluation are taken for others."""
+    return {
+        "weights": json_hash({name: checksum(value) for name, value in model.state_dict().items()}),
+        "objective": dataclasses.asdict(config.objective),
+        "model": dataclasses.asdict(config.model),
+        "image_size": config.data.image_size,
+        "sample": dataclasses.asdict(config.sample),
+        "precision": config.precision,
+        "seed": config.seed,
+        "count": count,
+    }
 
 
 def generate_resumable(
@@ -156,7 +176,8 @@ def generate_resumable(
     W).
     """
     folder = run.folder / "eval_samples" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    size, parts = config.sample.batch_size, []
+    size = config.sample.batch_size
+    parts = []
     for b in run.display.track(range(0, count, size), -(-count // size), "generating"):
         path = folder / f"{b:08d}.npy"
         chunk = None if labels is None else labels[b : b + size]
@@ -179,16 +200,29 @@ def measure(generated: Tensor, labels: Tensor | None, judge: Judge, config: Conf
     if log_probs is not None:
         kind = "inception_score" if judge.extractor.name == "fid" else "classifier_score"
         metrics[kind], metrics[f"{kind}_std"] = inception_score(log_probs.exp(), splits=min(10, len(generated)))
-        if labels is not None and log_probs.shape[1] == config.model.num_classes:
+        judged = judge.extractor.class_names  # None: those of the dataset
+        if labels is not None and judged in (None, judge.real.class_names):
             metrics["conditional_accuracy"] = conditional_accuracy(log_probs, labels)
-    if config.eval.manifold_samples > 5:  # fewer have no fifth neighbour
-        side = config.eval.manifold_samples
+    side = min(config.eval.manifold_samples, len(generated), len(judge.real))
+    if side > MANIFOLD_NEIGHBOURS:  # fewer have no fifth neighbour
         chosen = torch.randperm(len(judge.real), generator=torch.Generator().manual_seed(config.seed))[:side]
         real_features, _ = extract(
             judge.extractor, judge.real.images[chosen.to(judge.real.images.device)], track=run.track
         )
-        metrics |= precision_recall_density_coverage(real_features, features[:side])
+        metrics |= precision_recall_density_coverage(real_features, features[:side], MANIFOLD_NEIGHBOURS)
+    elif config.eval.manifold_samples:
+        run.display.say(f"no precision, recall, density, coverage: {side} images a side are too few")
     return metrics
+
+
+def further_distance(generated: Tensor, judge: Judge, run: Run) -> dict[str, float]:
+    """The Fréchet distance of generated images in the eyes of one more extractor, and what held-out images score."""
+    name = judge.extractor.name
+    features, _ = extract(judge.extractor, generated, track=run.track)
+    distances = {name: frechet_between(judge.statistics, FeatureStatistics().update(features), len(generated))}
+    if (floor := judge.floor(len(generated), run)) is not None:
+        distances[f"{name}_floor"] = floor
+    return distances
 
 
 def memorisation(
@@ -203,7 +237,8 @@ def memorisation(
     if not config.eval.neighbours:
         return {}
     scale = generated[0].numel() ** 0.5
-    reference, pixels = real.images.cpu(), generated[:NEIGHBOUR_SAMPLES]
+    reference = real.images.cpu()
+    pixels = generated[:NEIGHBOUR_SAMPLES]
     distance, index = nearest_neighbours(pixels, reference, 9)
     rows = range(min(config.eval.neighbours, len(pixels)))
     save_grid(torch.cat([torch.cat([pixels[i : i + 1], reference[index[i]]]) for i in rows]), path, columns=10)
@@ -218,9 +253,7 @@ def quick_distance(model: UNet, objective: Objective, config: Config, judge: Jud
     """Frechet distance, and agreement with the label, of `eval.nfe_samples` images drawn as `config.sample` says."""
     count = config.eval.nfe_samples
     labels = grid_labels(config, count)
-    weights = next(model.parameters()).double().sum().item()
-    key = {"table": dataclasses.asdict(config.sample), "seed": config.seed, "count": count, "weights": weights}
-    generated = generate_resumable(model, objective, config, count, labels, key, run)
+    generated = generate_resumable(model, objective, config, count, labels, sample_key(model, config, count), run)
     plain = dataclasses.replace(config, eval=dataclasses.replace(config.eval, manifold_samples=0))
     metrics = measure(generated, labels, judge, plain, run)
     return {name: metrics[name] for name in (judge.extractor.name, "conditional_accuracy") if name in metrics}
@@ -235,7 +268,8 @@ def sampler_table(model: UNet, objective: Objective, config: Config, judge: Judg
     """Frechet distance by sampler and number of network evaluations: the price of an image against its quality."""
     if not config.eval.nfe_samples:
         return {}
-    floor, rows = judge.floor(config.eval.nfe_samples, run), {}
+    floor = judge.floor(config.eval.nfe_samples, run)
+    rows = {}
     for sampler in SAMPLERS[config.objective.kind]:
         for nfe in config.eval.nfe_table:
             # heun: 2 * steps - 1 evaluations, so never more than nfe

@@ -9,20 +9,15 @@ Shape legend: N real or reference images, M generated ones, C channels, H x W pi
 
 from __future__ import annotations
 
-import http.client
-import threading
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.config import ConfigError
 from common.errors import ProjectError
-from common.files import sha256
 from common.metrics import FeatureStatistics
 from diffusion.classifier import (
     cache_path,
@@ -30,15 +25,11 @@ from diffusion.classifier import (
     checksum,
     json_hash,
     load_resnet20,
-    load_tensors,
     read_cache,
     write_cache,
 )
+from diffusion.inception import InceptionFeatures, TruncatedInception, inception_weights, truncated_weights
 
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
-)
-INCEPTION_SHA256 = "6726825d"  # how the file's SHA-256 begins, as its name says
 CHUNK_ELEMENTS = 2**23  # of one block of a distance matrix: 67 MB in float64
 
 Labelled = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]  # ((train images, labels), (test images, labels))
@@ -46,9 +37,16 @@ Track = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 class FeatureExtractor(Protocol):
-    """An `nn.Module` in evaluation mode. `test_accuracy` is that of its class predictions, where it was measured."""
+    """An `nn.Module` in evaluation mode.
+
+    Attributes:
+        name: the metric's name.
+        class_names: of its class predictions; None where they are those of the dataset it was trained on here.
+        test_accuracy: that of its class predictions, where it was measured.
+    """
 
     name: str
+    class_names: tuple[str, ...] | None
     test_accuracy: float | None
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -59,77 +57,6 @@ class FeatureExtractor(Protocol):
     def state_dict(self) -> dict[str, Tensor]: ...
 
 
-# -- extractors --------------------------------------------------------------------------------------------------------
-
-
-class InceptionFeatures(nn.Module):
-    """The Inception-v3 network of the FID (Heusel et al. 2017). uint8 (B, 1 or 3, H, W) -> features (B, 2048),
-    log-probabilities (B, 1008).
-
-    torch-fidelity's port of the TensorFlow graph, resizing to 299 pixels as that graph does: other Inception weights or
-    another resizing give other distances (Parmar et al. 2022). The log-probabilities leave out the bias of the last
-    layer, as the Inception score's original code does. `ProjectError` when torch-fidelity is missing or `weights` holds
-    anything but tensors.
-    """
-
-    name = "fid"
-    test_accuracy: float | None = None
-
-    def __init__(self, weights: Path) -> None:
-        super().__init__()
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise ProjectError("the Inception network needs torch-fidelity: pip install torch-fidelity") from error
-        load_tensors(weights)  # refuses a file that could run code, before the library reads it less strictly
-        self.network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], str(weights)
-        ).eval()
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = self.network(images.expand(-1, 3, -1, -1))  # (B, 2048), (B, 1008)
-        return features, F.log_softmax(logits, dim=1)
-
-
-def inception_weights(timeout: float = 5.0) -> Path:
-    """The file with the Inception weights in torch's hub folder, downloaded (95 MB) when absent.
-
-    `ProjectError`, within about `timeout` seconds, when they are neither there nor to be had; it says where to put
-    them.
-    """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]
-    if not path.is_file():
-        if not reachable(INCEPTION_URL, timeout):
-            raise ProjectError(
-                f"no Inception weights at {path}, and {INCEPTION_URL} cannot be reached: put that file there"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            raise ProjectError(f"the download of {INCEPTION_URL} failed: {error}") from error
-    if not sha256(path).startswith(INCEPTION_SHA256):
-        raise ProjectError(f"{path} is damaged: delete it")
-    return path
-
-
-def reachable(url: str, timeout: float) -> bool:
-    """Whether `url` answers within `timeout` seconds. In a thread, since looking up a name knows no timeout."""
-    answers: list[bool] = []
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout) as response:
-                answers.append(response.status == 200)
-        except (OSError, http.client.HTTPException):
-            return
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return answers == [True]
-
-
 def build_extractor(
     features: str,
     dataset: str,
@@ -138,6 +65,8 @@ def build_extractor(
     labelled: Callable[[], Labelled] | None = None,
     *,
     weights: str = "",
+    inception: str = "",
+    dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: torch.device | str = "cpu",
     log: Callable[[str], None] = print,
@@ -146,20 +75,25 @@ def build_extractor(
     """The extractor that `eval.features` asks for.
 
     Args:
-        features: inception, resnet20, classifier (trained here on `labelled`), or auto: the first of these that can be
-            had, resnet20 for CIFAR-10 only.
+        features: inception, inception768, inception_spatial, resnet20, classifier (trained here on `labelled`), or
+            auto: the first of inception, resnet20 (for CIFAR-10 only) and classifier that can be had.
         labelled: called only when a classifier is to be trained; None for a dataset without labels.
         weights: the ResNet-20 checkpoint; default data_root/pretrained_resnet_cifar10.
+        inception: file or folder for inception768 and inception_spatial; default as `truncated_weights` says.
+        dtype: what the Inception networks compute in.
     `ProjectError` when what was asked for by name is not there, `ConfigError` when the dataset has no labels to train a
     classifier on.
     """
     if features in ("auto", "inception"):
         try:
-            return InceptionFeatures(inception_weights()).to(device)
+            return InceptionFeatures(inception_weights()).to(device)  # always in float32: its FID is compared
         except ProjectError as error:
             if features == "inception":
                 raise
             log(f"no FID, but a Frechet distance on a classifier's features: {error}")
+    if features in ("inception768", "inception_spatial"):
+        network = TruncatedInception(truncated_weights(data_root, inception), features, dtype)
+        return network.to(device, memory_format=torch.channels_last)
     resnet20 = Path(weights) if weights else data_root / "pretrained_resnet_cifar10"
     if features == "resnet20" or (features == "auto" and dataset == "cifar10" and resnet20.exists()):
         return load_resnet20(resnet20).to(device)

@@ -182,7 +182,9 @@ class UNet(nn.Module):
                 f"image size {image_size} cannot be folded by {config.patch} and halved {levels - 1} times; "
                 "choose another data.image_size, a smaller model.patch or fewer model.multipliers"
             )
-        self.config, self.image_size, self.null_label = config, image_size, config.num_classes
+        self.config = config
+        self.image_size = image_size
+        self.null_label = config.num_classes
         E = 4 * config.channels
         image_channels = config.image_channels * config.patch**2
 
@@ -208,7 +210,9 @@ class UNet(nn.Module):
             return Attention(channels, config) if grid in config.attention else nn.Identity()
 
         # The way down, remembering the width of every tensor that the way up will receive as a skip.
-        C, skips, self.down = config.channels, [config.channels], nn.ModuleList()
+        C = config.channels
+        skips = [config.channels]
+        self.down = nn.ModuleList()
         for level, width in enumerate(widths):
             last = level == len(widths) - 1
             blocks = [ResidualBlock(C if i == 0 else width, width, config) for i in range(config.blocks)]

@@ -56,7 +56,10 @@ class DDPM:
                 f"zero terminal SNR needs prediction='v', not {prediction!r}: at zero signal, eps says nothing about "
                 "x_0"
             )
-        self.schedule, self.prediction, self.weighting, self.gamma = schedule, prediction, weighting, gamma
+        self.schedule = schedule
+        self.prediction = prediction
+        self.weighting = weighting
+        self.gamma = gamma
 
     def loss(self, net: Net, x0: Tensor, labels: Tensor | None, noise: Tensor, u: Tensor) -> Tensor:
         """Losses (B,) of the images x0 (B, C, H, W), noised by `noise` at t = floor(u T), u (B,) in [0, 1)."""
@@ -116,7 +119,9 @@ class EDM:
             raise ValueError(
                 f"p_std={p_std} and sigma_data={sigma_data} must be positive: measure sigma_data on the training images"
             )
-        self.p_mean, self.p_std, self.sigma_data = p_mean, p_std, sigma_data
+        self.p_mean = p_mean
+        self.p_std = p_std
+        self.sigma_data = sigma_data
 
     def scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """c_skip, c_out, c_in and c_noise of table 1, each in the shape of sigma."""

@@ -60,7 +60,8 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Object
     """The network of a run's newest whole checkpoint (or of `--checkpoint`), its objective, and the number of
     updates it has seen.
     """
-    folder, chosen = run.folder / "checkpoints", Path(options.checkpoint)
+    folder = run.folder / "checkpoints"
+    chosen = Path(options.checkpoint)
     if chosen.name == options.checkpoint:  # a bare name is one of this run's; a path is taken as it stands
         chosen = folder / chosen
     state = Checkpoints.load(chosen) if options.checkpoint else Checkpoints(folder).load_newest()
@@ -74,7 +75,7 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Object
             f"the checkpoint in {folder} is of another model than the config's model section"
         ) from None
     model = model.to(run.device, memory_format=run.memory_format).eval().requires_grad_(False)
-    return model, build_objective(config.objective, state["parts"]["sigma_data"]), int(state["step"])
+    return model, build_objective(config.objective, state["parts"]["measured"]["sigma_data"]), int(state["step"])
 
 
 def generate(

@@ -228,12 +228,12 @@ def sample(
     noise of later steps. The result is a function of rng's state and device. `eta` matters to ddim only, `variance` to
     ddpm only. `clip` limits each x_0 guess to [-1, 1], for ddpm and ddim only: it breaks the smoothness that the
     higher-order methods build on. `track` wraps the iterable of step indices (a progress bar, a stop signal).
-    `on_step(i, x, x0)` sees the state after step i and the guess that led to it. Returns float32 (B, C, H, W), not
-    clamped; float64 if `x_init` is float64. Raises ValueError for an unknown sampler.
+    `on_step(i, x, x0)` sees the state after step i and the guess that led to it. Returns (B, C, H, W) in the
+    default dtype, or that of `x_init`, not clamped. Raises ValueError for an unknown sampler.
     """
     if sampler not in SAMPLERS["ddpm"]:
         raise ValueError(f"unknown sampler {sampler!r}: choose one of {', '.join(SAMPLERS['ddpm'])}")
-    dtype = torch.float32 if x_init is None else x_init.dtype
+    dtype = torch.get_default_dtype() if x_init is None else x_init.dtype
 
     def normal() -> Tensor:
         return torch.randn(shape, generator=rng, device=rng.device, dtype=dtype).to(device)

@@ -25,6 +25,7 @@ from common.runtime import count_parameters
 from diffusion.data import load_images
 from diffusion.ema import EMA
 from diffusion.images import Images, to_float
+from diffusion.measured import Measured
 from diffusion.model import UNet
 from diffusion.objectives import build_objective
 from diffusion.sample import generate, grid_labels, save_grid
@@ -39,8 +40,7 @@ def train(config: Config, options: Options) -> None:
         return describe(config, images)
     run = Run.start(config, options)
     with run:
-        sigma_data = images.head(1000 if config.data.dataset in ("celeba", "folder") else 0).pixel_std()
-        objective = build_objective(config.objective, sigma_data)
+        measured = Measured(images)
         model = UNet(config.model, config.data.image_size).to(run.device, memory_format=run.memory_format)
         optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -50,14 +50,17 @@ def train(config: Config, options: Options) -> None:
             fused=run.device.type != "mps",
         )
         ema = EMA(model, config.train.ema)
-        done = run.resume(model=model, optimizer=optimizer, ema=ema)  # 0 when fresh
+        done = run.resume(model=model, optimizer=optimizer, ema=ema, measured=measured)  # 0 when fresh
+        objective = build_objective(config.objective, measured.sigma_data)
         net = run.prepare(model)  # the same weights, compiled or spread over processes
         run.flops_per_step = training_flops(config) * config.train.batch_size
         batches = images.batches(done + 1, config.train.batch_size, config.seed, run.device)
         run.display.say(
             f"{len(images)} images {images.shape}, {count_parameters(model) / 1e6:.1f}M parameters, "
-            f"sigma_data {sigma_data:.4f}"
+            f"sigma_data {measured.sigma_data:.4f}"
         )
+        if measured.changed:
+            run.display.say("note: these are not the images that the run began with; sigma_data stays as it was then")
 
         for step in run.steps(done, config.train.steps):
             for group in optimizer.param_groups:
@@ -102,10 +105,22 @@ def train(config: Config, options: Options) -> None:
                     drawn = generate(ema.model, objective, config, config.sample.count, labels, config.seed, run)
                     save_grid(drawn, run.folder / f"samples/{step:08d}.png")
             if run.save_due(step, config.train.save_every):
-                run.save(step, model=model, optimizer=optimizer, ema=ema, sigma_data=sigma_data)
+                run.save(step, model=model, optimizer=optimizer, ema=ema, measured=measured)
         if run.is_main:
-            facts = {"project": "diffusion", "step": str(run.step), "weights": "ema", "sigma_data": str(sigma_data)}
-            export_weights(run.folder / "model.safetensors", ema.state_dict(), facts | {"config": to_yaml(config)})
+            export(run, config, model, ema, measured)
+
+
+def export(run: Run, config: Config, model: UNet, ema: EMA, measured: Measured) -> None:
+    """`model.safetensors`: the weights that sampling and evaluation use, the average or the last ones."""
+    weights = ema.state_dict() if config.sample.weights == "ema" else model.state_dict()
+    facts = {
+        "project": "diffusion",
+        "step": str(run.step),
+        "weights": config.sample.weights,
+        "sigma_data": str(measured.sigma_data),
+        "config": to_yaml(config),
+    }
+    export_weights(run.folder / "model.safetensors", weights, facts)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -139,7 +154,8 @@ def drop_labels(labels: torch.Tensor | None, config: Config, rng: torch.Generato
 
 def check_fit(config: Config, images: Images) -> None:
     """`ConfigError` where the model does not fit the images."""
-    channels, classes = images.shape[0], len(images.class_names)
+    channels = images.shape[0]
+    classes = len(images.class_names)
     require(
         channels == config.model.image_channels,
         "model.image_channels",

@@ -118,7 +118,7 @@ def same(a: object, b: object) -> bool:
 
 def assert_same_run(a: Path, b: Path) -> None:
     first, second = checkpoint(a), checkpoint(b)
-    for part in ("model", "optimizer", "ema", "sigma_data"):
+    for part in ("model", "optimizer", "ema", "measured"):
         assert same(first["parts"][part], second["parts"][part]), part
     assert same(first["rng"], second["rng"])
     assert first["step"] == second["step"] == STEPS

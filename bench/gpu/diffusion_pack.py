@@ -62,7 +62,7 @@ def pack(run: Path, folder: Path, dtype: str = "bf16", shard_bytes: int = SHARD_
             "step": state["step"],
             "weights": "ema",
             "dtype": dtype,
-            "sigma_data": state["parts"]["sigma_data"],
+            "measured": state["parts"]["measured"],
             "config": state["config"],
             "shards": shards,
         },
@@ -97,7 +97,7 @@ def unpack(run: Path, folder: Path) -> bool:
         {
             "step": manifest["step"],
             "config": manifest["config"],
-            "parts": {"ema": weights, "sigma_data": manifest["sigma_data"]},
+            "parts": {"ema": weights, "measured": manifest["measured"]},
         },
     )
     print(f"{run}: step {manifest['step']}, {manifest['dtype']} weights, for evaluation only")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.config import ConfigError
 from common.errors import ProjectError
-from diffusion import classifier, features
+from diffusion import classifier, features, inception
 from diffusion.classifier import SmallCNN, accuracy, cached_classifier, load_resnet20, new_classifier, train_classifier
 from diffusion.features import (
     build_extractor,
@@ -179,7 +179,7 @@ class TestInception:
     def test_without_weights_or_network(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
         # nothing listens there
-        monkeypatch.setattr(features, "INCEPTION_URL", "http://127.0.0.1:9/weights-inception.pth")
+        monkeypatch.setattr(inception, "INCEPTION_URL", "http://127.0.0.1:9/weights-inception.pth")
         with pytest.raises(ProjectError, match="put that file there"):
             build_extractor("inception", "mnist", tmp_path, tmp_path)
         lines: list[str] = []
@@ -193,7 +193,7 @@ class TestInception:
 
     def test_auto_falls_back_to_a_classifier(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-        monkeypatch.setattr(features, "INCEPTION_URL", "http://127.0.0.1:9/weights-inception.pth")
+        monkeypatch.setattr(inception, "INCEPTION_URL", "http://127.0.0.1:9/weights-inception.pth")
         monkeypatch.setitem(classifier.RECIPE, "images_seen", 200)
         data = (random_images(20), torch.arange(20) % 4)
         chosen = build_extractor("auto", "toy", tmp_path, tmp_path, lambda: (data, data), log=lambda _: None)
