@@ -24,9 +24,10 @@ demo: $(VENV)/.installed      ## train and evaluate every project at its smalles
 test: $(VENV)/.installed      ## run the tests
 	$(BIN)/python -m pytest tests/
 
-lint: $(VENV)/.installed      ## check style
+lint: $(VENV)/.installed      ## check style and types
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 clean:           ## delete .venv and caches; runs/ and data/ stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

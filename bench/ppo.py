@@ -37,10 +37,10 @@ from common.config import Options, resolve
 from ppo.backprop import Backprop
 from ppo.collect import Collector
 from ppo.config import Config
+from ppo.data import Batch, gae
 from ppo.distributions import distribution_for
 from ppo.model import ActorCritic
 from ppo.registry import make_vector, observation_shape
-from ppo.rollout import gae
 from ppo.train import train
 
 TOLERANCE = 1e-5
@@ -180,8 +180,8 @@ def ours_gradients(
     """All gradients of a minibatch (64 rows) in one vector, actor before critic, by ppo.backprop."""
     model = copy.deepcopy(model)
     manual = Backprop(model, distribution, config.train)
-    numbers = torch.stack([old, torch.zeros_like(old), advantages, returns])
-    manual.gradients(x, actions, numbers, torch.arange(len(x)), config.train.clip)
+    batch = Batch(x, actions, old, torch.zeros_like(old), advantages, returns)
+    manual.gradients(batch, torch.arange(len(x)), config.train.clip)
     start, parts = 0, {}
     for name, parameter in model.named_parameters():
         parts[name] = manual.weights.grad[start : (start := start + parameter.numel())]

@@ -106,14 +106,14 @@ def table(rows: dict[str, dict]) -> str:
             f"{m[f'{name}_iqm']:.1f} ({m[f'{name}_iqm_low']:.1f} to {m[f'{name}_iqm_high']:.1f})"
             if f"{name}_iqm" in m
             else ""
-            for name in ("return_mean_last", "return_mean_stochastic_last")
+            for name in ("return_mean", "return_mean_stochastic")
         ]
         solved = (
             f"{m['steps_to_solve_median']:,.0f} ({m.get('steps_to_solve_seeds', count):.0f})"
             if "steps_to_solve" in m
             else "never"
         )
-        lines.append(f"| {label} | {spread[0]} | {m['return_mean_last_min']:.1f} | {spread[1]} | {solved} | {count} |")
+        lines.append(f"| {label} | {spread[0]} | {m['return_mean_min']:.1f} | {spread[1]} | {solved} | {count} |")
     return "\n".join(lines) + "\n"
 
 

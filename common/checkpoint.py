@@ -57,7 +57,7 @@ class Checkpoints:
             _manifest(path).unlink(missing_ok=True)  # never an old manifest beside new bytes
             writer = _HashingWriter(file)
             try:
-                torch.save(state, writer)
+                torch.save(state, writer)  # type: ignore[arg-type]  # it writes and flushes, and needs no more
             except RuntimeError as error:  # torch reports a failed write() in its own words
                 raise writer.error or error from None
         manifest = {
@@ -180,7 +180,10 @@ class _HashingWriter:
     """A file for `torch.save` that hashes what passes and remembers the real reason of a failed write."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest, self.count, self.error = file, hashlib.sha256(), 0, None
+        self.file = file
+        self.digest = hashlib.sha256()
+        self.count = 0
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         try:

@@ -20,6 +20,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from common.settings import explain_settings
+
 Mode = Literal["train", "eval", "sample"]
 
 
@@ -41,7 +43,7 @@ def require(condition: object, key: str, message: str) -> None:
 class BaseConfig:
     """The settings that every project has beside its own sections."""
 
-    seed: int = 0
+    seed: int = 0  # of everything random in the run
     run_dir: str = ""  # where everything of this run goes; default runs/<config name>
     data_root: str = ""  # where datasets are looked for and downloaded to; default $DATA_ROOT, else data/
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -78,7 +80,7 @@ def load(schema: type[C], project: str, mode: Mode = "train", argv: list[str] | 
     mode "train" takes `--config FILE`; "eval" and "sample" take `--run DIR` and read the config that the run was
     started with. Any mistake prints one line on stderr and exits with status 2.
     """
-    args = _parse(project, mode, sys.argv[1:] if argv is None else argv)
+    args = _parse(schema, project, mode, sys.argv[1:] if argv is None else argv)
     if mode == "train":
         if not args.config:
             known = ", ".join(list_configs(project)) or "none here; run from the repository's root"
@@ -118,7 +120,7 @@ def resolve(schema: type[C], path: Path | None, overrides: list[str] = [], run_d
         merged.run_dir = run_dir if not any(item.startswith("run_dir=") for item in overrides) else merged.run_dir
     if not merged.data_root:
         merged.data_root = os.environ.get("DATA_ROOT", "data")
-    return OmegaConf.to_object(merged)
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]  # of the class that `merged` was structured by
 
 
 def read_yaml(path: Path) -> DictConfig:
@@ -136,9 +138,10 @@ def read_yaml(path: Path) -> DictConfig:
         raise ConfigError(name, "is not a text file") from None
     except OSError as error:
         raise ConfigError(name, f"cannot be read: {error.strerror}") from None
-    node = OmegaConf.create(text) if text.strip() else None
-    require(node is not None and len(node) > 0, name, "is empty")
-    require(isinstance(node, DictConfig), name, "must hold `key: value` lines")
+    node = OmegaConf.create(text) if text.strip() else OmegaConf.create()
+    require(len(node) > 0, name, "is empty")
+    if not isinstance(node, DictConfig):
+        raise ConfigError(name, "must hold `key: value` lines")
     return node
 
 
@@ -165,9 +168,10 @@ def _merge(merged: DictConfig, node: DictConfig) -> DictConfig:
 
 def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in node.items():  # type: ignore[attr-defined]
-        yield from (
-            _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(f"{prefix}{key}", value)]
-        )
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def to_yaml(config: BaseConfig) -> str:
@@ -180,9 +184,10 @@ def flatten(config: object, prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for item in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, item.name)
-        flat |= (
-            flatten(value, f"{prefix}{item.name}.") if dataclasses.is_dataclass(value) else {prefix + item.name: value}
-        )
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{item.name}.")
+        else:
+            flat[prefix + item.name] = value
     return flat
 
 
@@ -216,8 +221,9 @@ def explain(error: Exception, schema: type[BaseConfig], path: Path) -> str:
     return f"{path}: {text}"
 
 
-def _parse(project: str, mode: Mode, argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m {project}.{mode}", allow_abbrev=False)
+def _parse(schema: type[C], project: str, mode: Mode, argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m {project}.{mode}", allow_abbrev=False, add_help=False)
+    explain_settings(parser, schema)
     if mode == "train":
         parser.add_argument(
             "--config", help="YAML file: " + (", ".join(list_configs(project)) or "configs/<name>.yaml")

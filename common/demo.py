@@ -1,6 +1,6 @@
 """Train and evaluate every project at its smallest size, then write one report:
 
-    python -m common.demo [--only diffusion] [key=value ...]
+    python -m common.demo [--only PROJECT] [key=value ...]
 
 This is what `make demo` runs. Nothing is downloaded. Each stage is a program of its own, so a project that fails does
 not stop the others; the exit status is then 1 and the report says what went wrong. Ctrl-C or SIGTERM goes to the
@@ -24,32 +24,18 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from common.errors import ProjectError
 from common.files import write_json
-from common.report import build, duration
+from common.projects import Demo, find_demos
+from common.report import build
+from common.report.text import duration
 
 TAIL = 4000  # characters of a failed stage's messages that the report shows
-
-
-@dataclass(frozen=True)
-class Demo:
-    """One project's part."""
-
-    project: str
-    config: str
-    seconds: int  # about how long it takes on two CPU cores
-    overrides: tuple[str, ...] = ()
-
-
-DEMOS = (
-    Demo("diffusion", "configs/ddpm_digits.yaml", 90),
-    Demo("gnn", "configs/gcn_karate.yaml", 20),
-    Demo("ppo", "configs/ppo_cartpole_tiny.yaml", 30),
-)
 
 
 @dataclass
@@ -65,15 +51,17 @@ class Stage:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 1 if a stage failed, 128 + signal number if stopped."""
-    args = parse(argv)
+    known = find_demos()
+    args = parse(argv, [demo.project for demo in known])
     console, runner, folder = Console(highlight=False), Runner(), args.folder
-    demos = [demo for demo in DEMOS if not args.only or demo.project in args.only]
+    demos = [demo for demo in known if not args.only or demo.project in args.only]
     expected = duration(sum(demo.seconds for demo in demos))
     console.print(
         f"[bold]{', '.join(demo.project for demo in demos)}[/]: about {expected} on two CPU cores. Ctrl-C stops "
         "cleanly."
     )
-    notes, results = read_notes(folder / "demo.json"), {}
+    notes = read_notes(folder / "demo.json")
+    results: dict[str, list[Stage]] = {}
     for demo in demos:
         results[demo.project] = stages = []
         for stage in run_project(demo, args, runner, console):
@@ -81,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             write_json(
                 folder / "demo.json", notes | {name: [asdict(s) for s in done] for name, done in results.items()}
             )
-    shown = [folder / demo.project for demo in DEMOS if demo in demos or (folder / demo.project).is_dir()]
+    shown = [folder / demo.project for demo in known if demo in demos or (folder / demo.project).is_dir()]
     report = build(shown, folder / "report.html", "Demo report")
     summarise(console, results)
     console.print(f"Report: [bold]{report.resolve()}[/]", soft_wrap=True)
@@ -106,12 +94,10 @@ def run_project(demo: Demo, args: argparse.Namespace, runner: Runner, console: C
             return
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None, projects: list[str]) -> argparse.Namespace:
     """The arguments; a mistake ends the program with status 2."""
     parser = argparse.ArgumentParser(prog="python -m common.demo", allow_abbrev=False)
-    parser.add_argument(
-        "--only", action="append", choices=[demo.project for demo in DEMOS], help="run this project; may be repeated"
-    )
+    parser.add_argument("--only", action="append", choices=projects, help="run this project; may be repeated")
     parser.add_argument("--resume", action="store_true", help="continue the last demo instead of starting afresh")
     parser.add_argument(
         "--folder", type=Path, default=Path("runs/demo"), help="where everything goes (default: %(default)s)"
@@ -141,7 +127,8 @@ class Runner:
     """
 
     def __init__(self) -> None:
-        self.received, self.child = 0, None
+        self.received = 0
+        self.child: subprocess.Popen[bytes] | None = None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 
@@ -160,14 +147,15 @@ class Runner:
         source, sink = pty.openpty() if sys.stderr.isatty() else os.pipe()
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         sys.stdout.flush()
-        self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=sink, process_group=0, env=environment)
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=sink, process_group=0, env=environment)
+        self.child = child
         os.close(sink)
         if self.received:  # between the last look and the start
-            self.child.send_signal(self.received)
+            child.send_signal(self.received)
         messages = b""
         while True:
             # asked before reading, so that nothing written before the end is lost
-            ended = self.child.poll() is not None
+            ended = child.poll() is not None
             if select.select([source], [], [], 0.0 if ended else 0.2)[0]:
                 try:
                     chunk = os.read(source, 65536)
@@ -177,12 +165,12 @@ class Runner:
                     os.write(2, chunk)
                     messages = (messages + chunk)[-8 * TAIL :]
                     continue
-                self.child.wait()
+                child.wait()
                 break
             if ended:
                 break
         os.close(source)
-        status = self.child.returncode
+        status = child.returncode
         return (128 - status if status < 0 else status), messages.decode(errors="replace")
 
 
@@ -195,7 +183,7 @@ def tail(messages: str) -> str:
     return "\n".join(line for line in lines if line)[-TAIL:]
 
 
-def read_notes(path: Path) -> dict[str, list[dict]]:
+def read_notes(path: Path) -> dict[str, list[dict[str, Any]]]:
     """What an earlier demo noted of other projects; nothing where that is missing or damaged."""
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))
@@ -210,15 +198,14 @@ def summarise(console: Console, results: dict[str, list[Stage]]) -> None:
     table.add_column("total", justify="right")
     for project, stages in results.items():
         bad = next((stage for stage in stages if stage.status), None)
-        result = (
-            "[yellow]not run"
-            if not stages
-            else "[green]ok"
-            if not bad
-            else f"[yellow]{bad.stage} stopped"
-            if bad.stopped
-            else f"[red]{bad.stage} failed (exit status {bad.status})"
-        )
+        if not stages:
+            result = "[yellow]not run"
+        elif not bad:
+            result = "[green]ok"
+        elif bad.stopped:
+            result = f"[yellow]{bad.stage} stopped"
+        else:
+            result = f"[red]{bad.stage} failed (exit status {bad.status})"
         times = ", ".join(f"{stage.stage} {duration(stage.seconds)}" for stage in stages)
         table.add_row(project, result, times, duration(sum(stage.seconds for stage in stages)))
     console.print(table)

@@ -6,8 +6,13 @@ eigenvalues over more orders of magnitude than float32 has digits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+import scipy.stats
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 
@@ -21,8 +26,8 @@ class FeatureStatistics:
 
     def __init__(self) -> None:
         self.count = 0
-        self._mean: Tensor | None = None  # (D,)
-        self._scatter: Tensor | None = None  # (D, D)
+        self._mean = torch.empty(0)  # (D,) once something has been seen
+        self._scatter = torch.empty(0, 0)  # (D, D)
 
     def update(self, features: Tensor) -> FeatureStatistics:
         """Add `features` (N, D) of any floating dtype on any device; returns self. ValueError on another shape or on
@@ -51,7 +56,9 @@ class FeatureStatistics:
 
     def _combine(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if self.count == 0:
-            self.count, self._mean, self._scatter = count, mean.clone(), scatter.clone()
+            self.count = count
+            self._mean = mean.clone()
+            self._scatter = scatter.clone()
             return
         if len(mean) != len(self._mean):
             raise ValueError(
@@ -153,7 +160,11 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_interval(
-    values, level: float = 0.95, seed: int = 0, num_resamples: int = 10_000, statistic=np.mean
+    values: ArrayLike,
+    level: float = 0.95,
+    seed: int = 0,
+    num_resamples: int = 10_000,
+    statistic: Callable[..., Any] = np.mean,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of a statistic of `values`, a 1-D sequence of numbers (Efron 1979).
 
@@ -164,7 +175,13 @@ def bootstrap_interval(
         raise ValueError(f"an interval needs a 1-D sequence of at least two values, got shape {values.shape}")
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}")
-    rng = np.random.default_rng(seed)
-    means = np.array([statistic(rng.choice(values, len(values))) for _ in range(num_resamples)])
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    result = scipy.stats.bootstrap(
+        (values,),
+        statistic,
+        n_resamples=num_resamples,
+        confidence_level=level,
+        method="percentile",
+        batch=1000,  # resamples in memory at once
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)

@@ -6,9 +6,6 @@ A training loop creates a `Run` and calls these small things by name; nothing he
 from __future__ import annotations
 
 import contextlib
-import difflib
-import math
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -20,20 +17,15 @@ from torch import Tensor, nn
 
 from common import runtime
 from common.checkpoint import CheckpointError, Checkpoints
-from common.config import UNUSABLE, BaseConfig, ConfigError, Options, explain, flatten, resolve, to_yaml
+from common.config import BaseConfig, ConfigError, Options, to_yaml
 from common.errors import ProjectError
-from common.files import write_json, write_text
+from common.files import write_json
+from common.finite import FiniteCheck
+from common.folder import open_folder
 from common.logging import Display, MetricLog
-from common.signals import Stopped, StopSignals
+from common.signals import Stopped, StopSignals, stoppable
 
 T = TypeVar("T")
-# may differ on resume
-FREE_KEYS = ("run_dir", "data_root", "device", "compile", "keep_last", "keep_every", "tensorboard", "wandb")
-FREE_SECTIONS = ("sample", "eval")
-
-
-class NonFinite(ProjectError):
-    """The loss or a gradient became infinite or NaN; nothing was updated with it and nothing saved."""
 
 
 class Run:
@@ -63,11 +55,12 @@ class Run:
         # GPU convolutions want the channels last; on a CPU PyTorch's bf16 GroupNorm is several times slower that way
         self.memory_format = torch.channels_last if self.device.type == "cuda" else torch.contiguous_format
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.machine.amp_dtype == torch.float16)
+        self.finite = FiniteCheck(self.device, self.scaler, self.checkpoints)
         self.flops_per_step = 0.0
         self.step = self.saved_step = self.total = 0
         self._agreed_to_stop = False
-        self._bad = torch.zeros((), device=self.device)  # first non-finite step, kept on the device
         self._last_log = (0, 0.0)
+        self._environment: dict[str, Any] = {}  # env.json
         self.log_file: MetricLog | None = None
 
     @classmethod
@@ -79,7 +72,9 @@ class Run:
         problem = ""
         if run.is_main:
             try:
-                run._open_folder()
+                open_folder(config, options, run.checkpoints, run.display.say)
+                run._environment = runtime.environment(run.machine)
+                write_json(run.folder / "env.json", run._environment)
             except ProjectError as error:
                 problem = str(error)
         if run.machine.any(bool(problem)):
@@ -115,13 +110,13 @@ class Run:
             net = nn.parallel.DistributedDataParallel(
                 model, device_ids=[self.device] if self.device.type == "cuda" else None
             )
-        return torch.compile(net) if self.config.compile else net
+        return torch.compile(net) if self.config.compile else net  # type: ignore[return-value]  # called as a module is
 
     def generator(self, *numbers: int) -> torch.Generator:
         """A generator on the device whose stream depends on the run's seed and these numbers only; equal in every
         process.
         """
-        return torch.Generator(self.device).manual_seed(runtime.fold(self.config.seed, *numbers))
+        return torch.Generator(self.device).manual_seed(runtime.mix_seed(self.config.seed, *numbers))
 
     def shard(self, batch: Tensor) -> Tensor:
         """This process's rows of a batch that every process has drawn alike. `ConfigError` if it cannot be divided
@@ -155,7 +150,7 @@ class Run:
             yield step
             if self.stopping and self.saved_step == step:
                 break
-        self._check_finite()
+        self.finite.check()
 
     @property
     def stopping(self) -> bool:
@@ -187,37 +182,7 @@ class Run:
         Returns:
             The gradients' global norm before clipping, a scalar on the device.
         """
-        self.scaler.unscale_(optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-        # numbers at hand: asking them costs less than keeping books
-        if self.device.type == "cpu" and not self.scaler.is_enabled():
-            if not (math.isfinite(norm) and math.isfinite(loss.detach())):
-                self._bad.fill_(float(self.step))
-                self._check_finite(loss, norm)
-            return norm
-        bad = ~torch.isfinite(loss.detach())
-        # under fp16 an overflow is the scaler's business: it skips the step and halves its factor
-        if not self.scaler.is_enabled():
-            bad |= ~torch.isfinite(norm)
-        self._bad = torch.where((self._bad == 0) & bad, float(self.step), self._bad)
-        if self.device.type == "cuda" and optimizer.defaults.get("fused"):
-            optimizer.grad_scale, optimizer.found_inf = None, (self._bad > 0).float()
-        else:
-            self._check_finite(loss, norm)
-        return norm
-
-    def _check_finite(self, loss: Tensor | None = None, norm: Tensor | None = None) -> None:
-        bad = int(self._bad)
-        if bad:
-            values = (
-                f" (loss {float(loss.detach()):.4g}, gradient norm {float(norm):.4g})"
-                if loss is not None and norm is not None
-                else ""
-            )
-            last = self.checkpoints.newest_step()
-            good = f"last good checkpoint: {self.checkpoints.path(last)} (step {last})" if last else "no checkpoint yet"
-            raise NonFinite(f"loss or gradient is not finite at step {bad}{values}; nothing was updated; {good}")
+        return self.finite.gradients(self.step, optimizer, loss, clip)
 
     def log(self, step: int, every: int, units: dict[str, int] | None = None, **values: Tensor | float) -> None:
         """Write a line of metrics if one is due. Tensors are read from the device, and averaged over the processes,
@@ -228,7 +193,7 @@ class Run:
         """
         if not self.due(step, every):
             return
-        self._check_finite()
+        self.finite.check()
         # reading waits for the device, so the clock comes after
         row = {name: self._mean(value) for name, value in values.items()}
         (last_step, last_time), now = self._last_log, time.perf_counter()
@@ -264,7 +229,7 @@ class Run:
 
     def save(self, step: int, best: bool = False, **parts: Any) -> None:
         """Write a checkpoint of everything that has a `state_dict`, and of plain values; the main process writes."""
-        self._check_finite()
+        self.finite.check()
         self.saved_step = step
         if self.is_main:
             state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
@@ -309,63 +274,3 @@ class Run:
         if self.is_main:
             self.log_file = MetricLog(self.folder, done + 1, self.config.tensorboard, self.config.wandb)
         return done
-
-    def _open_folder(self) -> None:
-        earlier = self.folder / "config.yaml"
-        if self.options.overwrite and not self.options.resume and self.folder.exists():
-            if any(self.folder.iterdir()) and not (earlier.exists() and self.checkpoints.folder.is_dir()):
-                raise ProjectError(f"{self.folder} is not a run folder; not deleting it")
-            try:
-                shutil.rmtree(self.folder)
-            except OSError as error:
-                raise ProjectError(f"cannot delete {self.folder}: {error.strerror}") from error
-        if self.checkpoints.list() and not self.options.resume:
-            step = self.checkpoints.newest_step()
-            raise ProjectError(
-                f"{self.folder} holds a run at step {step}: add --resume to go on, --overwrite to delete it, or "
-                "run_dir=..."
-            )
-        if self.options.resume and earlier.exists():
-            try:
-                old = resolve(type(self.config), earlier)
-            except UNUSABLE as error:
-                raise ProjectError(
-                    f"cannot compare with the config of the run: {explain(error, type(self.config), earlier)}"
-                ) from error
-            refuse_changes(old, self.config, self.display.say)
-        try:
-            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
-            self.checkpoints.clean()
-        except OSError as error:
-            raise ProjectError(f"cannot write to {self.folder}: {error.strerror}") from error
-        write_text(earlier, to_yaml(self.config))
-        self._environment = runtime.environment(self.machine)
-        write_json(self.folder / "env.json", self._environment)
-
-
-def refuse_changes(old: BaseConfig, new: BaseConfig, say: Any) -> None:
-    """Compare the config a run was started with to the one it is resumed with.
-
-    `ProjectError` showing the difference if the model section changed; a line for each other change that alters the
-    training.
-    """
-    before, after = flatten(old), flatten(new)
-    model = [
-        difflib.ndiff([f"{key}: {before.get(key)}"], [f"{key}: {value}"])
-        for key, value in after.items()
-        if key.startswith("model.") and before.get(key) != value
-    ]
-    if model:
-        lines = "\n".join(line for pair in model for line in pair if line[0] in "-+")
-        raise ProjectError(f"the checkpoints in {new.run_dir} are of another model; nothing was changed\n{lines}")
-    for key, value in after.items():
-        if before.get(key) != value and key not in FREE_KEYS and key.split(".")[0] not in FREE_SECTIONS:
-            say(f"note: {key} was {before.get(key)}, is now {value}")
-
-
-def stoppable(signals: StopSignals, items: Iterable[T]) -> Iterator[T]:
-    """Iterate until a stop signal arrives; then raise `Stopped`."""
-    for item in items:
-        if signals.received:
-            raise Stopped
-        yield item

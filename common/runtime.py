@@ -136,7 +136,7 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def fold(*numbers: int) -> int:
+def mix_seed(*numbers: int) -> int:
     """Mix integers such as (seed, step, rank) into one 63-bit seed; near inputs give unrelated seeds."""
     return int(np.random.SeedSequence([n & 0xFFFFFFFFFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
@@ -147,7 +147,7 @@ def seed_generators(device: torch.device, *numbers: int) -> None:
     `torch.manual_seed` gives the CPU the same stream, but notes a stack trace for each GPU library that is not in use
     yet: half a millisecond, more than a training step of a small graph network.
     """
-    seed = fold(*numbers)
+    seed = mix_seed(*numbers)
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed_all(seed)
@@ -161,7 +161,7 @@ def rng_state() -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

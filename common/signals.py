@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterable, Iterator
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Stopped(Exception):
@@ -33,3 +37,11 @@ class StopSignals:
     def exit_code(self) -> int:
         """128 + signal number, as a shell reports a process ended by that signal."""
         return 128 + signal.Signals[self.received].value if self.received else 0
+
+
+def stoppable(signals: StopSignals, items: Iterable[T]) -> Iterator[T]:
+    """Iterate until a stop signal arrives; then raise `Stopped`."""
+    for item in items:
+        if signals.received:
+            raise Stopped
+        yield item

@@ -19,11 +19,12 @@ EXTRACTORS = ("inception", "inception768", "inception_spatial", "resnet20", "cla
 class DataConfig:
     """Which images, and at what size."""
 
-    dataset: Literal["cifar10", "mnist", "celeba", "digits", "folder"] = "cifar10"
+    # digits: scikit-learn's, which need no download; fashion_mnist, kmnist and qmnist are read as mnist is
+    dataset: Literal["cifar10", "mnist", "fashion_mnist", "kmnist", "qmnist", "celeba", "digits", "folder"] = "cifar10"
     folder: str = ""  # dataset=folder: any directory tree of images, relative to data_root or absolute
     image_size: int = 32  # pixels; celeba and folder images are centre-cropped and resized to it
     flip: bool = True  # random horizontal flips (Ho et al. 2020 use them on CIFAR-10; wrong for digits)
-    workers: int = 2  # processes that decode images from disk; cifar10, mnist and digits are held in memory
+    workers: int = 2  # processes that decode celeba and folder images; the others are held in memory
     max_images: int = 0  # train on only the first N images; 0 = all
 
     def __post_init__(self) -> None:
@@ -39,18 +40,19 @@ class DataConfig:
 class ModelConfig:
     """The U-Net. The defaults are the CIFAR-10 network of Ho et al. 2020 (35.7M parameters)."""
 
-    image_channels: int = 3
+    image_channels: int = 3  # 3 for colour, 1 for grey
     channels: int = 128  # width at the highest resolution
     # width of each level, times `channels`; each level halves the resolution
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
     blocks: int = 2  # residual blocks a level (the way up has one more)
     attention: tuple[int, ...] = (16,)  # resolutions, in pixels of the network's own grid, with self-attention
     head_channels: int = 0  # channels an attention head; 0 = one head
-    dropout: float = 0.1
+    dropout: float = 0.1  # inside each residual block
     groups: int = 32  # GroupNorm groups
     # space-to-depth factor of the input: 2 turns (1, 28, 28) into (4, 14, 14), a 4 times cheaper network
     patch: int = 1
     num_classes: int = 0  # 0 = unconditional; otherwise one more "no label" class is added for guidance
+    # of the noise level: sinusoidal (Ho et al. 2020) or random Fourier features (Song et al. 2021)
     time_embedding: Literal["sinusoidal", "fourier"] = "sinusoidal"
     # time and class modulate the second GroupNorm (Dhariwal & Nichol 2021) instead of being added
     scale_shift: bool = False
@@ -82,17 +84,20 @@ class ModelConfig:
 class ObjectiveConfig:
     """What the network is trained to predict, and at which noise levels."""
 
+    # ddpm (Ho et al. 2020), edm (Karras et al. 2022) or flow matching (Lipman et al. 2023)
     kind: Literal["ddpm", "edm", "flow"] = "ddpm"
     # ddpm: discrete time, x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
     schedule: Literal["linear", "cosine"] = "linear"
-    timesteps: int = 1000
+    timesteps: int = 1000  # ddpm: number of noise levels T
     zero_terminal_snr: bool = False  # rescale so that x_T is pure noise (Lin et al. 2023); only with prediction=v
+    # ddpm: the noise, the image, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
     prediction: Literal["eps", "x0", "v"] = "eps"
+    # ddpm: of the noise levels; min_snr: min(SNR, gamma) (Hang et al. 2023)
     weighting: Literal["simple", "min_snr"] = "simple"
-    min_snr_gamma: float = 5.0
+    min_snr_gamma: float = 5.0  # gamma of min_snr
     # edm: log sigma ~ Normal(p_mean, p_std) (Karras et al. 2022, table 1)
     p_mean: float = -1.2
-    p_std: float = 1.2
+    p_std: float = 1.2  # edm: see objective.p_mean
     sigma_data: float = 0.0  # standard deviation of the training pixels in [-1, 1]; 0 = measure it
     # flow: t uniform on [0, 1], or the logistic of a standard normal (Esser et al. 2024)
     flow_time: Literal["uniform", "logit_normal"] = "uniform"
@@ -115,19 +120,19 @@ class ObjectiveConfig:
 class TrainConfig:
     """Optimisation."""
 
-    steps: int = 800_000
+    steps: int = 800_000  # updates
     batch_size: int = 128  # over all processes together
     microbatch: int = 0  # images a forward pass on one device; 0 = the whole share of the batch at once
-    lr: float = 2e-4
+    lr: float = 2e-4  # learning rate of AdamW, after the warm-up
     warmup: int = 5000  # steps; at most a tenth of train.steps is used, so that a short run still reaches its full rate
     # shape after the warm-up; linear and cosine end at zero
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0  # of AdamW
+    betas: tuple[float, float] = (0.9, 0.999)  # decay rates of AdamW's two moments
     grad_clip: float = 1.0  # global norm; 0 = off
     ema: float = 0.9999  # decay a step of the averaged weights; warmed up as min(ema, (1 + step) / (10 + step))
-    log_every: int = 50
-    save_every: int = 5000
+    log_every: int = 50  # steps
+    save_every: int = 5000  # steps between checkpoints
     sample_every: int = 5000  # 0 = never
 
     def __post_init__(self) -> None:
@@ -157,7 +162,7 @@ class SampleConfig:
     sigma_max: float = 80.0  # edm
     rho: float = 7.0  # edm: spacing of the noise levels (Karras et al. 2022, eq. 5)
     count: int = 64  # images in a grid
-    batch_size: int = 256
+    batch_size: int = 256  # images drawn at once; more need more memory
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "sample.steps", "must be at least 1")

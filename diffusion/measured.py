@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from diffusion.folder import FolderImages
-from diffusion.images import Images, MemoryImages
+from common.images import FolderImages, Images, MemoryImages
 
 SIGMA_SAMPLE = 1000  # images of a folder whose pixels give sigma_data
 

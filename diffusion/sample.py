@@ -124,7 +124,7 @@ def generate_batch(
     """
     settings = config.sample
     sampler = resolve_sampler(config.objective.kind, settings.sampler)
-    rng = torch.Generator(run.device).manual_seed(runtime.fold(seed, NOISE_STREAM, index))
+    rng = torch.Generator(run.device).manual_seed(runtime.mix_seed(seed, NOISE_STREAM, index))
     labels = None if labels is None else labels.to(run.device)
     denoise = guided(
         objective, lambda x, time, y: _call(model, run, x, time, y), labels, model.null_label, settings.guidance
@@ -169,7 +169,7 @@ def interpolate(
     """
     shape = (rows, config.model.image_channels, config.data.image_size, config.data.image_size)
     ends = torch.randn(
-        2, *shape, generator=torch.Generator().manual_seed(runtime.fold(config.seed, NOISE_STREAM, 2**20))
+        2, *shape, generator=torch.Generator().manual_seed(runtime.mix_seed(config.seed, NOISE_STREAM, 2**20))
     )
     angle = torch.linspace(0, math.pi / 2, columns).view(1, columns, 1, 1, 1)
     noise = torch.cos(angle) * ends[0][:, None] + torch.sin(angle) * ends[1][:, None]  # (rows, columns, C, H, W)

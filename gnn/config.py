@@ -19,6 +19,7 @@ PLANETOID = ("cora", "citeseer", "pubmed")
 class DataConfig:
     """Which graph or graphs, and which nodes are for what."""
 
+    # karate, social and files need no download; tu and ogb take data.name
     dataset: Literal[
         "cora",
         "citeseer",
@@ -42,7 +43,7 @@ class DataConfig:
     labels: str = ""  # dataset=files: CSV with a class a line (-1 = unknown) or npz with an array `labels`
     split: Literal["public", "random"] = "public"  # public: as published with the dataset, where there is one
     train_per_class: int = 20  # random split; the next two as well
-    val_per_class: int = 30
+    val_per_class: int = 30  # random split: validation nodes of each class
     test_nodes: int = 0  # 0 = all others
     normalize: bool = True  # rows of the features sum to one, as Kipf & Welling 2017 do with word counts
     # of the features; auto: sparse if fewer than one in ten are not zero
@@ -66,12 +67,13 @@ class DataConfig:
 class ModelConfig:
     """The network. The defaults are the GCN of Kipf & Welling 2017."""
 
+    # what a node does with its neighbours; mlp: nothing
     layer: Literal["gcn", "gat", "gatv2", "sage", "gin", "appnp", "gcnii", "grand", "mlp"] = "gcn"
     hidden: int = 16  # width of the hidden layers; for attention that of all heads together
-    layers: int = 2
+    layers: int = 2  # number of them, which is how far a node sees
     heads: int = 8  # gat, gatv2: heads of the hidden layers, side by side
     out_heads: int = 1  # gat, gatv2: heads of the last layer, averaged
-    activation: Literal["relu", "elu", "selu", "tanh"] = "relu"
+    activation: Literal["relu", "elu", "selu", "tanh"] = "relu"  # between the layers
     dropout: float = 0.5  # of each layer's input
     input_dropout: float = -1.0  # of the features alone; -1 = as model.dropout
     # gat, gatv2: of the attention weights, so that a node hears a random part of its neighbours
@@ -116,14 +118,14 @@ class TrainConfig:
     steps: int = 200  # updates of one seed; of a whole graph an update is an epoch
     seeds: int = 1  # runs one after another with seed, seed + 1, ...; their mean and spread is what is reported
     batch_size: int = 512  # sampled nodes: seed nodes a step; graphs: graphs a step; over all processes together
-    lr: float = 0.01
+    lr: float = 0.01  # learning rate of Adam
     weight_decay: float = 5e-4  # L2 penalty of the first layer; of gcnii and appnp: of the layers that do not propagate
     weight_decay_rest: float = 0.0  # of all other weights
     decay: Literal["constant", "cosine"] = "constant"  # of the learning rate over the steps of a seed
     grad_clip: float = 0.0  # global norm; 0 = off
     patience: int = 0  # end a seed when the validation criterion has not improved for so many steps; 0 = never
     validate_every: int = 1  # steps
-    log_every: int = 20
+    log_every: int = 20  # steps
     save_every: int = 1000  # steps, counted over all seeds
     # CPU threads: the kernels of a small graph take microseconds, and more threads cost more than they give; 0 = all
     threads: int = 1
@@ -143,7 +145,7 @@ class LinkConfig:
     # supervised: train.batch_size edges a step, hidden from the encoder
     method: Literal["vgae", "gae", "maskgae", "supervised"] = "vgae"
     val_share: float = 0.05  # of the undirected edges; training keeps what is left
-    test_share: float = 0.1
+    test_share: float = 0.1  # of the undirected edges
     embedding: int = 16  # numbers a node that the decoder sees (D)
     embedding_norm: bool = False  # batch norm and model.activation after the encoder's last layer too, as MaskGAE does
     embedding_dropout: float = 0.0  # of the embeddings themselves, before the decoder
@@ -263,7 +265,7 @@ class SyntheticConfig:
     """dataset=social: a made-up social network with planted communities; nothing is downloaded."""
 
     generator: Literal["dcsbm", "rmat"] = "dcsbm"  # degree-corrected stochastic blocks, or recursive quadrants (R-MAT)
-    nodes: int = 20_000
+    nodes: int = 20_000  # of the graph
     edges: int = 200_000  # undirected edges drawn; self-loops and repeats are dropped, one to five in a hundred
     communities: int = 10  # the classes; rmat: equal ranges of the nodes' addresses
     # dcsbm: share of the edges that ignore the communities; 0 = all within one, 1 = the edges tell nothing
@@ -277,8 +279,8 @@ class SyntheticConfig:
     label_noise: float = 0.0  # share of the labels that are another class, drawn at random
     unknown: float = 0.0  # share of the nodes without a label
     train_share: float = 0.1  # of the labelled nodes; the next two as well
-    val_share: float = 0.1
-    test_share: float = 0.5
+    val_share: float = 0.1  # of the labelled nodes
+    test_share: float = 0.5  # of the labelled nodes
     seed: int = 0  # of the graph, apart from the seed of the training
     # keep the graph in this folder and open it as memory maps, for graphs larger than memory; empty = in memory
     folder: str = ""
@@ -305,7 +307,7 @@ class SyntheticConfig:
 class EvalConfig:
     """What `gnn.eval` adds to the metrics."""
 
-    figures: bool = True
+    figures: bool = True  # draw pictures into figures/
     tables: bool = True  # other methods on the same data: heuristics for links, Louvain and Leiden for communities
 
 
@@ -313,6 +315,7 @@ class EvalConfig:
 class Config(BaseConfig):
     """One experiment."""
 
+    # what is predicted: classes of nodes, links, labels of whole graphs, or communities
     task: Literal["node", "link", "graph", "community"] = "node"
     precision: Literal["fp32", "fp64"] = "fp32"  # type: ignore[assignment]  # sparse products have no 16-bit kernels
     data: DataConfig = field(default_factory=DataConfig)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ProjectError
-from common.runtime import fold
+from common.runtime import mix_seed
 from gnn.config import PLANETOID, Config, DataConfig
 from gnn.graph import Graph, build_graph, choose_storage, normalize_rows
 
@@ -62,7 +62,7 @@ def load_graph(config: Config) -> Graph:
         x = choose_storage(normalize_rows(x) if data.normalize and data.dataset != "social" else x, data.storage)
     labels = graph.labels
     if data.shuffle_labels and labels is not None:
-        rng = torch.Generator().manual_seed(fold(config.seed, SPLIT_STREAM))
+        rng = torch.Generator().manual_seed(mix_seed(config.seed, SPLIT_STREAM))
         labels = labels[torch.randperm(len(labels), generator=rng)]
     return dataclasses.replace(graph, features=x, labels=labels)
 
@@ -230,7 +230,7 @@ def random_split(graph: Graph, data: DataConfig, seed: int) -> Graph:
     Raises:
         ProjectError: a class has too few nodes; the message says which.
     """
-    labels, rng = graph.labels, torch.Generator().manual_seed(fold(seed, SPLIT_STREAM))
+    labels, rng = graph.labels, torch.Generator().manual_seed(mix_seed(seed, SPLIT_STREAM))
     if labels is None:
         raise ProjectError(f"{graph.name}: no labels, so there is nothing to classify; set data.labels")
     train, val, taken = [], [], torch.zeros(graph.num_nodes, dtype=torch.bool)

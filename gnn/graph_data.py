@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import ProjectError
-from common.runtime import fold
+from common.runtime import mix_seed
 from gnn.config import Config
 from gnn.data import SPLIT_STREAM, fetch
 from gnn.graph import build_graph
@@ -158,7 +158,7 @@ def load_graphs(config: Config) -> GraphSet:
     labels = torch.cat([item.y.flatten() for item in items]).long()
     if config.data.shuffle_labels:
         labels = labels[
-            torch.randperm(len(labels), generator=torch.Generator().manual_seed(fold(config.seed, SPLIT_STREAM)))
+            torch.randperm(len(labels), generator=torch.Generator().manual_seed(mix_seed(config.seed, SPLIT_STREAM)))
         ]
     features = None if items[0].x is None else [item.x for item in items]
     return join_graphs(
@@ -177,7 +177,7 @@ def stratified_folds(labels: Tensor, count: int, seed: int) -> Tensor:
 
     Each class is shuffled and dealt out, the next class beginning where the last one ended. A function of the seed.
     """
-    rng = torch.Generator().manual_seed(fold(seed, SPLIT_STREAM))
+    rng = torch.Generator().manual_seed(mix_seed(seed, SPLIT_STREAM))
     order = torch.randperm(len(labels), generator=rng)
     order = order[torch.argsort(labels[order], stable=True)]  # by class, in random order within a class
     folds = torch.empty(len(labels), dtype=torch.int64)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from common.config import require
 from common.errors import ProjectError
 from common.logging import read_metrics
-from common.runtime import fold
+from common.runtime import mix_seed
 from gnn.config import Config
 from gnn.graph_data import load_graphs, stratified_folds
 from gnn.graph_model import GraphNet
@@ -67,7 +67,7 @@ class GraphTask(Task):
             return rest, rest[:0], test
         one_in = round(1 / self.config.graph.validation)
         inner = stratified_folds(
-            labels[rest], one_in, fold(self.config.seed + repetition, INNER_STREAM, trial % self.folds)
+            labels[rest], one_in, mix_seed(self.config.seed + repetition, INNER_STREAM, trial % self.folds)
         )
         return rest[inner > 0], rest[inner == 0], test
 
@@ -86,7 +86,7 @@ class GraphTask(Task):
     def loss(self, net: nn.Module, step: int) -> Tensor:
         """Cross-entropy, the mean over a random batch of the training graphs."""
         self.step = step
-        rng = torch.Generator().manual_seed(fold(self.seed_of(self.trial), BATCH_STREAM, step))
+        rng = torch.Generator().manual_seed(mix_seed(self.seed_of(self.trial), BATCH_STREAM, step))
         drawn = torch.randperm(len(self.train_ids), generator=rng)[: self.config.train.batch_size].to(self.device)
         batch = self.graphs.batch(self.train_ids[self.shard(drawn)])
         return F.cross_entropy(net(batch), batch.labels)

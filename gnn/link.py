@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.config import require
 from common.errors import ProjectError
-from common.runtime import fold
+from common.runtime import mix_seed
 from gnn.config import Config
 from gnn.data import load_graph
 from gnn.link_heuristics import Heuristics
@@ -63,7 +63,7 @@ class LinkTask(Task):
         """The trial's split, its training structure, and its validation negatives."""
         self.trial, link = trial, self.config.link
         self.split = split_edges(
-            self.edges, self.num_nodes, link.val_share, link.test_share, fold(self.seed_of(trial), SPLIT_STREAM)
+            self.edges, self.num_nodes, link.val_share, link.test_share, mix_seed(self.seed_of(trial), SPLIT_STREAM)
         )
         for part, pairs in (("val", self.split.val), ("test", self.split.test)):
             require(
@@ -79,7 +79,7 @@ class LinkTask(Task):
 
     def evaluation_negatives(self, count: int, stream: int) -> Tensor:
         """Uniform pairs without an edge of any part, int64 (2, count), the same each time."""
-        rng = torch.Generator().manual_seed(fold(self.seed_of(self.trial), NEGATIVE_STREAM, stream))
+        rng = torch.Generator().manual_seed(mix_seed(self.seed_of(self.trial), NEGATIVE_STREAM, stream))
         return NegativeSampler(self.split.all, self.num_nodes).draw_distinct(count, rng)
 
     def build(self, trial: int) -> nn.Module:
@@ -186,7 +186,7 @@ class LinkTask(Task):
         them.
         """
         split, link = self.split, self.config.link
-        seed = fold(self.seed_of(self.trial), NEGATIVE_STREAM, 2)
+        seed = mix_seed(self.seed_of(self.trial), NEGATIVE_STREAM, 2)
         known = self.heuristics
         rows = [known.rows(name) for name in HARD if name in known.names]
         return TestPairs(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from common.files import atomic_open
-from common.pictures import words
+from common.report.text import words
 from gnn.layout import project, spread_out, stress_layout
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common.config import require
 from common.errors import ProjectError
-from common.runtime import fold
+from common.runtime import mix_seed
 from gnn.ceilings import ceilings
 from gnn.clusters import ClusterBatches
 from gnn.config import Config
@@ -190,7 +190,7 @@ class SampledNodeTask(Task):
     def sampled_logits(self, model: nn.Module, nodes: Tensor, fanouts: tuple[int, ...] | list[int]) -> Tensor:
         """(n, K) from sampled neighbourhoods that are the same at every call."""
         sampler, size = (
-            NeighborSampler(self.graph.indptr, self.graph.indices, fanouts, fold(0, 1)),
+            NeighborSampler(self.graph.indptr, self.graph.indices, fanouts, mix_seed(0, 1)),
             self.config.train.batch_size,
         )
         parts = [model(*self.around(sampler, part, 0)[:2]) for part in nodes.split(size)]

@@ -12,12 +12,14 @@ dimensions of an action, N rows of the whole rollout. dX is the derivative of th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ppo.config import TrainConfig
+from ppo.data import Batch
 from ppo.distributions import LOG_SQRT_2PI, Categorical, Distribution, Gaussian
 from ppo.model import ActorCritic
 
@@ -80,6 +82,15 @@ class Network:
                 d *= self.slope(x)
 
 
+class PolicyMeans(NamedTuple):
+    """Means over a minibatch, as in `objective.Terms`."""
+
+    loss: float
+    entropy: float
+    kl: float
+    clipped: float
+
+
 def mean(values: np.ndarray) -> float:
     """As `values.mean()`, for (B,), in a third of the time."""
     return np.add.reduce(values) / len(values)
@@ -118,53 +129,69 @@ class Backprop:
             np.concatenate([out, np.broadcast_to(self.log_std, out.shape)], axis=1) if self.gaussian else out
         )
 
-    def gradients(
-        self, observations: Tensor, actions: Tensor, numbers: Tensor, rows: Tensor, clip: float
-    ) -> tuple[Tensor, Tensor]:
-        """Fill `weights.grad` for the minibatch `rows` (B,).
+    def gradients(self, batch: Batch, rows: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+        """Fill `weights.grad` for the minibatch `rows` (B,) of a batch whose observations are (N, O).
 
-        Args:
-            observations: (N, O). actions: (N,) or (N, D). numbers: (4, N): old log-probability, old value, advantage,
-                return.
         Returns:
             the loss, and the means of policy loss, value loss, entropy, KL and clipped share (5,), as
             `objective.Terms`.
         """
-        s, chosen = self.settings, rows.numpy()
-        x, a = observations.numpy()[chosen], actions.numpy()[chosen]
-        old_log_prob, old_values, advantages, returns = numbers.numpy()[:, chosen]
-        if s.normalize_advantage and len(rows) > 1:
+        chosen = rows.numpy()
+        settings = self.settings
+        advantages = batch.advantages.numpy()[chosen]
+        if settings.normalize_advantage and len(chosen) > 1:
             advantages = advantages - mean(advantages)
-            advantages /= np.sqrt(advantages @ advantages / (len(rows) - 1)) + 1e-8
-        hidden, critic_hidden = self.actor.forward(x), self.critic.forward(x)
-        out, values = hidden[-1], critic_hidden[-1][:, 0]
-        log_prob, entropy, score = self.score_gaussian(out, a) if self.gaussian else self.score_categorical(out, a)
+            advantages /= np.sqrt(advantages @ advantages / (len(chosen) - 1)) + 1e-8
+        x = batch.observations.numpy()[chosen]
+        policy = self.policy_gradient(
+            x, batch.actions.numpy()[chosen], batch.old_log_prob.numpy()[chosen], advantages, clip
+        )
+        value_loss = self.value_gradient(x, batch.old_values.numpy()[chosen], batch.returns.numpy()[chosen])
+        means = [policy.loss, value_loss, policy.entropy, policy.kl, policy.clipped]
+        loss = policy.loss + settings.value_weight * value_loss - settings.entropy_weight * policy.entropy
+        return torch.tensor(loss), torch.tensor(means, dtype=self.weights.dtype)
 
+    def policy_gradient(
+        self, x: np.ndarray, actions: np.ndarray, old_log_prob: np.ndarray, advantages: np.ndarray, clip: float
+    ) -> PolicyMeans:
+        """The actor's part: the clipped loss and the entropy bonus of observations x (B, O)."""
+        hidden = self.actor.forward(x)
+        score_of = self.score_gaussian if self.gaussian else self.score_categorical
+        log_prob, entropy, score = score_of(hidden[-1], actions)
         log_ratio = log_prob - old_log_prob
         ratio = np.exp(log_ratio)
-        plain, clipped = ratio * advantages, np.minimum(np.maximum(ratio, 1 - clip), 1 + clip) * advantages
-        weight = 1 / len(rows)
+        plain = ratio * advantages
+        clipped = np.minimum(np.maximum(ratio, 1 - clip), 1 + clip) * advantages
+        weight = 1 / len(x)
         # d ratio = ratio d log_prob; 0 where the clipped one counts
         d_log_prob = np.where(plain <= clipped, -weight * plain, 0)
-        error = d_values = values - returns
-        if s.clip_value > 0:
-            moved = values - old_values
-            near = old_values + np.clip(moved, -s.clip_value, s.clip_value) - returns
-            larger = near * near > error * error
-            d_values = np.where(larger, near * (np.abs(moved) <= s.clip_value), error)
-            error = np.where(larger, near, error)
-        self.critic.backward(critic_hidden, (s.value_weight * weight) * d_values[:, None])
-        self.actor.backward(hidden, score(d_log_prob, -s.entropy_weight * weight))
+        self.actor.backward(hidden, score(d_log_prob, -self.settings.entropy_weight * weight))
+        return PolicyMeans(
+            loss=-mean(np.minimum(plain, clipped)),
+            entropy=mean(entropy),
+            kl=mean(np.expm1(log_ratio) - log_ratio),
+            clipped=np.count_nonzero(abs(ratio - 1) > clip) * weight,
+        )
 
-        means = [
-            -mean(np.minimum(plain, clipped)),
-            error @ error * (weight / 2),
-            mean(entropy),
-            mean(np.expm1(log_ratio) - log_ratio),
-            np.count_nonzero(abs(ratio - 1) > clip) * weight,
-        ]
-        loss = means[0] + s.value_weight * means[1] - s.entropy_weight * means[2]
-        return torch.tensor(loss), torch.tensor(means, dtype=self.weights.dtype)
+    def value_gradient(self, x: np.ndarray, old_values: np.ndarray, returns: np.ndarray) -> float:
+        """The critic's part: half the squared error of its values, or with clip_value the larger of that and the same
+        for a value near the old one. Returns the mean loss.
+        """
+        hidden = self.critic.forward(x)
+        values = hidden[-1][:, 0]
+        weight = 1 / len(x)
+        error = values - returns
+        d_values = error  # of the loss of each row, to its value
+        limit = self.settings.clip_value
+        if limit > 0:
+            moved = values - old_values
+            near = old_values + np.clip(moved, -limit, limit) - returns
+            larger = near * near > error * error
+            # a clipped value does not move with the weights
+            d_values = np.where(larger, near * (np.abs(moved) <= limit), error)
+            error = np.where(larger, near, error)
+        self.critic.backward(hidden, (self.settings.value_weight * weight) * d_values[:, None])
+        return error @ error * (weight / 2)
 
     @staticmethod
     def score_categorical(logits: np.ndarray, actions: np.ndarray) -> tuple:

@@ -15,14 +15,14 @@ import torch
 
 from common.errors import ProjectError
 from ppo.config import Config
+from ppo.data import Rollout
 from ppo.distributions import Distribution
 from ppo.envs import GymVector, LocalVector, Vector, check_finite
-from ppo.model import ActorCritic
 from ppo.normalize import ObservationNormalizer, RewardNormalizer, gather_states, shared_sum
 from ppo.registry import as_input, observation_shape
-from ppo.rollout import Rollout
 
 Act = Callable[[np.ndarray], torch.Tensor]
+Look = Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 RECENT = 100  # episodes whose mean return is logged
 
 
@@ -57,22 +57,22 @@ class Collector:
         self.returns, self.lengths = np.zeros(count), np.zeros(count, dtype=np.int64)  # of the running games
 
     @torch.inference_mode()
-    def collect(
-        self, model: ActorCritic, generator: torch.Generator, device: torch.device, act: Act | None = None
-    ) -> Rollout:
+    def collect(self, act: Act, generator: torch.Generator, look: Look | None = None) -> Rollout:
         """T steps of each environment with actions drawn from the policy.
 
         Args:
-            act: from observations (N, *O) to the distribution's parameters (N, P); `model.act` where there is nothing
-                quicker.
+            act: from observations (N, *O) to the distribution's parameters (N, P).
+            look: the same, and values (N,), where a shared trunk gives them for nothing; used in place of `act`, and
+                what it says is kept, so that the network need not see the rollout twice.
 
         The noise of all environments of all processes is drawn at once, and each process takes its part, so that what
         environment n does does not depend on how they are spread.
         """
-        rollout, distribution, count = self.rollout, self.distribution, len(self.vector)
+        rollout = self.rollout
+        distribution = self.distribution
+        count = len(self.vector)
         rollout.clear()
         steps = len(rollout.rewards)
-        act = act or (lambda seen: model.act(torch.from_numpy(np.ascontiguousarray(seen)).to(device)))
         noise = distribution.noise((steps, count * self.world), generator)[
             :, self.rank * count : (self.rank + 1) * count
         ]
@@ -81,10 +81,17 @@ class Collector:
             rollout.observations[t] = seen
             if self.raw is not None:
                 self.raw[t] = self.current
-            actions = distribution.sample(act(seen), noise[t]).cpu().numpy()
+            if look is None:
+                parameters = act(seen)
+            else:
+                rollout.passes.append(look(seen))
+                parameters = rollout.passes[-1][0]
+            actions = distribution.sample(parameters, noise[t]).cpu().numpy()
             rollout.actions[t] = actions
             self.play(t, distribution.to_env(actions))
         rollout.observations[steps] = self.observations(self.current)
+        if look is not None:
+            rollout.passes.append(look(rollout.observations[steps]))
         self.learn()
         return rollout
 

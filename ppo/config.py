@@ -29,8 +29,10 @@ class EnvConfig:
     clip_observations: float = 10.0  # after normalisation
     clip_rewards: float = 10.0  # after normalisation
     # Atari (Mnih et al. 2015; Machado et al. 2018)
-    frame_stack: int = 4
-    frame_skip: int = 4
+    image_size: int = 84  # pixels a side
+    threads: int = 0  # CPU threads of the emulators; 0 = as many as there are cores. The games do not depend on it
+    frame_stack: int = 4  # frames that the network sees at once
+    frame_skip: int = 4  # Atari: frames that each action is repeated for
     noop_max: int = 30  # random "no operation" steps at the start of an episode
     sticky_actions: float = 0.0  # probability that the last action is repeated
     episodic_life: bool = True  # in training, a lost life ends the episode for the learner
@@ -40,10 +42,11 @@ class EnvConfig:
         require(self.id, "env.id", "must name an environment")
         for name in ("count", "frame_stack", "frame_skip"):
             require(getattr(self, name) >= 1, f"env.{name}", "must be at least 1")
-        for name in ("max_episode_steps", "noop_max"):
+        for name in ("max_episode_steps", "noop_max", "threads"):
             require(getattr(self, name) >= 0, f"env.{name}", "must not be negative")
         for name in ("clip_observations", "clip_rewards"):
             require(getattr(self, name) > 0, f"env.{name}", "must be positive")
+        require(self.image_size >= 36, "env.image_size", "must be at least 36: less does not survive the convolutions")
         require(0 <= self.sticky_actions < 1, "env.sticky_actions", "must be in [0, 1)")
 
 
@@ -53,7 +56,7 @@ class ModelConfig:
 
     kind: Literal["mlp", "cnn"] = "mlp"  # cnn: the network of Mnih et al. 2015, for pixels
     hidden: tuple[int, ...] = (64, 64)  # mlp: widths
-    activation: Literal["tanh", "relu"] = "tanh"
+    activation: Literal["tanh", "relu"] = "tanh"  # mlp: between the layers
     shared: bool = False  # one trunk for actor and critic; cnn always shares
     orthogonal: bool = True  # orthogonal initial weights, gains sqrt(2), 0.01 for the policy, 1 for the value
     squash: bool = False  # continuous actions: tanh of a Gaussian instead of a Gaussian whose samples are clipped
@@ -71,33 +74,38 @@ class TrainConfig:
     rollout: int = 32  # steps of each copy between two updates
     epochs: int = 20  # passes over the rollout
     batch_size: int = 256  # of a minibatch, over all processes
-    gamma: float = 0.98
-    gae_lambda: float = 0.8
-    lr: float = 1e-3
+    gamma: float = 0.98  # discount of later rewards
+    gae_lambda: float = 0.8  # of generalised advantage estimation: 0 trusts the critic, 1 the rewards
+    lr: float = 1e-3  # learning rate of Adam
     lr_decay: Literal["constant", "linear"] = "linear"  # linear: down to zero at the last update
     clip: float = 0.2  # of the probability ratio
-    clip_decay: Literal["constant", "linear"] = "linear"
+    clip_decay: Literal["constant", "linear"] = "linear"  # linear: down to zero at the last update
     clip_value: float = 0.0  # how far the value may move from the old one before its loss stops pulling; 0 = no limit
-    value_weight: float = 0.5
-    entropy_weight: float = 0.0
+    value_weight: float = 0.5  # of the value loss, beside the policy's
+    entropy_weight: float = 0.0  # of the entropy bonus
     normalize_advantage: bool = True  # in each minibatch: zero mean, unit variance
     max_grad_norm: float = 0.5  # 0 = no limit
     # stop all remaining epochs of an update when the approximate KL exceeds 1.5 times this; 0 = never
     target_kl: float = 0.0
-    adam_eps: float = 1e-5
+    adam_eps: float = 1e-5  # epsilon of Adam
     bootstrap_truncated: bool = True  # add the value of the final observation where an episode ran out of time
     log_every: int = 1  # updates
     save_every: int = 20  # updates
-    # manual: by hand in NumPy, for MLPs on a CPU; auto: where that is known
-    backprop: Literal["auto", "autograd", "manual"] = "auto"
+    # updates between evaluations that choose best.safetensors, beside last.safetensors; 0 = never, and no best
+    evaluate_every: int = 0
+    evaluate_episodes: int = 32  # episodes an evaluation, most likely actions
+    # autograd: PyTorch differentiates ppo/objective.py; manual: ppo/backprop.py has the chain rule written out in
+    # NumPy, four times as fast for small MLPs on a CPU, and is compared with autograd once a run
+    backprop: Literal["autograd", "manual"] = "autograd"
     threads: int = 1  # CPU threads: these networks are too small for more; 0 = all
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rollout", "epochs", "batch_size", "log_every", "save_every"):
+        for name in ("steps", "rollout", "epochs", "batch_size", "log_every", "save_every", "evaluate_episodes"):
             require(getattr(self, name) >= 1, f"train.{name}", "must be at least 1")
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, f"train.{name}", "must be in [0, 1]")
-        for name in ("clip_value", "value_weight", "entropy_weight", "max_grad_norm", "target_kl", "threads"):
+        names = ("clip_value", "value_weight", "entropy_weight", "max_grad_norm", "target_kl", "threads")
+        for name in (*names, "evaluate_every"):
             require(getattr(self, name) >= 0, f"train.{name}", "must not be negative")
         require(0 < self.lr < math.inf, "train.lr", "must be positive and finite")
         require(self.clip > 0, "train.clip", "must be positive")
@@ -110,13 +118,13 @@ class EvalConfig:
 
     episodes: int = 100  # of each kind: deterministic and stochastic
     count: int = 0  # copies side by side; 0 = min(episodes, 16)
-    policy: Literal["best", "last"] = "best"  # which weights lead; both are measured
+    max_steps: int = 100_000  # of an episode; without a time limit of its own an environment might never end one
     solved: float = 0.0  # return that counts as solved; 0 = the environment's own threshold
     video: bool = True  # also film one episode as a GIF
     video_frames: int = 400  # at most so many
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "video_frames"):
+        for name in ("episodes", "video_frames", "max_steps"):
             require(getattr(self, name) >= 1, f"eval.{name}", "must be at least 1")
         require(self.count >= 0, "eval.count", "must not be negative")
 
@@ -125,13 +133,15 @@ class EvalConfig:
 class Config(BaseConfig):
     """One experiment."""
 
-    precision: Literal["fp32", "fp64"] = "fp32"  # type: ignore[assignment]  # small networks gain nothing from 16 bits
+    # bf16: the convolutional network computes in it, losses do not; small networks gain nothing from 16 bits
+    precision: Literal["fp32", "fp64", "bf16"] = "fp32"  # type: ignore[assignment]
     env: EnvConfig = field(default_factory=EnvConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        require(self.precision != "bf16" or self.model.kind == "cnn", "precision", "bf16 is for model.kind=cnn")
         size = self.env.count * self.train.rollout
         require(
             self.train.batch_size <= size, "train.batch_size", f"must be at most env.count * train.rollout = {size}"

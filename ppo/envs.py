@@ -25,7 +25,7 @@ import torch
 from gymnasium.vector import AutoresetMode
 
 from common.errors import ProjectError
-from common.runtime import fold
+from common.runtime import mix_seed
 
 
 @dataclass
@@ -82,7 +82,7 @@ class LocalVector:
 
     def _begin(self, n: int) -> np.ndarray:
         self.actions[n] = []
-        observation, _ = self.environments[n].reset(seed=fold(self.seed, self.first + n, self.episode[n]) % 2**31)
+        observation, _ = self.environments[n].reset(seed=mix_seed(self.seed, self.first + n, self.episode[n]) % 2**31)
         return observation
 
     def step(self, actions: np.ndarray) -> Step:
@@ -178,7 +178,7 @@ class GymVector:
         self.before[:] = False
         self.numbers, self.actions = numbers, []
         try:
-            observations, _ = self.environment.reset(seed=fold(self.seed, self.first, *numbers) % 2**31)
+            observations, _ = self.environment.reset(seed=mix_seed(self.seed, self.first, *numbers) % 2**31)
         except (OSError, EOFError) as error:
             raise self._lost(error) from error
         inner = self.environment.unwrapped
@@ -275,14 +275,16 @@ class PoolVector(GymVector):
         by_lives: bool = False,
     ) -> None:
         self.build, self.limit, self.by_lives, self.fresh = build, limit, by_lives, True
-        super().__init__(build([fold(seed, first + n) % 2**31 for n in range(count)]), seed, first)
+        super().__init__(build([mix_seed(seed, first + n) % 2**31 for n in range(count)]), seed, first)
         self.readable = False
         self.lives = np.zeros(count, dtype=np.int32)
 
     def reset(self, *numbers: int) -> np.ndarray:
         """The first observations (N, *O); a function of the seed and `numbers`."""
         if numbers or not self.fresh:
-            self.environment = self.build([fold(self.seed, self.first + n, *numbers) % 2**31 for n in range(len(self))])
+            self.environment = self.build(
+                [mix_seed(self.seed, self.first + n, *numbers) % 2**31 for n in range(len(self))]
+            )
         self.fresh, self.numbers, self.actions = False, numbers, []
         observations, infos = self.environment.reset()
         self.lives = infos.get("lives", self.lives)

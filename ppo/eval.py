@@ -1,8 +1,9 @@
 """Measure a trained agent:  python -m ppo.eval --run runs/ppo_lunarlander [eval.episodes=100 eval.policy=last ...]
 
-The best and the last policy each play episodes in environments of new seeds, once with the most likely action and once
-with drawn ones. Writes `eval.json`, `episodes.csv`, curves and a film of one episode into the run folder; the last line
-of stdout is the content of `eval.json`. Nothing that was learned changes here.
+The last policy, and the best one where training has chosen one by evaluation episodes, play episodes in environments of
+new seeds, once with the most likely action and once with drawn ones. Writes `eval.json`, `episodes.csv`, curves and a
+film of one episode into the run folder; the last line of stdout is the content of `eval.json`. Nothing that was learned
+changes here.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
@@ -12,7 +13,6 @@ from ppo.config import Config
 if __name__ == "__main__":
     CONFIG, OPTIONS = load(Config, "ppo", "eval")
 
-import dataclasses
 import json
 import math
 import statistics
@@ -28,8 +28,8 @@ from common.errors import ProjectError, exits_cleanly
 from common.files import write_csv, write_json
 from common.logging import read_metrics
 from common.run import Run
-from common.runtime import fold, use_threads
-from ppo.play import Policy, film, film_pixels, play
+from common.runtime import mix_seed, use_threads
+from ppo.play import Policy, evaluation_vector, film, film_pixels, play
 from ppo.registry import make_one, make_vector
 
 SEED_STREAM = 1_000_000_007  # environments of the evaluation are none that training has seen
@@ -42,11 +42,13 @@ def main(config: Config, options: Options) -> None:
     started = time.perf_counter()
     with Run(config, options) as run:
         use_threads(config.train.threads)
-        names = ("best", "last") if config.eval.policy == "best" else ("last", "best")
-        metrics, rows, update = {}, [], 0
-        for name in names:
+        metrics: dict[str, float] = {}
+        rows = []
+        update = 0
+        for name, suffix in (("last", ""), ("best", "_best")):
             path = run.folder / f"{name}.safetensors"
-            suffix = "" if name == names[0] else f"_{name}"
+            if name == "best" and not path.exists():
+                continue
             for kind in ("", "_stochastic"):
                 games, facts = measure(config, path, run, stochastic=bool(kind))
                 returns = [value for value, _ in games]
@@ -61,7 +63,7 @@ def main(config: Config, options: Options) -> None:
         write_csv(run.folder / "episodes.csv", rows)
         draw(run.folder, config)
         if config.eval.video:
-            save_film(config, run, names[0])
+            save_film(config, run)
         result = {
             "project": "ppo",
             "config": run.folder.name,
@@ -69,7 +71,7 @@ def main(config: Config, options: Options) -> None:
             "metrics": metrics,
             "n": {"episodes": config.eval.episodes},
             "seeds": [config.seed],
-            "policy": names[0],
+            "policy": "last",
             "seconds": round(time.perf_counter() - started, 1),
         }
         write_json(run.folder / "eval.json", result)
@@ -80,16 +82,17 @@ def main(config: Config, options: Options) -> None:
 def measure(config: Config, path: Path, run: Run, stochastic: bool) -> tuple[list[tuple[float, int]], dict[str, str]]:
     """(return, length) of each episode, and what is noted beside the weights."""
     count = config.eval.count or min(config.eval.episodes, 16)
-    environments = dataclasses.replace(
-        config.env, backend="local" if config.env.backend == "native" else config.env.backend
-    )
-    vector = make_vector(environments, fold(config.seed, SEED_STREAM), count, training=False)
+    vector = evaluation_vector(config, mix_seed(config.seed, SEED_STREAM), count)
     try:
         policy = Policy(path, config, vector.observation_space, vector.action_space, run.device)
-        generator = torch.Generator().manual_seed(fold(config.seed, SEED_STREAM, 1)) if stochastic else None
-        return play(policy, vector, config.eval.episodes, generator, run.track), policy.facts
+        generator = torch.Generator().manual_seed(mix_seed(config.seed, SEED_STREAM, 1)) if stochastic else None
+        games = play(policy, vector, config.eval.episodes, generator, config.eval.max_steps, run.track)
     finally:
         vector.close()
+    cut = sum(length >= config.eval.max_steps for _, length in games)
+    if cut:
+        run.display.say(f"note: {cut} episodes were cut after eval.max_steps={config.eval.max_steps} steps")
+    return games, policy.facts
 
 
 def threshold(config: Config) -> float:
@@ -130,18 +133,22 @@ def draw(folder: Path, config: Config) -> None:
         )
 
 
-def save_film(config: Config, run: Run, name: str) -> None:
-    """figures/episode.gif, where the environment can be rendered; a note where it cannot. Of Atari, what the policy
-    sees.
+def save_film(config: Config, run: Run) -> None:
+    """figures/episode.gif of the last policy, where the environment can be rendered; a note where it cannot. Of Atari,
+    what the policy sees.
     """
     from ppo.pictures import save_gif
 
-    pixels, seed, frames = config.env.id.startswith("ALE/"), fold(config.seed, SEED_STREAM, 2), config.eval.video_frames
+    pixels, seed, frames = (
+        config.env.id.startswith("ALE/"),
+        mix_seed(config.seed, SEED_STREAM, 2),
+        config.eval.video_frames,
+    )
     try:
         environment = make_vector(config.env, seed, 1, training=False) if pixels else make_one(config.env, "rgb_array")
         try:
             policy = Policy(
-                run.folder / f"{name}.safetensors",
+                run.folder / "last.safetensors",
                 config,
                 environment.observation_space,
                 environment.action_space,

@@ -1,5 +1,9 @@
 """The clipped objective (Schulman et al. 2017). Pure functions of tensors.
 
+With `train.backprop=manual`, as the configs for small networks on a CPU have it, `backprop.py` computes the gradient of
+this objective by hand. It is compared with this file on the first minibatch of each run and refused if they differ:
+after a change here, train with `train.backprop=autograd`, or change `backprop.py` as well.
+
 Legend: B samples of this process's part of a minibatch.
 """
 

@@ -108,7 +108,7 @@ def make_worker(config: EnvConfig) -> gym.Env:
 
 
 def make_atari(config: EnvConfig, count: int, training: bool) -> gym.vector.VectorEnv:
-    """ale-py's own vector environment: C++ threads do the emulation, resizing to 84 x 84 grey pixels and stacking.
+    """ale-py's own vector environment: C++ threads do the emulation, resizing to grey pixels and stacking.
 
     Its option `episodic_life` starts a new game after each lost life. What is wanted is `life_loss_info`: the life's
     end is an episode's, and the game goes on.
@@ -132,8 +132,9 @@ def make_atari(config: EnvConfig, count: int, training: bool) -> gym.vector.Vect
             use_fire_reset=True,
             maxpool=True,
             grayscale=True,
-            img_height=84,
-            img_width=84,
+            img_height=config.image_size,
+            img_width=config.image_size,
+            num_threads=config.threads,
             max_num_frames_per_episode=limit,
         )
         vector.frame_limit = limit if lives else 0
@@ -167,6 +168,9 @@ def make_pool(config: EnvConfig, seed: int, count: int, first: int, training: bo
                 "not"
             )
         options = {
+            "img_height": config.image_size,
+            "img_width": config.image_size,
+            "num_threads": config.threads,
             "stack_num": config.frame_stack,
             "frame_skip": config.frame_skip,
             "noop_max": config.noop_max,

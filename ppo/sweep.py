@@ -25,7 +25,7 @@ from common.config import UNUSABLE, explain, resolve
 from common.errors import ProjectError, exits_cleanly
 from common.files import write_csv, write_json
 from common.logging import read_metrics
-from common.metrics import bootstrap_interval, interquartile_mean
+from common.settings import explain_settings
 from ppo.config import Config
 
 
@@ -62,8 +62,12 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The arguments; a mistake ends the program with status 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m ppo.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m ppo.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
+    explain_settings(parser, Config)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5, help="how many (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="the first of them (default: %(default)s)")
@@ -144,6 +148,8 @@ def aggregate(rows: list[dict[str, float]]) -> dict[str, float]:
     """`<name>` the mean over the seeds, `_std`, `_min`, `_median`, `_iqm`, `_iqm_low`, `_iqm_high`; `_seeds` where
     some lack it.
     """
+    from common.metrics import bootstrap_interval, interquartile_mean  # PyTorch; `--help` does without
+
     found: dict[str, float] = {}
     for name in sorted({key for row in rows for key in row} - {"seed"}):
         values = [row[name] for row in rows if name in row]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from common import demo
-from common.demo import Demo, Runner, tail
+from common.demo import Runner, tail
+from common.projects import Demo
 
 ROOT = Path(__file__).parents[2]
 TWO = (Demo("alpha", "configs/a.yaml", 30), Demo("beta", "configs/b.yaml", 40, ("train.lr=2",)))
@@ -46,7 +47,7 @@ def calls(monkeypatch: pytest.MonkeyPatch):
         answer = record.answers.get(command[2], (0, ""))
         return answer(self) if callable(answer) else answer
 
-    monkeypatch.setattr(demo, "DEMOS", TWO)
+    monkeypatch.setattr(demo, "find_demos", lambda: TWO)
     monkeypatch.setattr(Runner, "run", run)
     return record
 
@@ -180,7 +181,9 @@ def test_signal_reaches_the_running_program_once():
         "sys.exit(143)\n"
     )
     program = (
-        "import sys; from common import demo; demo.DEMOS = (demo.Demo('alpha', 'a.yaml', 1),); sys.exit(demo.main([]))"
+        "import sys; from common import demo, projects\n"
+        "demo.find_demos = lambda: (projects.Demo('alpha', 'a.yaml', 1),)\n"
+        "sys.exit(demo.main([]))"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT) + ":."}, stdout=subprocess.PIPE

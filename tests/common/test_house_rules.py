@@ -65,8 +65,6 @@ def unsafe(tree: ast.AST) -> list[str]:
 def test_projects_stand_alone(path):
     package = path.relative_to(ROOT).parts[0]
     others = PROJECTS - {package}
-    if name_of(path) == "common/demo.py":
-        return  # runs each project's commands
     found = imports(ast.parse(path.read_text()))
     assert not found & others, f"{package} must not import {found & others}"
     assert not found & {"tests", "bench", "diffusers"}, "what tests and benchmarks compare with is not for the product"

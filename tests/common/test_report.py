@@ -11,8 +11,23 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common import report
-from common.pictures import draw_curves, moving_average, pictures_in, spread
+from common import projects, report
+from common.report.__main__ import main
+from common.report.pictures import draw_curves, moving_average, pictures_in, spread
+from common.report.rows import metric_rows
+from common.report.text import duration, numeral
+
+PACKAGE = """
+from common.projects import Demo, Metric
+
+METRICS = {
+    "bead_error": Metric("Bead error", "lower"),
+    "speed_*": Metric("Speed, {}", "higher", leads=True),
+    "elbo": Metric("ELBO", "higher", leads=True),
+    "test_accuracy": Metric("Test accuracy", "higher", "percent"),
+}
+DEMO = Demo("abacus", "configs/abacus.yaml", seconds=5)
+"""
 
 
 class Page(HTMLParser):
@@ -45,7 +60,7 @@ def fabricate(folder: Path, **evaluation) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("seed: 0\ntrain:\n  steps: 40\n  lr: 0.001\n")
     env = {
-        "command": "python -m vae.train --config configs/beta_vae.yaml",
+        "command": "python -m abacus.train --config configs/beta_vae.yaml",
         "device_name": "Abacus 3000",
         "versions": {"torch": "2.15.0"},
     }
@@ -57,7 +72,7 @@ def fabricate(folder: Path, **evaluation) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = {"elbo": -98.7654, "elbo_std": 0.5, "test_accuracy": 0.98765, "mystery_number": 1234567.0}
     (folder / "eval.json").write_text(
-        json.dumps({"project": "vae", "config": "x", "metrics": metrics, "seconds": 75.0} | evaluation)
+        json.dumps({"project": "abacus", "config": "x", "metrics": metrics, "seconds": 75.0} | evaluation)
     )
     for step in (10, 20, 30, 40):
         picture(folder / f"samples/{step:08d}.png", step)
@@ -66,7 +81,15 @@ def fabricate(folder: Path, **evaluation) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of a project that `common` has never heard of."""
+    package = tmp_path / "packages/abacus"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(PACKAGE)
+    (package / "train.py").write_text("raise SystemExit('a report starts no training')")
+    monkeypatch.setattr(projects, "ROOT", package.parent)
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.delitem(sys.modules, "abacus", raising=False)
     return fabricate(tmp_path / "runs/first")
 
 
@@ -92,7 +115,7 @@ def test_shows_metrics_settings_and_environment(run: Path):
         "1,234,567",
         "ELBO",
         "Mystery number",
-        "vae",
+        "abacus",
         "beta_vae",
         "40 of 40 steps",
         "complete",
@@ -103,6 +126,27 @@ def test_shows_metrics_settings_and_environment(run: Path):
     ):
         assert expected in text, expected
     assert "Missing" not in text
+
+
+def test_metrics_in_the_words_of_their_project(run: Path):
+    values = {"bead_error": 3, "elbo": -1.5, "test_accuracy": 0.5, "speed_left_hand": 7.0, "speed_left_hand_std": 0.1}
+    rows, leading = metric_rows(values | {"other": 1.0, "note": "text"}, "abacus")
+    assert [(row.label, row.value, row.better) for row in rows] == [
+        ("Bead error", "3", "lower"),
+        ("ELBO", "-1.5", "higher"),
+        ("Test accuracy", "50.0 %", "higher"),
+        ("Speed, left hand", "7 ± 0.1", "higher"),
+        ("Other", "1", ""),
+    ]
+    assert [row.label for row in leading] == ["Speed, left hand", "ELBO"]  # in the order of METRICS
+    assert [row.label for row in metric_rows({"a": 1, "b": 2, "c": 3}, "abacus")[1]] == ["A", "B"]
+    assert projects.find_demos() == (projects.Demo("abacus", "configs/abacus.yaml", 5),)
+
+
+@pytest.mark.parametrize("name", ["antigravity", "os", "abacus.train", "../abacus"])
+def test_a_project_named_by_a_file_is_not_imported(run: Path, name: str):
+    (run / "eval.json").write_text(json.dumps({"project": name, "metrics": {"elbo": 1.0}}))
+    assert "Elbo" in page_of(run).text and "antigravity" not in sys.modules
 
 
 def test_embeds_pictures_as_they_are(run: Path):
@@ -158,7 +202,7 @@ def test_missing_and_damaged_files(run: Path, name: str, content: bytes | None, 
         (run / name).write_bytes(content)
     text = page_of(run).text
     assert ("Missing:" in text) == bool(expected) and expected in text
-    assert "vae" in text  # the rest of the page is there
+    assert "abacus" in text  # the rest of the page is there
 
 
 def test_truncated_metrics_line(run: Path):
@@ -194,11 +238,11 @@ def test_command_line(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(
         sys, "argv", ["report", str(run), str(stray), "--out", str(run.parent / "out/r.html"), "--title", "Hello"]
     )
-    report.main()
+    main()
     assert "Hello" in Page(run.parent / "out/r.html").text
     monkeypatch.setattr(sys, "argv", ["report", str(stray)])
     with pytest.raises(SystemExit) as stop:
-        report.main()
+        main()
     assert stop.value.code == 1 and "no run folder" in capsys.readouterr().err
 
 
@@ -208,14 +252,14 @@ def test_small_pieces(tmp_path: Path):
     for name in ("grid_w10.png", "grid_w2.png", "notes.txt", ".tmp-1.png"):
         (tmp_path / name).touch()
     assert [p.name for p in pictures_in(tmp_path)] == ["grid_w2.png", "grid_w10.png"]
-    assert [report.duration(s) for s in (0.52, 42.4, 59.99, 75.2, 7325)] == [
+    assert [duration(s) for s in (0.52, 42.4, 59.99, 75.2, 7325)] == [
         "0.5 s",
         "42 s",
         "60 s",
         "1 min 15 s",
         "2 h 2 min",
     ]
-    assert [report.numeral(v) for v in (0.12345, 5, 123456.7, 1.2e-5, float("nan"))] == [
+    assert [numeral(v) for v in (0.12345, 5, 123456.7, 1.2e-5, float("nan"))] == [
         "0.1235",
         "5",
         "123,457",

@@ -5,6 +5,7 @@ not images.
 from __future__ import annotations
 
 import itertools
+import json
 import struct
 import urllib.error
 import urllib.request
@@ -15,11 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
+from common.config import Options
 from common.errors import ProjectError
+from common.images import FolderImages, MemoryImages, batch_indices, list_images
 from diffusion.config import DataConfig
 from diffusion.data import load_images
-from diffusion.folder import FolderImages, list_images
-from diffusion.images import MemoryImages, batch_indices, to_float, to_uint8
+from diffusion.images import to_float, to_uint8
+from tests.helpers import status, tiny, train
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
@@ -138,9 +141,9 @@ def test_damaged_cifar10(damage, tmp_path):
         load_images(DataConfig(dataset="cifar10"), str(tmp_path))
 
 
-def write_mnist(root: Path, count: int = 5) -> dict[str, np.ndarray]:
+def write_mnist(root: Path, count: int = 5, kind: str = "MNIST") -> dict[str, np.ndarray]:
     """MNIST's idx format: a big-endian magic number, the sizes, then the bytes."""
-    folder = root / "MNIST/raw"
+    folder = root / kind / "raw"
     folder.mkdir(parents=True)
     arrays = {}
     for name in ("train", "t10k"):
@@ -165,11 +168,58 @@ def test_mnist_idx(tmp_path):
         assert torch.equal(data.labels, torch.from_numpy(arrays[f"{name} labels"]).long())
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "magic"])
+@pytest.mark.parametrize(("dataset", "folder"), [("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
+def test_datasets_in_the_format_of_mnist(dataset, folder, tmp_path):
+    arrays = write_mnist(tmp_path, kind=folder)
+    for split, name in (("train", "train"), ("test", "t10k")):
+        data = load_images(DataConfig(dataset=dataset, image_size=28), str(tmp_path), split)
+        assert data.name == dataset and len(set(data.class_names)) == 10
+        assert torch.equal(data.images[:, 0], torch.from_numpy(arrays[f"{name} images"]))
+        assert torch.equal(data.labels, torch.from_numpy(arrays[f"{name} labels"]).long())
+
+
+def test_qmnist(tmp_path):
+    """Its labels are rows of eight big-endian integers, the class first."""
+    folder = tmp_path / "QMNIST/raw"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        images, labels = RNG.integers(0, 256, (4, 28, 28), dtype=np.uint8), RNG.integers(0, 10, (4, 8))
+        (folder / f"qmnist-{split}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 0x803, 4, 28, 28) + images.tobytes()
+        )
+        (folder / f"qmnist-{split}-labels-idx2-int").write_bytes(
+            struct.pack(">III", 0xC02, 4, 8) + labels.astype(">i4").tobytes()
+        )
+        data = load_images(DataConfig(dataset="qmnist", image_size=28), str(tmp_path), split)
+        assert torch.equal(data.images[:, 0], torch.from_numpy(images)) and data.name == "qmnist"
+        assert data.labels.tolist() == labels[:, 0].tolist() and data.class_names == tuple("0123456789")
+
+
+def test_metrics_are_named_after_the_dataset(tmp_path):
+    """One training run and its evaluation on a dataset in MNIST's format."""
+    write_mnist(tmp_path, 64, "FashionMNIST")
+    words = ["data.dataset=fashion_mnist", "data.image_size=28", f"data_root={tmp_path}", "train.steps=2"]
+    config = tiny(tmp_path / "run", *words, "eval.num_samples=8", "eval.manifold_samples=0", "eval.neighbours=0")
+    assert train(config) == 0
+    from diffusion.eval import main
+
+    assert status(main, config, Options("eval")) == 0
+    metrics = json.loads((tmp_path / "run/eval.json").read_text())["metrics"]
+    assert metrics["fd_fashion_mnist"] > 0
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "magic", "count"])
 def test_damaged_mnist(damage, tmp_path):
     write_mnist(tmp_path)
     path = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
-    path.write_bytes({"cut": path.read_bytes()[:-10], "empty": b"", "magic": b"\xff" * 40}[damage])
+    path.write_bytes(
+        {
+            "cut": path.read_bytes()[:-10],
+            "empty": b"",
+            "magic": b"\xff" * 40,
+            "count": struct.pack(">IIII", 0x803, 4, 28, 28) + bytes(4 * 784),
+        }[damage]
+    )
     with pytest.raises(ProjectError, match="MNIST"):
         load_images(DataConfig(dataset="mnist", image_size=28), str(tmp_path))
 
@@ -199,6 +249,9 @@ def test_max_images_and_resize():
     [
         ("cifar10", "data_batch_1.bin"),
         ("mnist", "train-images-idx3-ubyte"),
+        ("fashion_mnist", "FashionMNIST/raw"),
+        ("kmnist", "KMNIST/raw"),
+        ("qmnist", "qmnist-train-labels-idx2-int"),
         ("celeba", "img_align_celeba"),
     ],
 )
@@ -313,4 +366,4 @@ def test_max_images_of_a_folder(tmp_path):
 def test_folder_that_is_not_there(tmp_path):
     for folder in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(ProjectError, match=r"data\.folder"):
-            list_images(folder)
+            list_images(folder, "data.folder")

@@ -16,8 +16,9 @@ import diffusion.train
 from common.checkpoint import Checkpoints
 from common.config import Options
 from common.files import TEMPORARY
+from common.finite import NonFinite
 from common.logging import read_metrics
-from common.run import NonFinite, Run
+from common.run import Run
 from diffusion.ema import EMA
 from tests.helpers import DIGITS, STEPS, TINY, errors, log, read_only, small_disk, start_python, tiny, train
 
@@ -183,7 +184,7 @@ def test_deferred_stop_of_a_fused_optimizer(bad, tmp_path):
     run = Run(tiny(tmp_path / "run"), Options("train"))
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=True)
-    run.device = SimpleNamespace(type="cuda")
+    run.device = run.finite.device = SimpleNamespace(type="cuda")
     values = []
     for run.step in range(1, 6):
         optimizer.zero_grad()

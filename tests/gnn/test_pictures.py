@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.pictures import embed
+from common.report.pictures import embed
 from gnn import layout, pictures
 from gnn.config import ModelConfig
 from gnn.graph import Graph, build_graph

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from common.config import Options, resolve
 from common.logging import read_metrics
-from ppo.collect import Collector
+from ppo.collect import Act, Collector
 from ppo.config import Config
 from ppo.distributions import distribution_for
 from ppo.envs import GymVector, LocalVector, Vector
@@ -36,6 +36,7 @@ TINY = (
     "train.epochs=2",
     "train.batch_size=32",
     "train.save_every=4",
+    "train.backprop=autograd",
     "model.hidden=[8]",
     "device=cpu",
     "eval.episodes=4",
@@ -82,8 +83,13 @@ def log(folder: Path) -> list[dict]:
 
 
 def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """What a run exports: the last and the best policy with their scaling of observations."""
-    return {name: load_file(folder / f"{name}.safetensors") for name in ("last", "best")}
+    """What a run exports: the last policy, and the best one if there is one, with their scaling of observations."""
+    return {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def acting(model: ActorCritic) -> Act:
+    """What `Collector.collect` asks for its actions."""
+    return lambda seen: model.act(torch.from_numpy(np.ascontiguousarray(seen)))
 
 
 def two_processes(folder: Path, source: str) -> None:

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from common.logging import read_metrics
+from ppo import objective
 from ppo.backprop import Backprop, can_backprop
 from ppo.config import ModelConfig, TrainConfig
+from ppo.data import Batch
 from ppo.distributions import distribution_for
 from ppo.model import ActorCritic
 from ppo.objective import ppo_terms, total_loss
@@ -35,22 +37,24 @@ def case(space: str, model: ModelConfig, seed: int = 0, **settings) -> tuple:
     observations = torch.randn(N, 5, dtype=torch.float64)
     actions = torch.randint(0, 3, (N,)) if space == "categorical" else torch.randn(N, 2, dtype=torch.float64)
     log_prob, _ = distribution.log_prob_entropy(theirs(observations)[0].detach(), actions)
-    numbers = torch.stack(
-        [
+    batch = Batch(
+        observations,
+        actions,
+        *[
             log_prob + 0.3 * torch.randn(N),
             theirs(observations)[1].detach() + 0.3 * torch.randn(N),
             torch.randn(N, dtype=torch.float64),
             torch.randn(N, dtype=torch.float64),
-        ]
+        ],
     )
-    return Backprop(ours, distribution, settings), ours, theirs, distribution, settings, observations, actions, numbers
+    return Backprop(ours, distribution, settings), ours, theirs, distribution, settings, batch
 
 
-def by_autograd(model, distribution, settings, observations, actions, numbers, rows, clip):
+def by_autograd(model, distribution, settings, batch, rows, clip):
     """Loss, means of the terms, and gradients by name, as the training loop computes them for other networks."""
-    old_log_prob, old_values, advantages, returns = numbers[:, rows].unbind()
-    parameters, values = model(observations[rows])
-    log_prob, entropy = distribution.log_prob_entropy(parameters, actions[rows])
+    observations, actions, old_log_prob, old_values, advantages, returns = batch.select(rows)
+    parameters, values = model(observations)
+    log_prob, entropy = distribution.log_prob_entropy(parameters, actions)
     if settings.normalize_advantage and len(rows) > 1:
         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     terms = ppo_terms(
@@ -153,7 +157,31 @@ def test_what_it_cannot_do_is_left_to_autograd(tmp_path):
 def test_asking_for_the_impossible_is_one_clear_line(tmp_path, capsys):
     assert train(config(tmp_path / "run", "train.backprop=manual", "model.shared=true")) == 2
     assert "train.backprop" in capsys.readouterr().err
-    assert train(config(tmp_path / "other", "model.shared=true")) == 0, "auto falls back to autograd"
+    assert train(config(tmp_path / "other", "model.shared=true", "train.backprop=autograd")) == 0
+
+
+def test_a_changed_objective_is_not_passed_over(tmp_path, monkeypatch, capsys):
+    """What one reads is what runs: with another `objective.py` the gradient by hand is refused, autograd follows."""
+
+    def unclipped(*args):
+        log_prob, _, _, old_log_prob, _, advantages, *_ = args
+        return original(*args)._replace(policy=-(((log_prob - old_log_prob).exp() * advantages) ** 3))
+
+    original = objective.ppo_terms
+    assert train(config(tmp_path / "before", "train.backprop=autograd")) == 0
+    monkeypatch.setattr(objective, "ppo_terms", unclipped)
+    assert train(config(tmp_path / "manual", "train.backprop=manual")) == 1
+    err = capsys.readouterr().err
+    assert "ppo/objective.py" in err and "train.backprop=autograd" in err
+    assert train(config(tmp_path / "autograd", "train.backprop=autograd")) == 0
+    logged = [read_metrics(tmp_path / name / "metrics.jsonl")[0]["policy_loss"] for name in ("before", "autograd")]
+    assert logged[0] != logged[1]
+
+
+def test_the_first_lines_of_a_run_say_who_computes_the_gradient(tmp_path, capsys):
+    for kind, said in (("manual", "gradients by ppo/backprop.py"), ("autograd", "gradients by autograd")):
+        assert train(config(tmp_path / kind, f"train.backprop={kind}")) == 0
+        assert said in capsys.readouterr().err
 
 
 PENDULUM = ("env.id=Pendulum-v1", "model.activation=relu", "train.clip_value=0.1", "train.entropy_weight=0.01")

@@ -20,7 +20,7 @@ from ppo.envs import LocalVector, check_finite
 from ppo.model import ActorCritic
 from ppo.registry import as_input, make_vector, observation_shape
 from tests.helpers import errors, same, stop_in_check
-from tests.ppo.helpers import Counting, collector_for, config, log, register, train, vector_of, weights
+from tests.ppo.helpers import Counting, acting, collector_for, config, log, register, train, vector_of, weights
 
 MODES = list(AutoresetMode)
 
@@ -203,7 +203,7 @@ def test_boxes_of_any_numbers_are_learned_from(shape, dtype, high, backend, show
     vector = make_vector(made.env, 0, 2)
     collector, model = collector_for(made, vector)
     space, expected = vector.observation_space, Showing(shape=shape, dtype=dtype, high=high).reset(seed=0)[0]
-    stored = collector.collect(model, torch.Generator().manual_seed(0), torch.device("cpu")).observations
+    stored = collector.collect(acting(model), torch.Generator().manual_seed(0)).observations
     vector.close()
     assert stored[0].shape == (2, *observation_shape(space)) == (2, *(shape or (1,)))
     assert stored.dtype == (np.uint8 if dtype == "uint8" else np.float32)
@@ -220,8 +220,7 @@ def test_small_boxes_of_bytes_are_normalised_like_any_numbers(showing, tmp_path)
     )
     collector, model = collector_for(made, make_vector(made.env, 0, 4))
     first, second = (
-        collector.collect(model, torch.Generator().manual_seed(0), torch.device("cpu")).observations.copy()
-        for _ in range(2)
+        collector.collect(acting(model), torch.Generator().manual_seed(0)).observations.copy() for _ in range(2)
     )
     assert first.dtype == second.dtype == np.float32
     assert first.mean() > 9 and first.max() == collector.observations.clip, (

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from common.errors import ProjectError
-from common.runtime import fold
+from common.runtime import mix_seed
 from ppo.config import EnvConfig
 from ppo.envs import PoolVector
 from ppo.registry import make_vector, pool_task, register_atari
 from tests.helpers import errors, same, stop_in_check
-from tests.ppo.helpers import collector_for, config, evaluate, log, train, weights
+from tests.ppo.helpers import acting, collector_for, config, evaluate, log, train, weights
 
 installed = pytest.mark.skipif(find_spec("envpool") is None, reason="needs pip install envpool")
 POOL = "env.backend=envpool"
@@ -93,7 +93,7 @@ def test_steps_are_those_of_envpool_alone(name, task, settings, limit):
         if atari
         else {}
     )
-    theirs = alone(task, [fold(5, n) % 2**31 for n in range(3)], actions, limit, **options)
+    theirs = alone(task, [mix_seed(5, n) % 2**31 for n in range(3)], actions, limit, **options)
     ours.reset()
     lives, age, kinds = np.full(3, 5), np.zeros(3, dtype=int), {"terminated": 0, "truncated": 0, "lives": 0}
     for t in range(steps - 1):
@@ -165,7 +165,7 @@ def test_no_dead_row_is_stored_and_truncated_episodes_lead_to_their_own_end(tmp_
     made = config(tmp_path, POOL, "env.max_episode_steps=10", "train.rollout=64", "train.batch_size=64")
     collector, model = collector_for(made, make_vector(made.env, 0, 4))
     rollout, peer = (
-        collector.collect(model, torch.Generator().manual_seed(0), torch.device("cpu")),
+        collector.collect(acting(model), torch.Generator().manual_seed(0)),
         gym.make("CartPole-v1").unwrapped,
     )
     peer.reset()
@@ -194,7 +194,9 @@ def test_returns_logged_are_of_whole_games_in_points(tmp_path):
         collector.play(t % 300, actions[t])
         assert set(np.unique(collector.raw_rewards[t % 300])) <= {0.0, 1.0}
     expected = [[], []]
-    for n, rows in enumerate(alone("Breakout-v5", [fold(0, n) % 2**31 for n in range(2)], actions, 27_000, noop_max=1)):
+    for n, rows in enumerate(
+        alone("Breakout-v5", [mix_seed(0, n) % 2**31 for n in range(2)], actions, 27_000, noop_max=1)
+    ):
         points, length = 0.0, 0
         for reward, done, _, _ in rows[:600]:
             points, length = points + reward, length + 1

@@ -12,7 +12,7 @@ from gymnasium.wrappers import TimeLimit
 from ppo.config import EnvConfig
 from ppo.envs import GymVector, LocalVector
 from ppo.registry import as_input, make_one, make_vector
-from tests.ppo.helpers import Counting, collector_for, config, register, train, vector_of
+from tests.ppo.helpers import Counting, acting, collector_for, config, register, train, vector_of
 
 MODES = list(AutoresetMode)
 IDENTITIES = (0, 3, 5)
@@ -100,7 +100,7 @@ def test_collector_keeps_the_books(mode, tmp_path):
     stored = [[] for _ in toys]
     episodes = []
     for update in range(4):
-        rollout = collector.collect(model, torch.Generator().manual_seed(update), torch.device("cpu"))
+        rollout = collector.collect(acting(model), torch.Generator().manual_seed(update))
         episodes += rollout.episodes
         final = dict(zip(rollout.final_at, rollout.final))
         for t, n in np.argwhere(rollout.valid):
@@ -133,7 +133,7 @@ def test_dead_rows_are_in_no_statistic(tmp_path):
     )
     collector, model = collector_for(made, vector_of(AutoresetMode.NEXT_STEP, toys))
     for update in range(3):
-        collector.collect(model, torch.Generator().manual_seed(update), torch.device("cpu"))
+        collector.collect(acting(model), torch.Generator().manual_seed(update))
     seen = np.array([row[0] for toy in toys for row in toy.rows], dtype=np.float64)
     moments = collector.observations.moments
     assert moments.count == len(seen)

@@ -19,7 +19,7 @@ from ppo.normalize import ObservationNormalizer, RewardNormalizer, RunningMoment
 from ppo.play import Policy, film, play
 from ppo.registry import make_one, make_vector
 from tests.helpers import same
-from tests.ppo.helpers import config, evaluate, train
+from tests.ppo.helpers import acting, config, evaluate, train
 
 SIZES = (1, 7, 0, 100, 2, 1, 33, 500, 0, 3)
 
@@ -205,7 +205,7 @@ def test_a_rollout_sees_one_scaling_and_teaches_the_next(tmp_path):
     model = ActorCritic(settings.model, (4,), distribution)
     for update in range(3):
         before, first = collector.observations.state_dict(), collector.current.copy()
-        rollout = collector.collect(model, torch.Generator().manual_seed(update), torch.device("cpu"))
+        rollout = collector.collect(acting(model), torch.Generator().manual_seed(update))
         frozen = ObservationNormalizer((4,), enabled=True, clip=10.0)
         frozen.load_state_dict(before)
         np.testing.assert_array_equal(rollout.observations[0], frozen(first))
@@ -282,6 +282,6 @@ def test_floats_in_three_dimensions_are_not_stored_as_bytes(tmp_path):
     collector = Collector(settings, vector, distribution)
     first = collector.current.copy()
     model = ActorCritic(settings.model, (2, 3, 4), distribution)
-    rollout = collector.collect(model, torch.Generator().manual_seed(0), torch.device("cpu"))
+    rollout = collector.collect(acting(model), torch.Generator().manual_seed(0))
     assert rollout.observations.dtype == np.float32
     np.testing.assert_array_equal(rollout.observations[0], first)

@@ -19,9 +19,9 @@ from torch import distributions as td
 
 from ppo.config import ModelConfig, TrainConfig
 from ppo.distributions import Categorical, Gaussian, distribution_for
+from ppo.gradients import normalized
 from ppo.model import ActorCritic
 from ppo.objective import explained_variance, ppo_terms, total_loss
-from ppo.train import normalized
 
 ALONE = SimpleNamespace(world=1)
 # ratio, advantage: inside the clip (eps = .2), above it and below it, with both signs; the last two on its edges

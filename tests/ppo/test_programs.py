@@ -24,7 +24,12 @@ from ppo.registry import make_vector
 from tests.helpers import errors, python, same
 from tests.ppo.helpers import TINY, UPDATES, Counting, config, evaluate, log, train, two_processes, weights
 
-NORMAL = ("env.normalize_observations=true", "env.normalize_rewards=true")
+NORMAL = (
+    "env.normalize_observations=true",
+    "env.normalize_rewards=true",
+    "train.evaluate_every=2",
+    "train.evaluate_episodes=4",
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +89,9 @@ def test_dry_run_says_what_would_happen_and_makes_nothing(tmp_path, capsys):
         ("train.steps=-1", "train.steps"),
         ("precision=fp16", "precision"),
         ("eval.episodes=0", "eval.episodes"),
-        ("eval.policy=worst", "eval.policy"),
+        ("eval.max_steps=0", "eval.max_steps"),
+        ("train.evaluate_every=-1", "train.evaluate_every"),
+        ("train.backprop=auto", "train.backprop"),
         ("train.rollout=0", "train.rollout"),
         ("train.target_kl=-1", "train.target_kl"),
         ("enf.id=x", "did you mean env"),
@@ -140,7 +147,7 @@ def test_evaluation_measures_and_repeats_itself(trained, capsys):
     with (trained / "episodes.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 24
-    for name, suffix in (("best", ""), ("last", "_last")):
+    for name, suffix in (("last", ""), ("best", "_best")):
         for kind, middle in (("deterministic", ""), ("stochastic", "_stochastic")):
             returns = [float(row["return"]) for row in rows if (row["policy"], row["kind"]) == (name, kind)]
             assert len(returns) == 6
@@ -187,11 +194,11 @@ def test_policy_uses_the_saved_scaling_and_keeps_it(trained):
 def test_evaluation_without_weights_and_with_damaged_ones(trained, tmp_path, capsys):
     assert evaluate(config(tmp_path / "run")) == 1
     (line,) = errors(capsys.readouterr().err)
-    assert "best.safetensors" in line
+    assert "last.safetensors" in line
     assert "train first" in line
     folder = tmp_path / "damaged"
     folder.mkdir()
-    whole = (trained / "best.safetensors").read_bytes()
+    whole = (trained / "last.safetensors").read_bytes()
     files = {
         "half": (whole[: len(whole) // 2],),
         "empty": (b"",),
@@ -199,11 +206,10 @@ def test_evaluation_without_weights_and_with_damaged_ones(trained, tmp_path, cap
         "other": (whole, "model.hidden=[16]"),
     }
     for name, (data, *words) in files.items():
-        (folder / "best.safetensors").write_bytes(data)
-        (folder / "last.safetensors").write_bytes(whole)
+        (folder / "last.safetensors").write_bytes(data)
         assert evaluate(config(folder, *NORMAL, *words)) == 1, name
         (line,) = errors(capsys.readouterr().err)
-        assert "best.safetensors" in line
+        assert "last.safetensors" in line
     assert not (folder / "eval.json").exists()
 
 

@@ -18,7 +18,12 @@ from common.checkpoint import Checkpoints
 from tests.helpers import ROOT, environment, errors, same, stop_in_check
 from tests.ppo.helpers import CARTPOLE, TINY, Counting, config, log, register, train, two_processes, weights
 
-NORMAL = ("env.normalize_observations=true", "env.normalize_rewards=true")
+NORMAL = (
+    "env.normalize_observations=true",
+    "env.normalize_rewards=true",
+    "train.evaluate_every=2",
+    "train.evaluate_episodes=4",
+)
 TOY = register(noisy=True)
 KINDS = {
     "native": ("env.normalize_rewards=true",),  # the simulator's arrays are saved

@@ -8,7 +8,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from ppo.rollout import Rollout, gae, minibatches
+from ppo.data import Rollout, gae, minibatches
 
 T, N = 23, 6
 GAMMAS = [(0.99, 0.95), (0.9, 0.5), (0.98, 0.0), (0.98, 1.0), (1.0, 1.0), (0.0, 0.7)]

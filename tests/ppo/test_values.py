@@ -15,13 +15,13 @@ from gymnasium.vector import AutoresetMode
 
 from ppo.collect import Collector
 from ppo.config import Config
+from ppo.data import learning_batch
 from ppo.distributions import distribution_for
 from ppo.envs import GymVector
 from ppo.model import ActorCritic
 from ppo.play import Policy
 from ppo.registry import make_vector, observation_shape
-from ppo.train import prepare
-from tests.ppo.helpers import config, train
+from tests.ppo.helpers import acting, config, train
 
 GAMMA = 0.9
 # hidden=[]: the networks are tables, one number for each state
@@ -216,11 +216,10 @@ def test_a_perfect_critic_leaves_no_advantage(toy, mode, tmp_path):
         model.value.weight[0, : len(expected)] = torch.from_numpy(expected).float() - 3
     collector = Collector(settings, vector, distribution)
     for update, gae_lambda in enumerate((0.0, 0.7, 1.0)):
-        rollout = collector.collect(model, torch.Generator().manual_seed(update), torch.device("cpu"))
-        observations, _, numbers = prepare(
+        rollout = collector.collect(acting(model), torch.Generator().manual_seed(update))
+        observations, _, _, values, advantages, returns = learning_batch(
             rollout, model, distribution, replace(settings.train, gae_lambda=gae_lambda), torch.device("cpu")
         )
-        _, values, advantages, returns = numbers
         valid = torch.from_numpy(rollout.valid).flatten()
         state = observations.argmax(dim=1)[valid]
         assert rollout.done.any() and valid.any() and (mode == "next") == bool((~valid).any())
@@ -252,8 +251,9 @@ def test_the_value_of_the_final_observation_counts_and_not_the_next_episodes_fir
         model.value.bias.zero_()
         model.value.weight[0] = torch.tensor([1000.0, 0.0, 50.0, 0.0])  # after 6 steps: state 2; an episode starts in 0
     collector = Collector(settings, vector, distribution)
-    rollout = collector.collect(model, torch.Generator().manual_seed(0), torch.device("cpu"))
-    returns = prepare(rollout, model, distribution, settings.train, torch.device("cpu"))[2][3].view(24, 4)
+    rollout = collector.collect(acting(model), torch.Generator().manual_seed(0))
+    batch = learning_batch(rollout, model, distribution, settings.train, torch.device("cpu"))
+    returns = batch.returns.view(24, 4)
     ends = torch.from_numpy(rollout.done & rollout.valid)
     assert ends.any()
     pays = TOYS["ring"][0]["pays"]

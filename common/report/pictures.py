@@ -12,6 +12,8 @@ from typing import Any
 
 from PIL import Image
 
+from common.report.text import number, words
+
 # shown after everything else
 COLUMNS = {"lr": "Learning rate", "grad_norm": "Gradient norm", "mfu": "Model FLOPs utilisation"}
 PICTURES = {
@@ -87,22 +89,19 @@ def draw_curves(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
                 columns.setdefault(name, []).append((row["step"], float(value)))
 
     def order(name: str) -> int:
-        return (
-            0
-            if name == "loss"
-            else 1
-            if "loss" in name
-            else 3
-            if name in COLUMNS
-            else 4
-            if name.endswith("_per_second")
-            else 2
-        )
+        if name == "loss":
+            return 0
+        if "loss" in name:
+            return 1
+        if name in COLUMNS:
+            return 3
+        return 4 if name.endswith("_per_second") else 2
 
-    return [
-        (COLUMNS.get(name, words(name)), *(draw(columns[name], theme, noisy=name != "lr") for theme in THEMES.values()))
-        for name in sorted(columns, key=order)
-    ]
+    curves = []
+    for name in sorted(columns, key=order):
+        light, dark = (draw(columns[name], THEMES[theme], noisy=name != "lr") for theme in ("light", "dark"))
+        curves.append((COLUMNS.get(name, words(name)), light, dark))
+    return curves
 
 
 def draw(points: list[tuple[int, float]], theme: tuple[str, str, str], noisy: bool) -> str:
@@ -163,14 +162,3 @@ def moving_average(values: tuple[float, ...]) -> list[float]:
         total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
         smooth.append(total / weight)
     return smooth
-
-
-def number(value: object) -> float | None:
-    """`value` if it is a number (and not a truth value), else None."""
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-def words(name: str) -> str:
-    """`images_per_second` -> `Images per second`."""
-    text = str(name).replace("_", " ").strip()
-    return text[:1].upper() + text[1:]

@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import ProjectError
-from diffusion.images import MemoryImages, batch_indices
+from common.images.memory import MemoryImages, batch_indices
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 SMALLEST = 4  # pixels: an image with a shorter side says nothing at any size that we train at
@@ -99,7 +98,7 @@ class FolderImages:
             decoder,
             batch_sampler=order,
             num_workers=self.workers,
-            collate_fn=_collate,  # type: ignore[arg-type]
+            collate_fn=_collate,
             pin_memory=device.type == "cuda",
             generator=apart,
             worker_init_fn=_ignore_signals if self.workers else None,
@@ -154,12 +153,16 @@ def read_image(path: Path, size: int, crop: int = 0) -> np.ndarray:
     return np.asarray(image).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """Every file below a folder but hidden ones, sorted by path."""
+def list_images(folder: Path, key: str, otherwise: str = "") -> list[Path]:
+    """Every file below a folder but hidden ones, sorted by path.
+
+    Args:
+        key: the setting that names the folder, for messages.
+        otherwise: what a person can do instead, for the message that there is no such folder.
+    """
     if not folder.is_dir():
         raise ProjectError(
-            f"data.folder: {folder} is not a folder; put the images there, or use configs/ddpm_digits.yaml, "
-            "which needs no download"
+            f"{key}: {folder} is not a folder; put the images there{f', or {otherwise}' if otherwise else ''}"
         )
     files = sorted(
         p
@@ -167,25 +170,8 @@ def list_images(folder: Path) -> list[Path]:
         if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
     )
     if not files:
-        raise ProjectError(f"data.folder: {folder} has no files")
+        raise ProjectError(f"{key}: {folder} has no files")
     return files
-
-
-def celeba_files(root: Path, split: Literal["train", "test"]) -> tuple[Path, list[Path]]:
-    """CelebA's aligned images of its official partition, through torchvision, which downloads them when absent."""
-    from torchvision.datasets import CelebA
-
-    try:
-        data = CelebA(str(root), split=split, download=not (root / "celeba/img_align_celeba").is_dir())
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ProjectError(
-            f"CelebA: put img_align_celeba/*.jpg and the list_*.txt and identity_CelebA.txt files into {root}/celeba, "
-            "or "
-            f"use configs/ddpm_digits.yaml, which needs no download ({reason})"
-        ) from None
-    folder = root / "celeba/img_align_celeba"
-    return folder, [folder / name for name in data.filename]
 
 
 def _collate(items: list[tuple[np.ndarray, int, str]]) -> tuple[Tensor, Tensor, list[str]]:

@@ -1,0 +1,73 @@
+"""The folder of a run: opened, kept from being written over, compared with the config it is continued with."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.checkpoint import Checkpoints
+from common.config import UNUSABLE, BaseConfig, Options, explain, flatten, resolve, to_yaml
+from common.errors import ProjectError
+from common.files import write_text
+
+# may differ on resume
+FREE_KEYS = ("run_dir", "data_root", "device", "compile", "keep_last", "keep_every", "tensorboard", "wandb")
+FREE_SECTIONS = ("sample", "eval")
+
+
+def open_folder(config: BaseConfig, options: Options, checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
+    """Make the run's folder ready: a new one, or with --resume an old one.
+
+    `ProjectError` where an earlier run would be written over without `--overwrite`, and for a folder that is not ours.
+    """
+    folder = Path(config.run_dir)
+    earlier = folder / "config.yaml"
+    if options.overwrite and not options.resume and folder.exists():
+        if any(folder.iterdir()) and not (earlier.exists() and checkpoints.folder.is_dir()):
+            raise ProjectError(f"{folder} is not a run folder; not deleting it")
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            raise ProjectError(f"cannot delete {folder}: {error.strerror}") from error
+    if checkpoints.list() and not options.resume:
+        step = checkpoints.newest_step()
+        raise ProjectError(
+            f"{folder} holds a run at step {step}: add --resume to go on, --overwrite to delete it, or run_dir=..."
+        )
+    if options.resume and earlier.exists():
+        try:
+            old = resolve(type(config), earlier)
+        except UNUSABLE as error:
+            raise ProjectError(
+                f"cannot compare with the config of the run: {explain(error, type(config), earlier)}"
+            ) from error
+        refuse_changes(old, config, say)
+    try:
+        checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.clean()
+    except OSError as error:
+        raise ProjectError(f"cannot write to {folder}: {error.strerror}") from error
+    write_text(earlier, to_yaml(config))
+
+
+def refuse_changes(old: BaseConfig, new: BaseConfig, say: Any) -> None:
+    """Compare the config a run was started with to the one it is resumed with.
+
+    `ProjectError` showing the difference if the model section changed; a line for each other change that alters the
+    training.
+    """
+    before, after = flatten(old), flatten(new)
+    model = [
+        difflib.ndiff([f"{key}: {before.get(key)}"], [f"{key}: {value}"])
+        for key, value in after.items()
+        if key.startswith("model.") and before.get(key) != value
+    ]
+    if model:
+        lines = "\n".join(line for pair in model for line in pair if line[0] in "-+")
+        raise ProjectError(f"the checkpoints in {new.run_dir} are of another model; nothing was changed\n{lines}")
+    for key, value in after.items():
+        if before.get(key) != value and key not in FREE_KEYS and key.split(".")[0] not in FREE_SECTIONS:
+            say(f"note: {key} was {before.get(key)}, is now {value}")

@@ -1,0 +1,116 @@
+"""Images as uint8 tensors, and the order in which a training run sees them.
+
+Legend: N images, B batch over all processes, C channels, H = W pixels.
+
+The images of step n are a function of (seed, n) alone: position p = (n - 1) B + i of an endless sequence of shuffled
+epochs. A resumed run, or one with another number of workers or processes, sees the same images.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from common.runtime import mix_seed
+
+
+class Images(Protocol):
+    """What a training loop and an evaluation need of a dataset."""
+
+    name: str
+    shape: tuple[int, int, int]  # (C, H, W)
+    class_names: tuple[str, ...]  # empty for unlabelled images
+
+    def __len__(self) -> int: ...
+    def batches(
+        self, first_step: int, batch_size: int, seed: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor | None]]: ...
+    def head(self, count: int) -> MemoryImages: ...
+
+
+@dataclass
+class MemoryImages:
+    """A labelled dataset held as tensors.
+
+    Attributes:
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,) or None.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor | None
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.images.shape[1:])  # type: ignore[return-value]
+
+    def to(self, device: torch.device) -> MemoryImages:
+        """The same dataset on another device."""
+        return MemoryImages(
+            self.name, self.images.to(device), None if self.labels is None else self.labels.to(device), self.class_names
+        )
+
+    def head(self, count: int) -> MemoryImages:
+        """The first `count` images; 0 = all."""
+        end = count or len(self)
+        return MemoryImages(
+            self.name, self.images[:end], None if self.labels is None else self.labels[:end], self.class_names
+        )
+
+    def batches(
+        self, first_step: int, batch_size: int, seed: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Endless batches from step `first_step` on: uint8 (B, C, H, W) and int64 (B,) or None, on the dataset's
+        device.
+        """
+        data, step = self.to(device), first_step
+        while True:
+            index = batch_indices(step, batch_size, len(self), seed).to(device)
+            yield data.images[index], None if data.labels is None else data.labels[index]
+            step += 1
+
+    def pixel_std(self) -> float:
+        """Standard deviation of all pixels, scaled to [-1, 1]: sigma_data of Karras et al. 2022."""
+        return float(self.images.double().div(127.5).std(correction=0))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over shape, pixels and labels: names caches, so that other data can never be mistaken for these."""
+        digest = hashlib.sha256(f"{self.name} {tuple(self.images.shape)}".encode())
+        digest.update(self.images.cpu().numpy().tobytes())
+        digest.update(b"" if self.labels is None else self.labels.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch(epoch: int, size: int, seed: int) -> Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(mix_seed(seed, epoch)))
+
+
+def batch_indices(step: int, batch_size: int, size: int, seed: int) -> Tensor:
+    """Which images make up the batch of a step (1, 2, ...): int64 (B,). Every image once an epoch; a batch may span
+    two epochs.
+    """
+    position = torch.arange((step - 1) * batch_size, step * batch_size)
+    epochs = torch.unique(position // size).tolist()
+    return torch.cat([_epoch(e, size, seed)[position[position // size == e] % size] for e in epochs])
+
+
+def resize(data: MemoryImages, size: int) -> MemoryImages:
+    """Bilinear resize with antialiasing to (size, size); unchanged if it has that size."""
+    if data.shape[1:] == (size, size):
+        return data
+    pixels = torch.nn.functional.interpolate(
+        data.images.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    )
+    return MemoryImages(data.name, pixels.round().clamp(0, 255).byte(), data.labels, data.class_names)

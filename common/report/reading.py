@@ -1,0 +1,163 @@
+"""What a page shows of a run, read from its folder.
+
+Whatever is missing or damaged there is named on the page instead of stopping it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.logging import read_metrics
+from common.report.pictures import Picture, draw_curves, embed, pictures_in, spread
+from common.report.rows import Row, metric_rows
+from common.report.text import number, plain, words
+
+
+@dataclass
+class RunView:
+    """What the page shows of one run."""
+
+    name: str
+    project: str = ""
+    config: str = ""
+    done: int = 0
+    total: int = 0
+    metrics: list[Row] = field(default_factory=list)
+    headlines: list[Row] = field(default_factory=list)
+    evaluation: list[tuple[str, str]] = field(default_factory=list)
+    curves: list[tuple[str, str, str]] = field(default_factory=list)  # title, light picture, dark picture
+    samples: list[Picture] = field(default_factory=list)  # oldest first
+    figures: list[Picture] = field(default_factory=list)
+    times: list[tuple[str, float]] = field(default_factory=list)  # stage, seconds
+    failure: dict[str, Any] | None = None  # what `common.demo` noted of a stage that failed
+    settings: str = ""
+    environment: list[tuple[str, str]] = field(default_factory=list)
+    device: str = ""
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return sum(seconds for _, seconds in self.times)
+
+    @property
+    def status(self) -> str:
+        """failed, complete, stopped or not started."""
+        if self.failure:
+            return "failed" if not self.failure.get("stopped") else "stopped"
+        if not self.done:
+            return "not started"
+        return "stopped" if self.done < self.total else "complete"
+
+
+def read_run(folder: Path) -> RunView:
+    """Everything the page shows of the run in `folder`; what is not there is listed in `missing`."""
+    view = RunView(folder.name)
+    if not folder.is_dir():
+        view.missing.append("the run folder: nothing was written")
+    evaluation, env = read_json(folder / "eval.json", view), read_json(folder / "env.json", view)
+    view.project, view.config = identify(folder, evaluation, env)
+    view.settings = read(folder / "config.yaml", lambda path: path.read_text(encoding="utf-8"), "", view)
+    lines = read(folder / "metrics.jsonl", read_metrics, [], view)
+    rows = [row for row in lines if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    view.total, view.done = (
+        int(env.get("total_steps") or total_steps(view.settings)),
+        max((row["step"] for row in rows), default=0),
+    )
+    view.curves = draw_curves(rows)
+    if rows and not view.curves:
+        view.missing.append("metrics.jsonl holds no numbers to draw")
+    values = evaluation.get("metrics")
+    view.metrics, view.headlines = metric_rows(values if isinstance(values, dict) else {}, view.project)
+    view.evaluation = [
+        (words(key), plain(value)) for key, value in evaluation.items() if key not in ("project", "config", "metrics")
+    ]
+    view.samples = embed_all(spread(pictures_in(folder / "samples"), 7), view)
+    view.figures = embed_all(pictures_in(folder / "figures"), view)
+    if not view.samples and not view.figures:
+        view.missing.append("pictures in samples/ and figures/")
+    view.environment, view.device = environment_rows(env), str(env.get("device_name") or env.get("device") or "")
+    view.times, view.failure = read_stages(folder, evaluation)
+    return view
+
+
+def read(path: Path, reader: Callable[[Path], Any], default: Any, view: RunView) -> Any:
+    """What `reader` makes of a file; `default`, and a note on the page, where it is missing or damaged."""
+    try:
+        if path.is_file():
+            return reader(path)
+        view.missing.append(path.name)
+    except (OSError, ValueError) as error:
+        view.missing.append(f"{path.name}, which is damaged ({str(error).splitlines()[0][:100]})")
+    return default
+
+
+def embed_all(paths: list[Path], view: RunView) -> list[Picture]:
+    """Picture files for the page; a note there for each one that cannot be shown."""
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(embed(path))
+        except ValueError as error:
+            view.missing.append(f"{path.parent.name}/{path.name}, which cannot be shown ({str(error)[:100]})")
+    return pictures
+
+
+def read_json(path: Path, view: RunView) -> dict[str, Any]:
+    """A JSON object, or an empty one where it is missing or damaged."""
+
+    def parse(path: Path) -> dict[str, Any]:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
+
+    return read(path, parse, {}, view)
+
+
+def identify(folder: Path, evaluation: dict[str, Any], env: dict[str, Any]) -> tuple[str, str]:
+    """Project and config of a run, from the command that trained it."""
+    command = str(env.get("command", ""))
+    module, file = re.search(r"-m (\w+)\.train\b", command), re.search(r"--config[ =](\S+)", command)
+    project = evaluation.get("project") or (module.group(1) if module else folder.name)
+    config = Path(file.group(1)).stem if file else evaluation.get("config") or folder.name
+    return str(project), str(config)
+
+
+def total_steps(settings: str) -> int:
+    """`train.steps` of a config, 0 where it says nothing: for a run whose env.json does not tell."""
+    try:
+        return int(yaml.safe_load(settings)["train"]["steps"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        return 0
+
+
+def read_stages(folder: Path, evaluation: dict[str, Any]) -> tuple[list[tuple[str, float]], dict[str, Any] | None]:
+    """Seconds by stage and the failed stage, as `common.demo` noted them beside the run; else from the run folder's
+    own files.
+    """
+    noted = read_json(folder.parent / "demo.json", RunView("")).get(folder.name)
+    if isinstance(noted, list) and all(isinstance(stage, dict) for stage in noted):
+        times = [(str(stage.get("stage")), float(number(stage.get("seconds")) or 0)) for stage in noted]
+        return times, next((stage for stage in noted if stage.get("status") != 0), None)
+    times = []
+    with contextlib.suppress(OSError):
+        times.append(("train", (folder / "metrics.jsonl").stat().st_mtime - (folder / "env.json").stat().st_mtime))
+    times.append(("eval", number(evaluation.get("seconds")) or 0.0))
+    return [(stage, seconds) for stage, seconds in times if seconds > 0], None
+
+
+def environment_rows(env: dict[str, Any]) -> list[tuple[str, str]]:
+    """env.json as rows of text; the versions of packages become one row each."""
+    versions = env.get("versions")
+    rows = [(words(key), plain(value)) for key, value in env.items() if key != "versions" and value is not None]
+    if isinstance(versions, dict):
+        rows += [(str(key), plain(value)) for key, value in versions.items()]
+    return rows
