@@ -50,7 +50,7 @@ class Collector:
         self.rollout = Rollout.empty(train.rollout, count, shape, distribution.action_shape, kind, action)
         self.raw = np.zeros((train.rollout, count, *shape), dtype=np.float32) if self.observations.enabled else None
         self.raw_rewards = np.zeros((train.rollout, count))
-        self.signs = config.env.sign_rewards and config.env.id.startswith("ALE/")
+        self.signs = config.env.sign_rewards and config.env.atari
         self.recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
         self.num_episodes = self.num_steps = 0
         self.current = as_input(self.space, vector.reset())  # (N, *O)

@@ -230,6 +230,8 @@ def film(policy: Policy, environment: gym.Env, frames: int, seed: int) -> tuple[
     """
     observation, _ = environment.reset(seed=seed)
     pictures = [environment.render()]
+    if not isinstance(pictures[0], np.ndarray):
+        raise ProjectError(f"render() returned {type(pictures[0]).__name__}, no picture")
     total = 0.0
     for _ in range(frames - 1):
         action = policy(np.asarray(observation)[None], None)[0]
