@@ -26,8 +26,7 @@ from ppo.config import Config
 from ppo.distributions import distribution_for
 from ppo.envs import Vector, check_finite
 from ppo.model import ActorCritic
-from ppo.normalize import ObservationNormalizer
-from ppo.registry import as_input, make_vector, observation_shape
+from ppo.registry import as_input, make_vector, observation_normalizer, observation_shape
 
 BEST_STREAM = 1_000_000_009  # environments that choose the best policy: none of training's, none of ppo.eval's
 EVALUATION_COPIES = 16  # environments side by side
@@ -57,7 +56,7 @@ class Policy:
         self.distribution = distribution_for(action_space, config.model.squash)
         shape = observation_shape(observation_space)
         self.model = ActorCritic(config.model, shape, self.distribution, config.precision == "bf16")
-        self.scale = ObservationNormalizer(shape, config.env.normalize_observations, config.env.clip_observations)
+        self.scale = observation_normalizer(observation_space, config.env)
         self.facts: dict[str, str] = {}
         try:
             if isinstance(weights, dict):

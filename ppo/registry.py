@@ -19,6 +19,7 @@ from ppo.config import EnvConfig
 from ppo.custom import nearest, spec_of, wrapped
 from ppo.envs import GymVector, LocalVector, PoolVector, Vector
 from ppo.model import SMALLEST_IMAGE
+from ppo.normalize import ObservationNormalizer
 
 EXTRAS = {
     "box2d": 'pip install "gymnasium[box2d]"',
@@ -334,6 +335,14 @@ def observation_shape(space: gym.Space) -> tuple[int, ...]:
     return tuple(space.shape) or (1,)
 
 
+def observation_normalizer(space: gym.Space, config: EnvConfig) -> ObservationNormalizer:
+    """What scales observations as `env.normalize_observations` says. One-hot ones stay: their rare entries would become
+    large.
+    """
+    enabled = config.normalize_observations and not isinstance(space, gym.spaces.Discrete)
+    return ObservationNormalizer(observation_shape(space), enabled, config.clip_observations)
+
+
 def as_input(space: gym.Space, observations: np.ndarray) -> np.ndarray:
     """Observations (N, ...) as the network sees them: (N, *observation_shape(space)).
 
@@ -341,7 +350,7 @@ def as_input(space: gym.Space, observations: np.ndarray) -> np.ndarray:
     brightest is; uint8 stays so. It is the convolutional network that divides by 255.
     """
     if isinstance(space, gym.spaces.Discrete):
-        return np.eye(int(space.n), dtype=np.float32)[np.asarray(observations, dtype=np.int64) - int(space.start)]
+        return one_hot(np.asarray(observations), int(space.n), int(space.start))
     bytes_stay = space.dtype == np.uint8 and len(space.shape) == 3
     seen = np.asarray(observations, dtype=np.uint8 if bytes_stay else np.float32)
     if channels_last(space):
@@ -349,3 +358,14 @@ def as_input(space: gym.Space, observations: np.ndarray) -> np.ndarray:
     if is_image(space) and space.high.max() <= 1:
         seen = seen * seen.dtype.type(255)
     return seen if space.shape else seen.reshape(-1, 1)
+
+
+def one_hot(numbers: np.ndarray, count: int, start: int = 0) -> np.ndarray:
+    """float32 (N, count) for integers (N,) from `start` on. `ProjectError` for one outside."""
+    index = numbers.astype(np.int64).reshape(-1) - start
+    if index.min() < 0 or index.max() >= count:
+        wrong = int(index[(index < 0) | (index >= count)][0]) + start
+        raise ProjectError(f"an environment showed {wrong}; its observation space is {start} to {start + count - 1}")
+    seen = np.zeros((len(index), count), dtype=np.float32)
+    seen[np.arange(len(index)), index] = 1
+    return seen

@@ -12,6 +12,7 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 from common.config import ConfigError, resolve
 from common.errors import ProjectError
@@ -19,9 +20,9 @@ from common.logging import read_metrics
 from ppo.advice import PATIENCE, Advice
 from ppo.config import Config, EnvConfig
 from ppo.custom import spec_of
-from ppo.registry import make_one, make_vector
+from ppo.registry import make_one, make_vector, one_hot
 from tests.helpers import ROOT, environment, errors
-from tests.ppo.helpers import config, evaluate, log, train
+from tests.ppo.helpers import acting, collector_for, config, evaluate, log, train
 
 DEFAULT = ROOT / "configs/ppo_default.yaml"
 SMALL = ("env.count=2", "train.rollout=16", "train.batch_size=16", "train.steps=96", "train.epochs=2", "device=cpu")
@@ -177,6 +178,30 @@ def test_the_default_config_takes_discrete_and_continuous_actions(tmp_path):
         assert made.env.normalize_rewards
         assert train(made) == 0
         assert len(log(tmp_path / name)) == 3
+
+
+def test_one_hot_observations_are_not_scaled(tmp_path):
+    """Dividing by the deviation would turn the rare one of 500 entries into 22: Taxi is not learned that way."""
+    made = resolve(Config, DEFAULT, [*SMALL, "env.id=Taxi-v4", f"run_dir={tmp_path}"])
+    collector, model = collector_for(made, make_vector(made.env, 0, 2))
+    for _ in range(2):
+        seen = collector.collect(acting(model), torch.Generator().manual_seed(0)).observations
+    assert set(np.unique(seen)) == {0.0, 1.0}
+    assert (seen.sum(axis=-1) == 1).all()
+
+
+@pytest.mark.parametrize("start", [0, 7, -3])
+def test_one_hot(start):
+    numbers = np.random.default_rng(0).integers(start, start + 50, size=100)
+    np.testing.assert_array_equal(one_hot(numbers, 50, start), np.eye(50, dtype=np.float32)[numbers - start])
+    for wrong in (start - 1, start + 50):
+        with pytest.raises(ProjectError, match=f"showed {wrong}; its observation space is {start} to {start + 49}"):
+            one_hot(np.array([start, wrong]), 50, start)
+
+
+def test_one_hot_of_a_large_space_does_not_build_a_square(monkeypatch):
+    monkeypatch.setattr(np, "eye", None)
+    assert one_hot(np.array([5, 999_999]), 1_000_000).sum() == 2
 
 
 @pytest.mark.parametrize(
