@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import exits_cleanly
-from common.files import write_csv, write_json
+from common.files import sha256, write_csv, write_json
 from common.logging import read_metrics
 from common.run import Run
 from common.runtime import mix_seed, use_threads
@@ -45,11 +45,10 @@ def main(config: Config, options: Options) -> None:
         use_threads(config.train.threads)
         metrics: dict[str, float] = {}
         rows = []
-        update = 0
-        for name, suffix in (("last", ""), ("best", "_best")):
-            path = run.folder / f"{name}.safetensors"
-            if name == "best" and not path.exists():
-                continue
+        policies = chosen_policies(run.folder, options.checkpoint)
+        main_policy, main_path = next(iter(policies.items()))
+        for name, path in policies.items():
+            suffix = "" if name == main_policy else f"_{name}"
             for kind in ("", "_stochastic"):
                 games, facts = measure(config, path, run, stochastic=bool(kind))
                 returns = [value for value, _ in games]
@@ -59,7 +58,8 @@ def main(config: Config, options: Options) -> None:
                     {"policy": name, "kind": kind.removeprefix("_") or "deterministic", "return": a, "length": b}
                     for a, b in games
                 ]
-            update = update or int(facts["update"])
+            if name == main_policy:
+                update = int(facts["update"])
         metrics |= when_solved(run.folder, config)
         write_csv(run.folder / "episodes.csv", rows)
         result = {
@@ -69,14 +69,15 @@ def main(config: Config, options: Options) -> None:
             "metrics": metrics,
             "n": {"episodes": config.eval.episodes},
             "seeds": [config.seed],
-            "policy": "last",
+            "policy": main_policy,
+            "weights_sha256": sha256(main_path),
             "seconds": round(time.perf_counter() - started, 1),
         }
         write_json(run.folder / "eval.json", result)
         # results first: pictures may fail, with a note
-        attempt_picture("learning curve", draw, config, run)
+        attempt_picture("learning curve", lambda: draw(config, run), run)
         if config.eval.video:
-            attempt_picture("film", save_film, config, run)
+            attempt_picture("film", lambda: save_film(config, run, main_path), run)
         show(metrics, run.folder.name)
         print(json.dumps(result), flush=True)
 
@@ -119,10 +120,23 @@ def when_solved(folder: Path, config: Config) -> dict[str, float]:
     return found
 
 
-def attempt_picture(what: str, make: Callable[[Config, Run], None], config: Config, run: Run) -> None:
+def chosen_policies(folder: Path, checkpoint: str) -> dict[str, Path]:
+    """Names and files of what is measured: the last policy and, where there is one, the best; with --checkpoint, that
+    one alone.
+    """
+    if checkpoint:
+        chosen = Path(checkpoint)
+        if chosen.name == checkpoint:  # a bare name is one of this run's; a path is taken as it stands
+            chosen = folder / checkpoint if chosen.suffix == ".safetensors" else folder / "checkpoints" / checkpoint
+        return {chosen.name: chosen}
+    best = folder / "best.safetensors"
+    return {"last": folder / "last.safetensors"} | ({"best": best} if best.exists() else {})
+
+
+def attempt_picture(what: str, make: Callable[[], None], run: Run) -> None:
     """Call `make`; whatever goes wrong in it, an environment that cannot be rendered for one, is a note."""
     try:
-        make(config, run)
+        make()
     except Stopped:
         raise
     except Exception as error:
@@ -147,8 +161,8 @@ def draw(config: Config, run: Run) -> None:
         )
 
 
-def save_film(config: Config, run: Run) -> None:
-    """figures/episode.gif of the last policy. Of Atari, what the policy sees."""
+def save_film(config: Config, run: Run, path: Path) -> None:
+    """figures/episode.gif of the policy at `path`. Of Atari, what the policy sees."""
     from ppo.pictures import save_gif
 
     pixels = config.env.atari
@@ -157,7 +171,7 @@ def save_film(config: Config, run: Run) -> None:
     environment = make_vector(config.env, seed, 1, training=False) if pixels else make_one(config.env, "rgb_array")
     try:
         spaces = environment.observation_space, environment.action_space
-        policy = Policy(run.folder / "last.safetensors", config, *spaces, run.device)
+        policy = Policy(path, config, *spaces, run.device)
         pictures, total = (
             film_pixels(policy, environment, frames) if pixels else film(policy, environment, frames, seed % 2**31)
         )

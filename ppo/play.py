@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.checkpoint import Checkpoints
 from common.config import ConfigError
 from common.errors import ProjectError
 from common.runtime import mix_seed
@@ -96,16 +97,24 @@ class Policy:
 
 
 def read_policy(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, and what is noted beside them."""
+    """The tensors of an exported file or of a checkpoint (`.pt`), and what is noted beside them."""
+    if path.suffix == ".pt":
+        state = Checkpoints.load(path)
+        parts = state["parts"]
+        return named_weights(parts["model"], parts["collector"][0]["observations"]), {"update": str(state["step"])}
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (not a dict)
 
 
 def policy_weights(model: ActorCritic, collector: Collector) -> dict[str, Tensor]:
     """What it takes to act: weights under `model.`, and the mean and variance of observations under `observations.`."""
-    moments = collector.observations.state_dict()
-    found = {f"model.{name}": value.detach().clone() for name, value in model.state_dict().items()}
-    return found | {f"observations.{name}": torch.as_tensor(value).clone() for name, value in moments.items()}
+    return named_weights(model.state_dict(), collector.observations.state_dict())
+
+
+def named_weights(model: dict[str, Any], observations: dict[str, Any]) -> dict[str, Tensor]:
+    """Both under the names that a file of weights has."""
+    found = {f"model.{name}": value.detach().clone() for name, value in model.items()}
+    return found | {f"observations.{name}": torch.as_tensor(value).clone() for name, value in observations.items()}
 
 
 class Best:
