@@ -18,8 +18,8 @@ from ppo.config import Config
 from ppo.data import Rollout
 from ppo.distributions import Distribution
 from ppo.envs import GymVector, LocalVector, Vector, check_finite
-from ppo.normalize import ObservationNormalizer, RewardNormalizer, gather_states, shared_sum
-from ppo.registry import as_input, observation_shape
+from ppo.normalize import RewardNormalizer, gather_states, shared_sum
+from ppo.registry import as_input, observation_normalizer, observation_shape
 
 Act = Callable[[np.ndarray], torch.Tensor]
 Look = Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]
@@ -42,7 +42,7 @@ class Collector:
         self.config, self.vector, self.distribution, self.rank, self.world = config, vector, distribution, rank, world
         self.space = vector.observation_space
         shape, count, train, env = observation_shape(self.space), len(vector), config.train, config.env
-        self.observations = ObservationNormalizer(shape, env.normalize_observations, env.clip_observations)
+        self.observations = observation_normalizer(self.space, env)
         self.rewards = RewardNormalizer(count, train.gamma, env.normalize_rewards, env.clip_rewards)
         stays = len(shape) == 3 and self.space.dtype == np.uint8 and not self.observations.enabled
         kind = np.uint8 if stays else np.float32
@@ -50,7 +50,7 @@ class Collector:
         self.rollout = Rollout.empty(train.rollout, count, shape, distribution.action_shape, kind, action)
         self.raw = np.zeros((train.rollout, count, *shape), dtype=np.float32) if self.observations.enabled else None
         self.raw_rewards = np.zeros((train.rollout, count))
-        self.signs = config.env.sign_rewards and config.env.id.startswith("ALE/")
+        self.signs = config.env.sign_rewards and config.env.atari
         self.recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
         self.num_episodes = self.num_steps = 0
         self.current = as_input(self.space, vector.reset())  # (N, *O)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from common.config import BaseConfig, require
 
@@ -17,7 +17,10 @@ from common.config import BaseConfig, require
 class EnvConfig:
     """Which environment, how many copies, and what is done to its observations and rewards."""
 
-    id: str = "CartPole-v1"  # a gymnasium id, or ALE/<Game>-v5
+    # a gymnasium id, ALE/<Game>-v5, or one's own: module:Id-v0 (the module registers it) or module:Class
+    id: str = "CartPole-v1"
+    kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the environment: env.kwargs.map_name=8x8
+    wrappers: tuple[str, ...] = ()  # by dotted name, the first one innermost: [gymnasium.wrappers.FlattenObservation]
     count: int = 8  # copies side by side, over all processes together
     # auto: atari for ALE, native where there is one, else local; envpool: its own C++ versions of these environments,
     # in threads
@@ -48,6 +51,11 @@ class EnvConfig:
             require(getattr(self, name) > 0, f"env.{name}", "must be positive")
         require(self.image_size >= 36, "env.image_size", "must be at least 36: less does not survive the convolutions")
         require(0 <= self.sticky_actions < 1, "env.sticky_actions", "must be in [0, 1)")
+
+    @property
+    def atari(self) -> bool:
+        """Whether it is a game of the Arcade Learning Environment."""
+        return self.id.rpartition(":")[2].startswith("ALE/")
 
 
 @dataclass(frozen=True)

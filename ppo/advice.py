@@ -1,0 +1,59 @@
+"""A hint for a run that is not learning."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable
+
+from ppo.config import Config
+
+PATIENCE = 10  # updates that are looked at, after as many that are not
+EXPLAINED = 0.05  # explained variance: the critic knows nothing
+FAR_ABOVE = 20.0  # times the largest norm that a gradient may have
+
+
+class Advice:
+    """Says once a run which setting to try, where the critic explains nothing of the returns and gradients are cut to
+    a twentieth or less of what they are: returns of hundreds do that, or observations of thousands.
+
+    Args:
+        say: what is told.
+    """
+
+    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+        self.config = config
+        self.say = say
+        self.explained: deque[float] = deque(maxlen=PATIENCE)
+        self.norms: deque[float] = deque(maxlen=PATIENCE)
+        self.updates = 0
+        self.said = False
+
+    def look(self, explained: float, grad_norm: float) -> None:
+        """Take in what an update measured."""
+        if self.said:
+            return
+        self.updates += 1
+        self.explained.append(float(explained))
+        self.norms.append(float(grad_norm))
+        clip = self.config.train.max_grad_norm
+        if self.updates < 2 * PATIENCE or not clip:
+            return
+        known = [value for value in self.explained if not math.isnan(value)] or [0.0]
+        explains = statistics.fmean(known)
+        norm = statistics.median(self.norms)
+        if explains < EXPLAINED and norm > FAR_ABOVE * clip:
+            self.said = True
+            self.say(
+                f"hint: not learning so far: the critic explains {explains:.0%} of the returns' variance, and "
+                f"gradients of norm {norm:.3g} are cut to {clip:g}. Try {self.remedy()}"
+            )
+
+    def remedy(self) -> str:
+        """The first setting that may help."""
+        if not self.config.env.normalize_rewards:
+            return "env.normalize_rewards=true: rewards are large"
+        if not self.config.env.normalize_observations and self.config.model.kind == "mlp":
+            return "env.normalize_observations=true: observations are large"
+        return f"a smaller train.lr than {self.config.train.lr:g}, or a longer train.rollout"
