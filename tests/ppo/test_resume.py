@@ -179,7 +179,7 @@ def test_a_kl_stop_and_a_signal_leave_no_process_waiting(tmp_path):
     """,
     )
     lines = log(tmp_path / "whole")
-    assert len(lines) == 6 and lines[2]["epochs"] == "1", "the KL stops the update in which the signal arrives"
+    assert len(lines) == 6 and float(lines[2]["epochs"]) == 1, "the KL stops the update in which the signal arrives"
     assert log(tmp_path / "run") == lines
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
