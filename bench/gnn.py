@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from bench.gnn_peers import pair
 from common.config import resolve
 from gnn.config import Config
-from gnn.graph import Graph, build_graph, choose_storage
-from gnn.node import NodeTask
-from gnn.sparse import SparseFeatures
+from gnn.core.graph import Graph, build_graph, choose_storage
+from gnn.core.sparse import SparseFeatures
+from gnn.node.task import NodeTask
 
 EPOCHS = 200  # of a run, what ours and peer are scaled to
 TOLERANCE = 1e-5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric import nn as pyg
 
-from gnn.layers import GAT, GCN, GIN, SAGE, GATv2
+from gnn.core.layers import GAT, GCN, GIN, SAGE, GATv2
 
 
 @dataclass

@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from common.files import write_json
+from gnn.community.dmon import DMoN, dmon_loss, harden
+from gnn.community.louvain_leiden import leiden, louvain
+from gnn.community.metrics import contingency, nmi
+from gnn.community.spectral import bethe_hessian_communities, spectral_communities
 from gnn.config import CommunityConfig, ModelConfig
-from gnn.dmon import DMoN, dmon_loss, harden
-from gnn.graph import Graph, build_graph
-from gnn.partition import leiden, louvain
-from gnn.partition_metrics import contingency, nmi
-from gnn.pictures import COLOURS, MARKERS, canvas
-from gnn.sparse import Pattern, SparseFeatures
-from gnn.spectral import bethe_hessian_communities, spectral_communities
+from gnn.core.graph import Graph, build_graph
+from gnn.core.pictures import COLOURS, MARKERS, canvas
+from gnn.core.sparse import Pattern, SparseFeatures
 
 TITLES = {
     "bethe_hessian": "Bethe-Hessian",

@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gnn.config import ModelConfig, SyntheticConfig
+from gnn.core.sparse import Structure
+from gnn.data.storage import open_arrays, save_arrays
+from gnn.data.synthetic import make_social
 from gnn.model import build_model
-from gnn.sampled import as_structure
-from gnn.sampling import NeighborSampler, Sample, epoch_batch
-from gnn.sparse import Structure
-from gnn.storage import open_arrays, save_arrays
-from gnn.synthetic import make_social
+from gnn.node.minibatch_task import as_structure
+from gnn.node.neighbours import NeighborSampler, Sample, epoch_batch
 
 MEAN_DEGREE = 40  # as in configs/sage_social_1m.yaml
 SIZES = tuple(10**k for k in range(4, 9))
@@ -75,7 +75,7 @@ def smallest_keys(start: Tensor, degree: Tensor, wide: Tensor, fanout: int) -> T
 
 
 class TorchSampler:
-    """`gnn.sampling.NeighborSampler` without compiled loops: same blocks, drawn by PyTorch's generator."""
+    """`gnn.node.neighbours.NeighborSampler` without compiled loops: same blocks, drawn by PyTorch's generator."""
 
     def __init__(
         self, indptr: Tensor, indices: Tensor, fanouts: tuple[int, ...], method: Callable[..., Tensor]

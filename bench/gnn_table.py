@@ -1,11 +1,12 @@
-"""Train and evaluate the configs behind the tables of gnn/README.md:
+"""Train and evaluate the configs behind the tables of docs/results/gnn/README.md and gnn/README.md:
 
     python -m bench.gnn_table [--only gcn_cora] [--quick] [--write]
 
 Each row is `python -m gnn.train --config ... train.seeds=N` and `python -m gnn.eval`, in a run folder of its own under
 runs/gnn_table. A row that is finished is not repeated, one that was stopped goes on (delete its folder to start
 afresh). Writes docs/results/gnn/<config>.json (the evaluation with machine, versions, commit and seconds) and
-<config>.csv (a line a seed), and with --write puts the tables between the markers in gnn/README.md.
+<config>.csv (a line a seed), and with --write puts the tables between the markers in docs/results/gnn/README.md,
+and their main columns as one table in gnn/README.md.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import resource
 import shutil
 import subprocess
@@ -22,7 +22,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-RESULTS, README, RUNS = Path("docs/results/gnn"), Path("gnn/README.md"), Path("runs/gnn_table")
+RESULTS = Path("docs/results/gnn")
+RUNS = Path("runs/gnn_table")
+README = Path("gnn/README.md")
+EVIDENCE = RESULTS / "README.md"
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,19 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[Row, ...]]] = {
             Row(
                 "gin_proteins",
                 1,
-                "76.2 ± 2.8, best epoch of the test folds (Xu et al. 2019); 73.3 ± 4.0, honest (Errica et al. 2020)",
+                "76.2 ± 2.8, best test epoch (Xu et al. 2019); 73.3 ± 4.0, honest (Errica et al. 2020)",
             ),
-            Row("gin_mutag", 1, "89.4 ± 5.6, best epoch of the test folds (Xu et al. 2019)"),
+            Row("gin_mutag", 1, "89.4 ± 5.6, best test epoch (Xu et al. 2019)"),
         ),
     ),
 }
+
+SUMMARY = {
+    "nodes": ("test_accuracy",),
+    "links": ("auc", "ap", "mrr_hard"),
+    "communities": ("modularity", "nmi"),
+    "graphs": ("test_accuracy",),
+}  # the columns of each table that stand in gnn/README.md
 
 
 def main() -> None:
@@ -87,7 +97,7 @@ def main() -> None:
         "--quick", action="store_true", help="two seeds of two steps each, into runs/gnn_quick: does everything run?"
     )
     parser.add_argument(
-        "--write", action="store_true", help="put the tables into gnn/README.md; with --only none, of what is there"
+        "--write", action="store_true", help="put the tables into the READMEs; with --only none, of what is there"
     )
     args = parser.parse_args()
     rows = [row for _, table in TABLES.values() for row in table if not args.only or row.config in args.only]
@@ -143,6 +153,17 @@ def record(row: Row, folder: Path, cost: dict[str, float]) -> None:
     shutil.copyfile(folder / "seeds.csv", RESULTS / f"{row.config}.csv")
 
 
+def recorded(row: Row) -> tuple[dict[str, float], int, str]:
+    """(metrics, number of seeds, CPU-seconds a seed as text) of a row; empty where it was not run."""
+    path = RESULTS / f"{row.config}.json"
+    if not path.exists():
+        return {}, 0, ""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    count = len(result["seeds"])
+    cost = f"{result['train_cpu_seconds'] / count:.1f}" if "train_cpu_seconds" in result else ""
+    return result["metrics"], count, cost
+
+
 def table_of(name: str) -> str:
     """A table in Markdown, from what has been recorded; a blank cell means "not run"."""
     columns, rows = TABLES[name]
@@ -152,12 +173,20 @@ def table_of(name: str) -> str:
         "|---" * (len(columns) + 4) + "|",
     ]
     for row in rows:
-        path = RESULTS / f"{row.config}.json"
-        result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"metrics": {}, "seeds": []}
-        metrics, count = result["metrics"], len(result["seeds"])
+        metrics, count, cost = recorded(row)
         cells = [cell(metrics, column) for column in columns]
-        cost = f"{result['train_cpu_seconds'] / count:.1f}" if count and "train_cpu_seconds" in result else ""
         lines.append(f"| {row.config} | {count or ''} | {' | '.join(cells)} | {cost} | {row.published} |")
+    return "\n".join(lines)
+
+
+def summary() -> str:
+    """The main columns of all tables as one table in Markdown."""
+    lines = ["| config | seeds | measured | here | published | CPU-s each |", "|---" * 6 + "|"]
+    for name, columns in SUMMARY.items():
+        for row in TABLES[name][1]:
+            metrics, count, cost = recorded(row)
+            here = ", ".join(filter(None, (cell(metrics, column) for column in columns)))
+            lines.append(f"| {row.config} | {count or ''} | {', '.join(columns)} | {here} | {row.published} | {cost} |")
     return "\n".join(lines)
 
 
@@ -170,12 +199,20 @@ def cell(metrics: dict[str, float], name: str) -> str:
 
 
 def write_readme() -> None:
-    """Replace what stands between `<!-- table NAME -->` and `<!-- end -->` in the README."""
-    text = README.read_text(encoding="utf-8")
-    for name in TABLES:
-        new = f"<!-- table {name} -->\n{table_of(name)}\n<!-- end -->"
-        text = re.sub(rf"<!-- table {name} -->.*?<!-- end -->", lambda _, new=new: new, text, flags=re.S)
-    README.write_text(text, encoding="utf-8")
+    """Replace what stands between `<!-- table NAME -->` and `<!-- end -->` in the two READMEs."""
+    put_tables(EVIDENCE, {name: table_of(name) for name in TABLES})
+    put_tables(README, {"summary": summary()})
+
+
+def put_tables(path: Path, tables: dict[str, str]) -> None:
+    """Put each table between the markers of its name in a Markdown file."""
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        start = f"<!-- table {name} -->"
+        before, _, rest = text.partition(start)
+        _, end, after = rest.partition("<!-- end -->")
+        text = f"{before}{start}\n{table}\n{end}{after}"
+    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

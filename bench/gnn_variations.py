@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from gnn.pictures import draw_depth
+from gnn.core.pictures import draw_depth
 
 RESULTS, RUNS = Path("docs/results/gnn"), Path("runs/gnn_variations")
 DEPTHS = (2, 4, 8, 16, 32)

@@ -28,7 +28,8 @@ from common.files import write_csv, write_json
 from common.logging import read_metrics
 from common.run import Run
 from common.runtime import use_threads
-from gnn.task import Task, build_task
+from gnn.task import Task
+from gnn.tasks import build_task
 from gnn.train import start_trial
 
 
@@ -106,7 +107,7 @@ def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
 
 def draw_curves(folder: Path, task: Task) -> None:
     """What was logged, as mean and range over the seeds."""
-    from gnn.pictures import draw_bands
+    from gnn.core.pictures import draw_bands
 
     steps = task.config.train.steps
     series: dict[str, dict[int, list[float]]] = {}

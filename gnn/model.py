@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gnn.config import ModelConfig
-from gnn.layers import (
+from gnn.core.layers import (
     GAT,
     GCN,
     GIN,
@@ -26,7 +26,7 @@ from gnn.layers import (
     mean_of_powers,
     personalized_pagerank,
 )
-from gnn.sparse import SparseFeatures, Structure, dropout
+from gnn.core.sparse import SparseFeatures, Structure, dropout
 
 ACTIVATIONS = {"relu": F.relu, "elu": F.elu, "selu": F.selu, "tanh": torch.tanh}
 

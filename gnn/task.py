@@ -79,26 +79,3 @@ class Task:
     def describe(self) -> list[str]:
         """Sizes of the data, for --dry-run and the start of a run."""
         return []
-
-
-def build_task(config: Config, device: torch.device) -> Task:
-    """The task that the config names, its data loaded and checked."""
-    if config.task == "node" and config.sampling.kind != "none":
-        from gnn.sampled import SampledNodeTask
-
-        return SampledNodeTask(config, device)
-    if config.task == "node":
-        from gnn.node import NodeTask
-
-        return NodeTask(config, device)
-    if config.task == "link":
-        from gnn.link import LinkTask
-
-        return LinkTask(config, device)
-    if config.task == "graph":
-        from gnn.graphs import GraphTask
-
-        return GraphTask(config, device)
-    from gnn.community import CommunityTask
-
-    return CommunityTask(config, device)

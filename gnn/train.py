@@ -22,7 +22,8 @@ from common import runtime
 from common.checkpoint import export_weights
 from common.errors import exits_cleanly
 from common.run import Run
-from gnn.task import Task, build_task
+from gnn.task import Task
+from gnn.tasks import build_task
 
 INIT_STREAM = 0  # steps count from 1, so this keeps the initial weights' generator apart from theirs
 

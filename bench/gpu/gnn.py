@@ -31,8 +31,8 @@ from common.files import write_csv, write_json
 from common.logging import read_metrics
 from common.runtime import choose_device
 from gnn.config import Config
-from gnn.sampled import SampledNodeTask
-from gnn.task import build_task
+from gnn.node.minibatch_task import SampledNodeTask
+from gnn.tasks import build_task
 
 PUBLISHED = {"gcn_cora": 0.815, "gcn_citeseer": 0.703, "gcn_pubmed": 0.790}  # Kipf & Welling 2017, table 2
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)

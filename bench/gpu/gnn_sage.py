@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from bench.gnn_scale import peak
 from common.errors import ProjectError
-from gnn.sampled import SampledNodeTask
-from gnn.sampling import NeighborSampler, epoch_batch
-from gnn.sparse import Structure
+from gnn.core.sparse import Structure
+from gnn.node.minibatch_task import SampledNodeTask
+from gnn.node.neighbours import NeighborSampler, epoch_batch
 from gnn.train import start_trial
 
 WARM_UP = 10  # steps, not timed
@@ -74,7 +74,7 @@ class Feed:
         self.threads = ThreadPoolExecutor(workers, "sampling")
 
     def seeds(self, step: int) -> Tensor:
-        """(B,) seed nodes: `gnn.sampling.epoch_batch`, but an epoch's shuffle is made once and not at every step."""
+        """(B,) seed nodes, as `node.neighbours.epoch_batch`, but an epoch is shuffled once and not at every step."""
         nodes = self.task.graph.train
         epoch, index = divmod(step - 1, max(1, len(nodes) // self.size))
         with self.lock:

@@ -24,11 +24,11 @@ from common.config import require
 from common.errors import ProjectError
 from common.files import atomic_open
 from gnn.config import Config, ModelConfig
-from gnn.graph import choose_storage
-from gnn.layers import glorot
+from gnn.core.graph import choose_storage
+from gnn.core.layers import glorot
+from gnn.core.sparse import Matrix, SparseFeatures
 from gnn.model import ACTIVATIONS, drop_features
-from gnn.node import NodeTask
-from gnn.sparse import Matrix, SparseFeatures
+from gnn.node.task import NodeTask
 from gnn.train import INIT_STREAM, learning_rate
 
 
@@ -62,7 +62,7 @@ class BatchedGCN(nn.Module):
         return h
 
     def propagate(self, h: SparseFeatures | Tensor, matrix: Matrix, weight: Tensor) -> Tensor:
-        """matrix h weight, in the order that `gnn.layers.GraphLayer.propagate` chooses: (S, N, D)."""
+        """matrix h weight, in the order that `gnn.core.layers.GraphLayer.propagate` chooses: (S, N, D)."""
         S, a, b = weight.shape
         if isinstance(h, SparseFeatures):
             return (matrix @ (h @ weight.view(S * a, b))).view(S, -1, b)  # (S N, S F) (S F, D)

@@ -14,13 +14,13 @@ from torch_geometric.nn import DMoNPooling
 from torch_geometric.utils import to_dense_adj
 
 from common.config import ConfigError
-from gnn.community import CommunityTask, measure
-from gnn.community_pictures import by_size, draw_against_classes, draw_communities
+from gnn.community.dmon import DMoN, collapse_penalty, dmon_loss, harden, soft_modularity
+from gnn.community.metrics import ari, modularity
+from gnn.community.pictures import by_size, draw_against_classes, draw_communities
+from gnn.community.spectral import bethe_hessian_communities, spectral_communities
+from gnn.community.task import CommunityTask, measure
 from gnn.config import CommunityConfig, Config, DataConfig, ModelConfig
-from gnn.dmon import DMoN, collapse_penalty, dmon_loss, harden, soft_modularity
-from gnn.graph import Graph, build_graph
-from gnn.partition_metrics import ari, modularity
-from gnn.spectral import bethe_hessian_communities, spectral_communities
+from gnn.core.graph import Graph, build_graph
 from tests.helpers import ROOT
 
 CPU = torch.device("cpu")

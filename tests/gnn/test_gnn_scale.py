@@ -11,8 +11,8 @@ import torch
 
 from bench import gnn_scale
 from gnn.config import SyntheticConfig
-from gnn.sampling import NeighborSampler
-from gnn.synthetic import make_social
+from gnn.data.synthetic import make_social
+from gnn.node.neighbours import NeighborSampler
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ import torch
 
 from common.errors import ProjectError
 from gnn.config import DataConfig
-from gnn.data import from_files, random_split
-from gnn.graph import build_graph, choose_storage, normalize_rows
-from gnn.sparse import SparseFeatures
+from gnn.core.graph import build_graph, choose_storage, normalize_rows
+from gnn.core.sparse import SparseFeatures
+from gnn.data.datasets import random_split
+from gnn.data.files import from_files
 from tests.gnn.helpers import config, ring, train
 
 

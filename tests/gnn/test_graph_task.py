@@ -18,8 +18,8 @@ from common.config import ConfigError, Options
 from common.errors import ProjectError
 from gnn.config import Config, DataConfig, GraphConfig, ModelConfig, TrainConfig
 from gnn.eval import main as evaluate
-from gnn.graphs import GraphTask, best_common_epoch
 from gnn.train import train
+from gnn.whole_graph.task import GraphTask, best_common_epoch
 from tests.helpers import ROOT
 
 DATA = Path(os.environ.get("DATA_ROOT") or ROOT / "data")

@@ -18,9 +18,9 @@ from torch_geometric.nn import GINConv, global_add_pool, global_max_pool, global
 from common.config import ConfigError
 from common.errors import ProjectError
 from gnn.config import GraphConfig, ModelConfig
-from gnn.graph_data import GraphSet, join_graphs, spans, stratified_folds
-from gnn.graph_model import GraphNet, pool
-from gnn.sparse import Structure
+from gnn.core.sparse import Structure
+from gnn.whole_graph.data import GraphSet, join_graphs, spans, stratified_folds
+from gnn.whole_graph.model import GraphNet, pool
 
 
 def some_graphs(count: int = 12, features: int = 4, seed: int = 0) -> tuple[GraphSet, list[Data]]:

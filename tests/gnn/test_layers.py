@@ -9,9 +9,9 @@ import torch
 from torch_geometric import nn as pyg
 
 from bench.gnn_peers import pair
-from gnn.graph import build_graph
-from gnn.layers import GAT, GCN, SAGE, GATv2, GCNIILayer, mean_of_powers, personalized_pagerank
-from gnn.sparse import SparseFeatures, Structure
+from gnn.core.graph import build_graph
+from gnn.core.layers import GAT, GCN, SAGE, GATv2, GCNIILayer, mean_of_powers, personalized_pagerank
+from gnn.core.sparse import SparseFeatures, Structure
 
 KINDS = ["gcn", "sage", "gin", "gat", "gat_mean", "gatv2"]
 

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 
 from common.config import ConfigError, resolve
 from common.errors import ProjectError
-from gnn import link as link_module
 from gnn.config import Config
-from gnn.graph import Graph, build_graph
-from gnn.link import LinkTask
-from gnn.link_model import LinkModel, TrainingEdges, kl_divergence, reconstruction_loss
-from gnn.links import canonical
-from gnn.sparse import SparseFeatures
+from gnn.core.graph import Graph, build_graph
+from gnn.core.sparse import SparseFeatures
+from gnn.link import task as link_module
+from gnn.link.model import LinkModel, TrainingEdges, kl_divergence, reconstruction_loss
+from gnn.link.splits import canonical
+from gnn.link.task import LinkTask
 from tests.helpers import ROOT
 
 CPU = torch.device("cpu")

@@ -11,18 +11,10 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.metrics.pairwise import cosine_similarity
 
-from gnn.link_heuristics import KATZ_BETA, KATZ_LENGTH, Heuristics
-from gnn.link_metrics import auc, average_precision, hits_at, mean_reciprocal_rank, pair_metrics, ranks
-from gnn.links import (
-    NegativeSampler,
-    canonical,
-    competition_rank,
-    corrupt_hard,
-    corrupt_uniformly,
-    pair_at,
-    pair_index,
-    split_edges,
-)
+from gnn.link.heuristics import KATZ_BETA, KATZ_LENGTH, Heuristics
+from gnn.link.metrics import auc, average_precision, hits_at, mean_reciprocal_rank, pair_metrics, ranks
+from gnn.link.negatives import NegativeSampler, competition_rank, corrupt_hard, corrupt_uniformly, pair_at, pair_index
+from gnn.link.splits import canonical, split_edges
 
 N = 60
 RANKING = ("resource_allocation", "ppr", "features")
@@ -343,7 +335,7 @@ def test_heuristics_keep_the_shape_and_know_their_names(scored, monkeypatch):
         whole = known.score(name, pairs[:, :60])
         assert torch.equal(known.score(name, pairs[:, :60].view(2, 5, 12)), whole.view(5, 12))
         assert known.score(name, pairs[:, :0]).shape == (0,)
-    monkeypatch.setattr("gnn.link_heuristics.ROW_ENTRIES", 7 * N)  # blocks of seven sources
+    monkeypatch.setattr("gnn.link.heuristics.ROW_ENTRIES", 7 * N)  # blocks of seven sources
     torch.testing.assert_close(
         known.score("ppr", pairs), Heuristics(edges_of(graph), N).score("ppr", pairs), rtol=0, atol=2e-9
     )

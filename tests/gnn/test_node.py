@@ -10,10 +10,11 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch_geometric import nn as pyg
 
 from gnn.config import ModelConfig
-from gnn.graph import build_graph
+from gnn.core.graph import build_graph
+from gnn.core.scores import accuracy, macro_f1
+from gnn.core.sparse import SparseFeatures
 from gnn.model import GRAND, build_model, consistency_loss
-from gnn.node import NodeTask, accuracy, macro_f1
-from gnn.sparse import SparseFeatures
+from gnn.node.task import NodeTask
 from gnn.train import start_trial
 from tests.gnn.helpers import DATA, KARATE, ROOT, config, evaluate, needs, train
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from gnn import partition_kernels as kernels
-from gnn.partition import leiden, louvain
-from gnn.partition_metrics import ari, as_csr, modularity, num_communities
+from gnn.community import kernels
+from gnn.community.louvain_leiden import leiden, louvain
+from gnn.community.metrics import ari, as_csr, modularity, num_communities
 from tests.helpers import ROOT
 
 CORA = ROOT / "data/planetoid/Cora"

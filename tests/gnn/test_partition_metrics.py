@@ -8,7 +8,7 @@ import pytest
 import scipy.sparse as sp
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-from gnn.partition_metrics import ari, conductance, coverage, modularity, nmi, num_communities
+from gnn.community.metrics import ari, conductance, coverage, modularity, nmi, num_communities
 
 
 def arrays(graph: nx.Graph) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from common.report.pictures import embed
-from gnn import layout, pictures
 from gnn.config import ModelConfig
-from gnn.graph import Graph, build_graph
+from gnn.core import layout, pictures
+from gnn.core.graph import Graph, build_graph
 from gnn.model import build_model
 
 

@@ -15,14 +15,14 @@ import torch
 
 from common.config import ConfigError, Options, resolve
 from common.errors import ProjectError
-from gnn.ceilings import ceilings, feature_scores, neighbour_counts
 from gnn.config import Config, ModelConfig, SyntheticConfig
+from gnn.core.sparse import SparseFeatures
+from gnn.data.ceilings import ceilings, feature_scores, neighbour_counts
+from gnn.data.synthetic import centres, dcsbm, load_social, plant
 from gnn.model import build_model
-from gnn.sampled import BIPARTITE, Ahead, SampledNodeTask, as_structure, infer
-from gnn.sampling import NeighborSampler
-from gnn.sparse import SparseFeatures
-from gnn.synthetic import centres, dcsbm, load_social, plant
-from gnn.task import build_task
+from gnn.node.minibatch_task import BIPARTITE, Ahead, SampledNodeTask, as_structure, infer
+from gnn.node.neighbours import NeighborSampler
+from gnn.tasks import build_task
 from tests.helpers import ROOT, checkpoint, log, python
 
 SOCIAL = ROOT / "configs/sage_social.yaml"
@@ -391,7 +391,7 @@ import resource, torch
 from pathlib import Path
 from common.config import resolve
 from gnn.config import Config
-from gnn.task import build_task
+from gnn.tasks import build_task
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 def run(*words):
     torch.set_num_threads(1)

@@ -12,11 +12,12 @@ import scipy.sparse as sp
 import torch
 
 from common.errors import ProjectError
-from gnn import sampling, storage
-from gnn.clusters import ClusterBatches, cut_share, partition
-from gnn.csr import undirected_csr
-from gnn.sampling import InducedSubgraphs, NeighborSampler, edge_chunks, epoch_batch
-from gnn.synthetic import dcsbm, plant, rmat
+from gnn.data import storage
+from gnn.data.csr import undirected_csr
+from gnn.data.synthetic import dcsbm, plant, rmat
+from gnn.node import neighbours as sampling
+from gnn.node.clusters import ClusterBatches, cut_share, partition
+from gnn.node.neighbours import InducedSubgraphs, NeighborSampler, edge_chunks, epoch_batch
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 from torch_geometric.utils import softmax as pyg_softmax
 
-from gnn.sparse import (
+from gnn.core.sparse import (
     Matrix,
     Pattern,
     SparseFeatures,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from gnn import synthetic
-from gnn.csr import undirected_csr
-from gnn.randomness import make_key, mix64, unit
+from gnn.core.randomness import make_key, mix64, unit
+from gnn.data import synthetic
+from gnn.data.csr import undirected_csr
 
 
 def matrix(indptr, indices):

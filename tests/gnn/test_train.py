@@ -91,7 +91,7 @@ def test_best_weights_are_copies_of_the_lowest_criterion():
 
 
 def test_nan_in_the_loss_names_the_step(tmp_path, monkeypatch, capsys):
-    from gnn.node import NodeTask
+    from gnn.node.task import NodeTask
 
     loss = NodeTask.loss
     monkeypatch.setattr(

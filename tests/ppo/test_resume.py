@@ -184,6 +184,27 @@ def test_two_processes_resume(tmp_path):
     assert same(newest(tmp_path / "run")["parts"], newest(tmp_path / "whole")["parts"])
 
 
+def test_a_kl_stop_and_a_signal_leave_no_process_waiting(tmp_path):
+    """Every update ends after its first step because of the KL; one process alone gets a stop signal. Both leave at the
+    same update, and go on together.
+    """
+    two_processes(
+        tmp_path,
+        f"""
+        folder, words = Path({str(tmp_path)!r}), ("env.backend=local", "train.target_kl=1e-9")
+        assert train(config(folder / "whole", *words)) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            stop_in_check(patch, 3 if os.environ["RANK"] == "1" else 99)
+            assert train(config(folder / "run", *words)) == (143 if os.environ["RANK"] == "1" else 0)
+        assert train(config(folder / "run", *words), resume=True) == 0
+    """,
+    )
+    lines = log(tmp_path / "whole")
+    assert len(lines) == 6 and float(lines[2]["epochs"]) == 1, "the KL stops the update in which the signal arrives"
+    assert log(tmp_path / "run") == lines
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
 def test_resume_with_another_number_of_processes_is_refused(tmp_path, monkeypatch, capsys):
     from ppo.collect import Collector
 

@@ -1,0 +1,1 @@
+"""What every task builds on: graphs, sparse products, layers, scores, pictures."""

@@ -1,0 +1,1 @@
+"""Which pairs of nodes are linked?"""

@@ -1,0 +1,1 @@
+"""Which class does a node have? On the whole graph at once, or in minibatches."""
