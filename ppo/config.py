@@ -6,11 +6,22 @@ This module imports nothing heavy, so that a mistake in a config is reported bef
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from common.config import BaseConfig, require
+
+ATARI_ONLY = (
+    "image_size",
+    "frame_stack",
+    "frame_skip",
+    "noop_max",
+    "sticky_actions",
+    "episodic_life",
+    "sign_rewards",
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,9 @@ class EnvConfig:
             require(getattr(self, name) > 0, f"env.{name}", "must be positive")
         require(self.image_size >= 36, "env.image_size", "must be at least 36: less does not survive the convolutions")
         require(0 <= self.sticky_actions < 1, "env.sticky_actions", "must be in [0, 1)")
+        for item in dataclasses.fields(self):
+            idle = item.name in ATARI_ONLY and not self.atari and getattr(self, item.name) != item.default
+            require(not idle, f"env.{item.name}", f"does nothing here: {self.id} is no Atari game (ALE/<Game>-v5)")
 
     @property
     def atari(self) -> bool:

@@ -15,6 +15,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 from common.config import ConfigError
 from common.errors import ProjectError
+from ppo.checks import FirstLook
 from ppo.config import EnvConfig
 from ppo.custom import nearest, spec_of, wrapped
 from ppo.envs import GymVector, LocalVector, PoolVector, Vector
@@ -117,7 +118,7 @@ def make_worker(config: EnvConfig) -> gym.Env:
     if multiprocessing.parent_process():  # the main process makes one, too, to look at its spaces
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-    return make_one(config)
+    return FirstLook(make_one(config))
 
 
 def make_atari(config: EnvConfig, count: int, training: bool) -> gym.vector.VectorEnv:
@@ -295,6 +296,9 @@ def checked(vector: Vector, config: EnvConfig) -> Vector:
         raise ProjectError(
             f"observation space {text if len(text) < 120 else f'{text[:100]}...'} is not supported: {trouble}"
         )
+    if config.continuous and not isinstance(vector.action_space, gym.spaces.Box):
+        vector.close()
+        raise ConfigError("env.continuous", f"does nothing here: the actions of {config.id} are {vector.action_space}")
     if config.normalize_observations and is_image(space):
         vector.close()
         raise ConfigError("env.normalize_observations", "pixels are not normalised: the network divides them by 255")

@@ -17,7 +17,7 @@ from common.checkpoint import export_weights
 from common.errors import exits_cleanly
 from common.run import Run
 from common.runtime import count_parameters, mix_seed, use_threads
-from ppo.advice import Advice
+from ppo.advice import Advice, idle_settings
 from ppo.collect import Collector
 from ppo.data import epochs, learning_batch, valid_rows
 from ppo.distributions import distribution_for
@@ -60,6 +60,8 @@ def train(config: Config, options: Options) -> None:
             f"{'ppo/backprop.py' if settings.backprop == 'manual' else 'autograd'}"
         )
 
+        for note in [*idle_settings(config, model, vector, run.world), *collector.notes]:
+            run.display.say(note)
         advice = Advice(config, run.display.say)
         for update in run.steps(done, updates):
             remaining = 1 - (update - 1) / updates  # from one down towards zero

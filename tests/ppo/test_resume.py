@@ -126,19 +126,40 @@ class Forgetful(Counting):
         return observation + Forgetful.made, info
 
 
-def test_environment_that_does_not_repeat_itself_is_refused(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("backend", ["local", "processes"])
+def test_environment_that_does_not_repeat_itself_begins_new_episodes(backend, tmp_path, monkeypatch, capsys):
+    """It cannot be brought back to where it was; what was learned can, and a note says so. No return is logged that
+    mixes two episodes.
+    """
     import gymnasium as gym
 
     gym.register("Forgetful-v0", entry_point=Forgetful)
+    words = ("env.id=Forgetful-v0", "train.steps=640", f"env.backend={backend}")
     try:
         stop_in_check(monkeypatch, 3)
-        assert train(config(tmp_path / "run", "env.id=Forgetful-v0", "train.steps=640")) == 143
-        assert train(config(tmp_path / "run", "env.id=Forgetful-v0", "train.steps=640"), resume=True) == 1
-        (line,) = errors(capsys.readouterr().err)
-        assert "does not come back" in line
-        assert "env.backend=processes" in line
+        assert train(config(tmp_path / "run", *words)) == 143
+        assert train(config(tmp_path / "run", *words), resume=True) == 0
     finally:
         gym.registry.pop("Forgetful-v0")
+    said = capsys.readouterr().err
+    assert not errors(said)
+    assert said.count("note: Forgetful-v0 does not come back to where it was") == 1
+    assert [line["step"] for line in log(tmp_path / "run")] == [str(step) for step in range(1, 11)]
+
+
+@pytest.mark.parametrize("words", [("env.count=8",), ("train.rollout=64",)])
+def test_resume_with_other_rollouts_is_refused(words, tmp_path, monkeypatch, capsys):
+    """Updates are counted in rollouts: with longer ones nothing would be left to train, and nothing be said. The run
+    goes on as it was.
+    """
+    stop_in_check(monkeypatch, 3)
+    assert train(config(tmp_path / "run")) == 143
+    capsys.readouterr()
+    assert train(config(tmp_path / "run", *words), resume=True) == 1
+    (line,) = errors(capsys.readouterr().err)
+    assert "env.count=4 and train.rollout=16" in line
+    assert newest(tmp_path / "run")["step"] == 3
+    assert train(config(tmp_path / "run"), resume=True) == 0
 
 
 def test_two_processes_resume(tmp_path):
