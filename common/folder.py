@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import Checkpoints
+from common.checkpoint import CheckpointError, Checkpoints
 from common.config import UNUSABLE, BaseConfig, Options, explain, flatten, resolve, to_yaml
 from common.errors import ProjectError
-from common.files import TEMPORARY, write_text
+from common.files import TEMPORARY, read_json, write_json, write_text
 from common.lock import NAME as LOCK
 from common.lock import FolderLock
 
@@ -104,3 +104,26 @@ def refuse_changes(old: BaseConfig, new: BaseConfig, say: Any) -> None:
     for key, value in after.items():
         if before.get(key) != value and key not in FREE_KEYS and key.split(".")[0] not in FREE_SECTIONS:
             say(f"note: {key} was {before.get(key)}, is now {value}")
+
+
+def nothing_to_resume(folder: Path, checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
+    """Say so where no checkpoint was ever finished; `CheckpointError` where there was one and it is lost."""
+    if checkpoints.newest_step() is not None:
+        raise CheckpointError(f"no whole checkpoint in {checkpoints.folder}")
+    if read_json(folder / "env.json").get("first_saved") or any(checkpoints.folder.glob("*.json")):
+        raise CheckpointError(
+            f"the checkpoints of this run are gone from {checkpoints.folder}; add --overwrite instead of --resume to "
+            "start anew"
+        )
+    say(f"nothing to resume in {folder}: starting at step 1")
+
+
+def remember_environments(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """Write env.json anew for a resumed run and return it: the present process, then those that did earlier steps."""
+    before = read_json(folder / "env.json")
+    now = now | {"first_saved": before.pop("first_saved", None)}
+    earlier = before.pop("earlier", [])
+    if before:
+        now["earlier"] = [*earlier, before]
+    write_json(folder / "env.json", now)
+    return now

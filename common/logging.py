@@ -82,7 +82,8 @@ class MetricLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; a missing file has none.
 
-    A last line cut short by a crash is left out. So is any other that is damaged, with one warning that counts them.
+    A null stands for a number that was not finite and becomes NaN again. A last line cut short by a crash is left out;
+    so is any other that is damaged, with one warning that counts them.
     """
     lines, bad = [], 0
     texts = path.read_bytes().split(b"\n") if path.is_file() else []
@@ -96,7 +97,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             bad += bool(text) and i < len(texts) - 1  # what ends without a line break was cut short
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
+            lines.append({name: math.nan if value is None else value for name, value in line.items()})
     if bad:
         warnings.warn(f"{path}: {bad} damaged line{'s' if bad > 1 else ''} left out", stacklevel=2)
     return lines

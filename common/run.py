@@ -19,9 +19,9 @@ from common import runtime
 from common.checkpoint import CheckpointError, Checkpoints
 from common.config import BaseConfig, ConfigError, Options, to_yaml
 from common.errors import ProjectError
-from common.files import read_json, write_json, write_text
+from common.files import write_json, write_text
 from common.finite import FiniteCheck
-from common.folder import open_folder
+from common.folder import nothing_to_resume, open_folder, remember_environments
 from common.lock import FolderLock
 from common.logging import Display, MetricLog
 from common.signals import Stopped, StopSignals, stoppable
@@ -265,7 +265,7 @@ class Run:
         """
         state = self.checkpoints.load_newest() if self.options.resume else None
         if self.options.resume and state is None:
-            self._nothing_to_resume()
+            nothing_to_resume(self.folder, self.checkpoints, self.display.say)
         if state is not None:
             for name, part in parts.items():
                 try:
@@ -285,27 +285,6 @@ class Run:
         if self.is_main:
             if self.options.resume:  # only now: a run that could not be loaded is left as it was
                 write_text(self.folder / "config.yaml", to_yaml(self.config))
-                self._remember_environments()
+                self._environment = remember_environments(self.folder, self._environment)
             self.log_file = MetricLog(self.folder, done + 1, self.config.tensorboard, self.config.wandb)
         return done
-
-    def _nothing_to_resume(self) -> None:
-        """Start anew where no checkpoint was ever finished; `CheckpointError` where there was one and it is lost."""
-        folder = self.checkpoints.folder
-        if self.checkpoints.newest_step() is not None:
-            raise CheckpointError(f"no whole checkpoint in {folder}")
-        saved = read_json(self.folder / "env.json").get("first_saved")
-        if saved or any(folder.glob("*.json")):
-            raise CheckpointError(
-                f"the checkpoints of this run are gone from {folder}; add --overwrite instead of --resume to start anew"
-            )
-        self.display.say(f"nothing to resume in {self.folder}: starting at step 1")
-
-    def _remember_environments(self) -> None:
-        """env.json tells of the present process first, then of those that did the earlier steps."""
-        before = read_json(self.folder / "env.json")
-        self._environment |= {"first_saved": before.pop("first_saved", None)}
-        earlier = before.pop("earlier", [])
-        if before:
-            self._environment["earlier"] = [*earlier, before]
-        write_json(self.folder / "env.json", self._environment)

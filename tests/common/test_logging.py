@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 
 import pytest
 from rich.console import Console
@@ -94,3 +95,5 @@ def test_what_is_not_finite_is_null(tmp_path):
     log.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": None, "rate": None, "lr": 0.5}
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert math.isnan(line["loss"]) and line["lr"] == 0.5
