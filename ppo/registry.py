@@ -48,8 +48,10 @@ def make_vector(config: EnvConfig, seed: int, count: int, first: int = 0, traini
         return checked(make_pool(config, seed, count, first, training), config)
     spec = find(config)
     backend = choose_backend(config)
+    if backend == "atari" and not config.atari:
+        raise ProjectError(f"env.backend=atari plays ALE/<Game>-v5, not {config.id}")
     if backend in ("atari", "native"):
-        refuse_arguments(config, backend)
+        refuse_arguments(config, backend, ("wrappers", "kwargs", "continuous"))
     if backend == "atari":
         return checked(GymVector(make_atari(config, count, training), seed, first), config)
     if backend == "native":
@@ -73,11 +75,9 @@ def find(config: EnvConfig) -> EnvSpec:
     return spec_of(config.id)
 
 
-def refuse_arguments(config: EnvConfig, backend: str) -> None:
-    """`ConfigError` for what only environments made one by one can be given."""
-    if backend == "atari" and not config.atari:
-        raise ProjectError(f"env.backend=atari plays ALE/<Game>-v5, not {config.id}")
-    for name in ("wrappers", "kwargs", "continuous"):
+def refuse_arguments(config: EnvConfig, backend: str, names: tuple[str, ...]) -> None:
+    """`ConfigError` for settings that only environments made one by one can be given."""
+    for name in names:
         if getattr(config, name):
             raise ConfigError(f"env.{name}", f"env.backend={backend} does not know it; local and processes do")
 
@@ -173,9 +173,7 @@ def make_pool(config: EnvConfig, seed: int, count: int, first: int, training: bo
         return envpool
 
     envpool = attempt(config.id, load)
-    for name in ("wrappers", "kwargs"):
-        if getattr(config, name):
-            raise ConfigError(f"env.{name}", "env.backend=envpool does not know it; local and processes do")
+    refuse_arguments(config, "envpool", ("wrappers", "kwargs"))
     task, atari = pool_task(config, envpool.list_all_envs()), config.atari
     options: dict[str, Any] = {}
     if atari:
