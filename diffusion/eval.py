@@ -67,7 +67,7 @@ class Judge:
     held_out: MemoryImages | None
 
     def floor(self, count: int, run: Run) -> float | None:
-        """The distance of `count` held-out images (all, if there are fewer) from the training images: what a perfect
+        """The distance of `count` held-out images drawn by seed (all, if there are fewer) from the training images: what a perfect
         model would score.
 
         It falls with `count`, because a covariance estimated from few images is off; so does the distance of generated
@@ -75,7 +75,7 @@ class Judge:
         """
         if self.held_out is None:
             return None
-        features, _ = extract(self.extractor, self.held_out.images[:count], track=run.track)
+        features, _ = extract(self.extractor, self.held_out.draw(count).images, track=run.track)
         return frechet_between(self.statistics, FeatureStatistics().update(features), len(features))
 
 
