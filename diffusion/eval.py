@@ -67,8 +67,8 @@ class Judge:
     held_out: MemoryImages | None
 
     def floor(self, count: int, run: Run) -> float | None:
-        """The distance of `count` held-out images drawn by seed (all, if there are fewer) from the training images: what a perfect
-        model would score.
+        """The distance of `count` held-out images, drawn by seed (all, if there are fewer), from the training images:
+        what a perfect model would score.
 
         It falls with `count`, because a covariance estimated from few images is off; so does the distance of generated
         images.
