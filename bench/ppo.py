@@ -34,13 +34,13 @@ import torch
 
 import ppo.train
 from common.config import Options, resolve
-from ppo.backprop import Backprop
-from ppo.collect import Collector
 from ppo.config import Config
 from ppo.data import Batch, gae
-from ppo.distributions import distribution_for
+from ppo.environments.registry import make_vector, observation_shape
+from ppo.learning.backprop import Backprop
+from ppo.learning.distributions import distribution_for
 from ppo.model import ActorCritic
-from ppo.registry import make_vector, observation_shape
+from ppo.playing.collect import Collector
 from ppo.train import train
 
 TOLERANCE = 1e-5
@@ -177,7 +177,7 @@ def ours_gradients(
     advantages: torch.Tensor,
     returns: torch.Tensor,
 ) -> torch.Tensor:
-    """All gradients of a minibatch (64 rows) in one vector, actor before critic, by ppo.backprop."""
+    """All gradients of a minibatch (64 rows) in one vector, actor before critic, by ppo.learning.backprop."""
     model = copy.deepcopy(model)
     manual = Backprop(model, distribution, config.train)
     batch = Batch(x, actions, old, torch.zeros_like(old), advantages, returns)

@@ -116,8 +116,8 @@ class TrainConfig:
     # updates between evaluations that choose best.safetensors, beside last.safetensors; 0 = never, and no best
     evaluate_every: int = 0
     evaluate_episodes: int = 32  # episodes an evaluation, most likely actions
-    # autograd: PyTorch differentiates ppo/objective.py; manual: ppo/backprop.py has the chain rule written out in
-    # NumPy, four times as fast for small MLPs on a CPU, and is compared with autograd once a run
+    # autograd: PyTorch differentiates ppo/learning/objective.py; manual: ppo/learning/backprop.py has the chain rule
+    # written out in NumPy, four times as fast for small MLPs on a CPU, and is compared with autograd once a run
     backprop: Literal["autograd", "manual"] = "autograd"
     threads: int = 1  # CPU threads: these networks are too small for more; 0 = all
 

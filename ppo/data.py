@@ -20,7 +20,7 @@ from torch import Tensor
 
 from common.run import Run
 from ppo.config import TrainConfig
-from ppo.distributions import Distribution
+from ppo.learning.distributions import Distribution
 from ppo.model import ActorCritic
 
 # rows a forward pass when a whole rollout is read: more need gigabytes for pixels, and break up the heap for small

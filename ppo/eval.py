@@ -30,8 +30,8 @@ from common.logging import read_metrics
 from common.run import Run
 from common.runtime import mix_seed, use_threads
 from common.signals import Stopped
-from ppo.play import Policy, evaluation_vector, film, film_pixels, play
-from ppo.registry import find, make_one, make_vector
+from ppo.playing.play import Policy, evaluation_vector, film, film_pixels, play
+from ppo.environments.registry import find, make_one, make_vector
 
 SEED_STREAM = 1_000_000_007  # environments of the evaluation are none that training has seen
 ENOUGH = 100  # episodes behind a mean that counts as solving
@@ -146,7 +146,7 @@ def attempt_picture(what: str, make: Callable[[], None], run: Run) -> None:
 
 def draw(config: Config, run: Run) -> None:
     """The learning curve of this run."""
-    from ppo.pictures import draw_curve
+    from ppo.playing.pictures import draw_curve
 
     folder = run.folder
     lines = [
@@ -163,7 +163,7 @@ def draw(config: Config, run: Run) -> None:
 
 def save_film(config: Config, run: Run, path: Path) -> None:
     """figures/episode.gif of the policy at `path`. Of Atari, what the policy sees."""
-    from ppo.pictures import save_gif
+    from ppo.playing.pictures import save_gif
 
     pixels = config.env.atari
     seed = mix_seed(config.seed, SEED_STREAM, 2)

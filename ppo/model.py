@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from common.config import require
 from ppo.config import ModelConfig
-from ppo.distributions import Distribution, PolicyHead
+from ppo.learning.distributions import Distribution, PolicyHead
 
 SMALLEST_IMAGE = 36  # pixels a side: less than that and nothing is left after the convolutions
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}

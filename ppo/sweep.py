@@ -157,7 +157,7 @@ def aggregate(rows: list[dict[str, float]]) -> dict[str, float]:
 def draw(folder: Path, seeds: list[int], config: Config) -> None:
     """The learning curves of all seeds: median, and a band from the worst to the best."""
     from ppo.eval import threshold
-    from ppo.pictures import draw_curve
+    from ppo.playing.pictures import draw_curve
 
     runs = [
         [

@@ -17,15 +17,15 @@ from common.checkpoint import export_weights
 from common.errors import exits_cleanly
 from common.run import Run
 from common.runtime import count_parameters, mix_seed, use_threads
-from ppo.advice import Advice, idle_settings
-from ppo.collect import Collector
+from ppo.learning.advice import Advice, idle_settings
+from ppo.playing.collect import Collector
 from ppo.data import epochs, learning_batch, valid_rows
-from ppo.distributions import distribution_for
-from ppo.gradients import Statistics, build_gradients
+from ppo.learning.distributions import distribution_for
+from ppo.learning.gradients import Statistics, build_gradients
 from ppo.model import ActorCritic
-from ppo.objective import explained_variance
-from ppo.play import Best, policy_weights
-from ppo.registry import make_vector, observation_shape
+from ppo.learning.objective import explained_variance
+from ppo.playing.play import Best, policy_weights
+from ppo.environments.registry import make_vector, observation_shape
 
 ACTION_STREAM, ORDER_STREAM = 1, 2  # keep the generators of actions and of minibatches apart
 
@@ -57,7 +57,7 @@ def train(config: Config, options: Options) -> None:
         run.display.say(
             f"{config.env.id}: {config.env.count} environments, {updates} updates of "
             f"{settings.rollout * config.env.count:,} steps, {count_parameters(model):,} parameters, gradients by "
-            f"{'ppo/backprop.py' if settings.backprop == 'manual' else 'autograd'}"
+            f"{'ppo/learning/backprop.py' if settings.backprop == 'manual' else 'autograd'}"
         )
 
         for note in [*idle_settings(config, model, vector, run.world), *collector.notes]:

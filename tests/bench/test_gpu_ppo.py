@@ -16,8 +16,8 @@ from bench.gpu import campaign
 from bench.gpu import ppo as program
 from common.config import Options, resolve
 from common.logging import read_metrics
-from ppo.collect import Collector
 from ppo.config import Config
+from ppo.playing.collect import Collector
 from tests.helpers import ROOT, status, stop_in_check
 
 

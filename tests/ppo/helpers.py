@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 
 from common.config import Options, resolve
 from common.logging import read_metrics
-from ppo.collect import Act, Collector
 from ppo.config import Config
-from ppo.distributions import distribution_for
-from ppo.envs import GymVector, LocalVector, Vector
+from ppo.environments.registry import observation_shape
+from ppo.environments.vectors import GymVector, LocalVector, Vector
+from ppo.learning.distributions import distribution_for
 from ppo.model import ActorCritic
-from ppo.registry import observation_shape
+from ppo.playing.collect import Act, Collector
 from tests.helpers import ROOT, environment, status
 
 CARTPOLE = ROOT / "configs/ppo_cartpole.yaml"

@@ -19,8 +19,8 @@ from PIL import Image
 
 from common.config import resolve
 from ppo.config import EnvConfig
-from ppo.envs import GymVector
-from ppo.registry import make_atari, make_vector, register_atari, rom_name
+from ppo.environments.registry import make_atari, make_vector, register_atari, rom_name
+from ppo.environments.vectors import GymVector
 from tests.helpers import ROOT, same, stop_in_check
 from tests.ppo.helpers import TINY, collector_for, config, evaluate, log, train, weights
 

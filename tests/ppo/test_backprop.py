@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from common.logging import read_metrics
-from ppo import objective
-from ppo.backprop import Backprop, can_backprop
 from ppo.config import ModelConfig, TrainConfig
 from ppo.data import Batch
-from ppo.distributions import distribution_for
+from ppo.learning import objective
+from ppo.learning.backprop import Backprop, can_backprop
+from ppo.learning.distributions import distribution_for
+from ppo.learning.objective import ppo_terms, total_loss
 from ppo.model import ActorCritic
-from ppo.objective import ppo_terms, total_loss
 from tests.ppo.helpers import TIMING, config, train
 
 SPACES = {"categorical": gym.spaces.Discrete(3), "gaussian": gym.spaces.Box(-1, 1, (2,))}
@@ -172,14 +172,14 @@ def test_a_changed_objective_is_not_passed_over(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(objective, "ppo_terms", unclipped)
     assert train(config(tmp_path / "manual", "train.backprop=manual")) == 1
     err = capsys.readouterr().err
-    assert "ppo/objective.py" in err and "train.backprop=autograd" in err
+    assert "ppo/learning/objective.py" in err and "train.backprop=autograd" in err
     assert train(config(tmp_path / "autograd", "train.backprop=autograd")) == 0
     logged = [read_metrics(tmp_path / name / "metrics.jsonl")[0]["policy_loss"] for name in ("before", "autograd")]
     assert logged[0] != logged[1]
 
 
 def test_the_first_lines_of_a_run_say_who_computes_the_gradient(tmp_path, capsys):
-    for kind, said in (("manual", "gradients by ppo/backprop.py"), ("autograd", "gradients by autograd")):
+    for kind, said in (("manual", "gradients by ppo/learning/backprop.py"), ("autograd", "gradients by autograd")):
         assert train(config(tmp_path / kind, f"train.backprop={kind}")) == 0
         assert said in capsys.readouterr().err
 

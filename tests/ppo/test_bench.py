@@ -14,8 +14,8 @@ pytest.importorskip("stable_baselines3")
 
 from bench import ppo as bench
 from common.config import resolve
-from ppo.backprop import Backprop
 from ppo.config import Config
+from ppo.learning.backprop import Backprop
 from tests.helpers import ROOT
 
 TINY = [

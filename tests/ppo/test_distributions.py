@@ -14,7 +14,14 @@ from torch import distributions as td
 
 from common.errors import ProjectError
 from ppo.config import ModelConfig
-from ppo.distributions import Categorical, Gaussian, MultiCategorical, PolicyHead, SquashedGaussian, distribution_for
+from ppo.learning.distributions import (
+    Categorical,
+    Gaussian,
+    MultiCategorical,
+    PolicyHead,
+    SquashedGaussian,
+    distribution_for,
+)
 from ppo.model import ActorCritic
 
 B = 64

@@ -15,10 +15,10 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from common.checkpoint import Checkpoints
 from common.errors import ProjectError
 from ppo.config import EnvConfig, ModelConfig
-from ppo.distributions import distribution_for
-from ppo.envs import LocalVector, check_finite
+from ppo.environments.registry import as_input, make_vector, observation_shape
+from ppo.environments.vectors import LocalVector, check_finite
+from ppo.learning.distributions import distribution_for
 from ppo.model import ActorCritic
-from ppo.registry import as_input, make_vector, observation_shape
 from tests.helpers import errors, same, stop_in_check
 from tests.ppo.helpers import Counting, acting, collector_for, config, log, register, train, vector_of, weights
 

@@ -10,8 +10,8 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.wrappers import TimeLimit
 
 from ppo.config import EnvConfig
-from ppo.envs import GymVector, LocalVector
-from ppo.registry import as_input, make_one, make_vector
+from ppo.environments.registry import as_input, make_one, make_vector
+from ppo.environments.vectors import GymVector, LocalVector
 from tests.ppo.helpers import Counting, acting, collector_for, config, register, train, vector_of
 
 MODES = list(AutoresetMode)

@@ -14,11 +14,11 @@ from gymnasium.vector import AsyncVectorEnv
 
 from common.config import ConfigError
 from common.errors import ProjectError
-from ppo.advice import idle_settings
 from ppo.config import EnvConfig, ModelConfig
-from ppo.distributions import distribution_for
+from ppo.environments.registry import as_input, make_vector, observation_shape
+from ppo.learning.advice import idle_settings
+from ppo.learning.distributions import distribution_for
 from ppo.model import ActorCritic
-from ppo.registry import as_input, make_vector, observation_shape
 from tests.helpers import errors
 from tests.ppo.helpers import collector_for, config, evaluate, train
 
@@ -169,12 +169,12 @@ def test_results_do_not_depend_on_a_film(kind, known, tmp_path, capsys):
 
 
 def test_results_do_not_depend_on_a_learning_curve(known, tmp_path, capsys, monkeypatch):
-    import ppo.pictures
+    import ppo.playing.pictures
 
     def fail(*_):
         raise ModuleNotFoundError("No module named 'matplotlib'")
 
-    monkeypatch.setattr(ppo.pictures, "draw_curve", fail)
+    monkeypatch.setattr(ppo.playing.pictures, "draw_curve", fail)
     made = config(tmp_path / "run", "env.id=Answering-v0")
     assert train(made) == 0
     assert evaluate(made) == 0

@@ -12,7 +12,7 @@ from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from torch import nn
 
 from ppo.config import ModelConfig
-from ppo.distributions import distribution_for
+from ppo.learning.distributions import distribution_for
 from ppo.model import ActorCritic, NatureCNN, mlp
 
 SPACES = [spaces.Discrete(3), spaces.MultiDiscrete([3, 2]), spaces.MultiBinary(4), spaces.Box(-1, 1, (2,))]

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from common.logging import read_metrics
-from ppo.collect import Collector
-from ppo.distributions import distribution_for
-from ppo.envs import LocalVector
+from ppo.environments.normalize import ObservationNormalizer, RewardNormalizer, RunningMoments
+from ppo.environments.registry import make_one, make_vector
+from ppo.environments.vectors import LocalVector
+from ppo.learning.distributions import distribution_for
 from ppo.model import ActorCritic
-from ppo.normalize import ObservationNormalizer, RewardNormalizer, RunningMoments
-from ppo.play import Policy, film, play
-from ppo.registry import make_one, make_vector
+from ppo.playing.collect import Collector
+from ppo.playing.play import Policy, film, play
 from tests.helpers import same
 from tests.ppo.helpers import acting, config, evaluate, train
 

@@ -18,10 +18,10 @@ from stable_baselines3.common.utils import explained_variance as their_explained
 from torch import distributions as td
 
 from ppo.config import ModelConfig, TrainConfig
-from ppo.distributions import Categorical, Gaussian, distribution_for
-from ppo.gradients import normalized
+from ppo.learning.distributions import Categorical, Gaussian, distribution_for
+from ppo.learning.gradients import normalized
+from ppo.learning.objective import explained_variance, ppo_terms, total_loss
 from ppo.model import ActorCritic
-from ppo.objective import explained_variance, ppo_terms, total_loss
 
 ALONE = SimpleNamespace(world=1)
 # ratio, advantage: inside the clip (eps = .2), above it and below it, with both signs; the last two on its edges

@@ -17,10 +17,10 @@ import torch
 from common.config import ConfigError, resolve
 from common.errors import ProjectError
 from common.logging import read_metrics
-from ppo.advice import PATIENCE, Advice
 from ppo.config import Config, EnvConfig
-from ppo.custom import spec_of
-from ppo.registry import make_one, make_vector, one_hot
+from ppo.environments.custom import spec_of
+from ppo.environments.registry import make_one, make_vector, one_hot
+from ppo.learning.advice import PATIENCE, Advice
 from tests.helpers import ROOT, environment, errors
 from tests.ppo.helpers import acting, collector_for, config, evaluate, log, train
 

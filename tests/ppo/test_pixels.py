@@ -12,10 +12,10 @@ import torch
 from common.config import ConfigError, resolve
 from ppo.config import Config, EnvConfig, ModelConfig
 from ppo.data import learning_batch
-from ppo.distributions import distribution_for
-from ppo.gradients import Autograd
+from ppo.environments.registry import make_vector
+from ppo.learning.distributions import distribution_for
+from ppo.learning.gradients import Autograd
 from ppo.model import ActorCritic
-from ppo.registry import make_vector
 from tests.helpers import ROOT, same, stop_in_check
 from tests.ppo.helpers import collector_for, config, evaluate, log, train, weights
 

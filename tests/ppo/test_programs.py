@@ -18,9 +18,9 @@ from common.config import load
 from common.logging import read_metrics
 from common.run import Run
 from ppo.config import Config
-from ppo.envs import LocalVector
-from ppo.play import Policy, play
-from ppo.registry import make_vector
+from ppo.environments.registry import make_vector
+from ppo.environments.vectors import LocalVector
+from ppo.playing.play import Policy, play
 from tests.helpers import errors, python, same
 from tests.ppo.helpers import TINY, UPDATES, Counting, config, evaluate, log, train, two_processes, weights
 

@@ -206,7 +206,7 @@ def test_a_kl_stop_and_a_signal_leave_no_process_waiting(tmp_path):
 
 
 def test_resume_with_another_number_of_processes_is_refused(tmp_path, monkeypatch, capsys):
-    from ppo.collect import Collector
+    from ppo.playing.collect import Collector
 
     stop_in_check(monkeypatch, 2)
     monkeypatch.setattr(Collector, "gathered", lambda self: [self.state_dict()] * 2)

@@ -13,14 +13,14 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 
-from ppo.collect import Collector
 from ppo.config import Config
 from ppo.data import learning_batch
-from ppo.distributions import distribution_for
-from ppo.envs import GymVector
+from ppo.environments.registry import make_vector, observation_shape
+from ppo.environments.vectors import GymVector
+from ppo.learning.distributions import distribution_for
 from ppo.model import ActorCritic
-from ppo.play import Policy
-from ppo.registry import make_vector, observation_shape
+from ppo.playing.collect import Collector
+from ppo.playing.play import Policy
 from tests.ppo.helpers import acting, config, train
 
 GAMMA = 0.9

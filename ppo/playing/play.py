@@ -22,12 +22,12 @@ from common.checkpoint import Checkpoints
 from common.config import ConfigError
 from common.errors import ProjectError
 from common.runtime import mix_seed
-from ppo.collect import Collector
 from ppo.config import Config
-from ppo.distributions import distribution_for
-from ppo.envs import Vector, check_finite
+from ppo.environments.registry import as_input, make_vector, observation_normalizer, observation_shape
+from ppo.environments.vectors import Vector, check_finite
+from ppo.learning.distributions import distribution_for
 from ppo.model import ActorCritic
-from ppo.registry import as_input, make_vector, observation_normalizer, observation_shape
+from ppo.playing.collect import Collector
 
 BEST_STREAM = 1_000_000_009  # environments that choose the best policy: none of training's, none of ppo.eval's
 EVALUATION_COPIES = 16  # environments side by side

@@ -17,10 +17,10 @@ from common.config import ConfigError
 from common.errors import ProjectError
 from ppo.checks import FirstLook
 from ppo.config import EnvConfig
-from ppo.custom import nearest, spec_of, wrapped
-from ppo.envs import GymVector, LocalVector, PoolVector, Vector
+from ppo.environments.custom import nearest, spec_of, wrapped
+from ppo.environments.normalize import ObservationNormalizer
+from ppo.environments.vectors import GymVector, LocalVector, PoolVector, Vector
 from ppo.model import SMALLEST_IMAGE
-from ppo.normalize import ObservationNormalizer
 
 EXTRAS = {
     "box2d": 'pip install "gymnasium[box2d]"',

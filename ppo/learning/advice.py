@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 from ppo.config import Config
-from ppo.envs import GymVector, Vector
+from ppo.environments.vectors import GymVector, Vector
 from ppo.model import ActorCritic
 
 PATIENCE = 10  # updates that are looked at, after as many that are not

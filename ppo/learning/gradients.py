@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from common.config import require
 from common.errors import ProjectError
 from common.run import Run
-from ppo import objective
-from ppo.backprop import Backprop, can_backprop
-from ppo.collect import Act, Look
 from ppo.config import Config, TrainConfig
 from ppo.data import Batch, local_rows
-from ppo.distributions import Distribution
+from ppo.learning import objective
+from ppo.learning.backprop import Backprop, can_backprop
+from ppo.learning.distributions import Distribution
+from ppo.learning.objective import Terms
 from ppo.model import ActorCritic
-from ppo.objective import Terms
+from ppo.playing.collect import Act, Look
 
 TOLERANCE = 1e-3  # of the gradient's norm, in float32; rounding is a hundredth of that
 
@@ -147,8 +147,8 @@ class Manual:
         error = float((flat - self.backprop.weights.grad).norm() / flat.norm().clamp(min=1e-8))
         if error > TOLERANCE or abs(float(wanted.detach() - loss)) > TOLERANCE * max(1.0, abs(float(loss))):
             raise ProjectError(
-                "train.backprop=manual computes another gradient than ppo/objective.py asks for (they differ by "
-                f"{error:.2g} of its norm): ppo/backprop.py must follow, or use train.backprop=autograd"
+                "train.backprop=manual computes another gradient than ppo/learning/objective.py asks for (they differ "
+                f"by {error:.2g} of its norm): ppo/learning/backprop.py must follow, or use train.backprop=autograd"
             )
 
 

@@ -16,10 +16,10 @@ import torch
 from common.errors import ProjectError
 from ppo.config import Config
 from ppo.data import Rollout
-from ppo.distributions import Distribution
-from ppo.envs import GymVector, LocalVector, Vector, check_finite
-from ppo.normalize import RewardNormalizer, gather_states, shared_sum
-from ppo.registry import as_input, observation_normalizer, observation_shape
+from ppo.environments.normalize import RewardNormalizer, gather_states, shared_sum
+from ppo.environments.registry import as_input, observation_normalizer, observation_shape
+from ppo.environments.vectors import GymVector, LocalVector, Vector, check_finite
+from ppo.learning.distributions import Distribution
 
 Act = Callable[[np.ndarray], torch.Tensor]
 Look = Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]

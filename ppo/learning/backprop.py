@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ppo.config import TrainConfig
 from ppo.data import Batch
-from ppo.distributions import LOG_SQRT_2PI, Categorical, Distribution, Gaussian
+from ppo.learning.distributions import LOG_SQRT_2PI, Categorical, Distribution, Gaussian
 from ppo.model import ActorCritic
 
 ACTIVATIONS = {

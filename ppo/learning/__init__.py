@@ -1,0 +1,1 @@
+"""What is made of a rollout: distributions over actions, the clipped objective, and its gradient."""
