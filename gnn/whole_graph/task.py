@@ -20,6 +20,7 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from common.errors import ProjectError
 from common.logging import read_metrics
 from common.runtime import mix_seed
 from gnn.config import Config
+from gnn.core.outputs import write_table
 from gnn.core.scores import accuracy, macro_f1
 from gnn.task import Task
 from gnn.whole_graph.data import load_graphs, stratified_folds
@@ -43,7 +45,8 @@ class GraphTask(Task):
 
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__(config, device)
-        self.folds, self.gin = config.graph.folds, config.graph.protocol == "gin"
+        self.folds = config.graph.folds
+        self.gin = config.graph.protocol == "gin"
         self.num_trials = config.train.seeds * self.folds
         check_protocol(config)
         self.whole = load_graphs(config)
@@ -55,14 +58,17 @@ class GraphTask(Task):
             f"{self.whole.name} has a class of only {rarest} graphs: not one for each fold",
         )
         self.tested: dict[int, float] = {}  # trial -> accuracy, for the picture
+        self.said: dict[int, Tensor] = {}  # trial -> probabilities (held-out graphs, K)
 
     # -- splits and batches --------------------------------------------------------------------------------------------
 
     def split(self, trial: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids of training, validation and held-out graphs, int64, disjoint and complete. gin: no validation graphs."""
-        labels, repetition = self.whole.labels, trial // self.folds
+        labels = self.whole.labels
+        repetition = trial // self.folds
         held_out = stratified_folds(labels, self.folds, self.config.seed + repetition) == trial % self.folds
-        rest, test = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+        rest = (~held_out).nonzero().flatten()
+        test = held_out.nonzero().flatten()
         if self.gin:
             return rest, rest[:0], test
         one_in = round(1 / self.config.graph.validation)
@@ -97,18 +103,20 @@ class GraphTask(Task):
         """Loss and accuracy on the validation part; gin: on the held-out fold, and the last weights are the ones
         kept.
         """
-        # each process has its own running means of the batch norm: go by the first one's
-        if torch.distributed.is_initialized():
-            for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, 0)
         logits = model(self.held)
-        loss, share = F.cross_entropy(logits, self.held.labels).item(), accuracy(logits, self.held.labels)
-        criterion = loss
+        loss = F.cross_entropy(logits, self.held.labels).item()
+        share = accuracy(logits, self.held.labels)
+        return {"criterion": self.criterion(loss, share), "val_loss": loss, "val_accuracy": share}
+
+    def criterion(self, loss: float, share: float) -> float:
+        """What chooses the weights, lower is better, from the loss and the accuracy of the validation part."""
         if self.gin:
-            criterion = -float(self.step)
-        elif self.config.graph.choose_by == "accuracy":
-            criterion = -share + loss / (1 + loss) / (2 * len(self.held))  # less than the accuracy of half a graph
-        return {"criterion": criterion, "val_loss": loss, "val_accuracy": share}
+            return -float(self.step)  # always the latest ones
+        if self.config.graph.choose_by == "loss":
+            return loss
+        # the accuracy; between equal ones the loss, squeezed so that it weighs less than half a graph
+        squeezed = loss / (1 + loss)  # in [0, 1)
+        return -share + squeezed / (2 * len(self.held))
 
     def test(self, model: nn.Module) -> dict[str, float]:
         """honest: accuracy and macro-F1 on the held-out fold, accuracy on the validation part. gin: see the head of
@@ -116,6 +124,7 @@ class GraphTask(Task):
         """
         batch = self.graphs.batch(self.test_ids)
         logits = model(batch)
+        self.said[self.trial] = logits.softmax(dim=1).cpu()
         measured = accuracy(logits, batch.labels)
         if self.gin:
             best = best_common_epoch(
@@ -145,7 +154,8 @@ class GraphTask(Task):
             .index_add(0, owner, whole.features)
             .numpy()
         )
-        labels, right = whole.labels.numpy(), {"majority": [], "label_counts": []}
+        labels = whole.labels.numpy()
+        right = {"majority": [], "label_counts": []}
         for trial in range(self.folds):
             train, val, test = (ids.numpy() for ids in self.split(trial))
             rest = [*train, *val]
@@ -158,6 +168,22 @@ class GraphTask(Task):
         return {key: statistics.fmean(values) for key, values in rows.items()} | {
             f"{key}_std": statistics.stdev(values) for key, values in rows.items()
         }
+
+    def write_outputs(self, model: nn.Module, folder: Path) -> None:
+        """predictions.csv: each graph (its place in the files, from 0) in the fold that held it out, by that fold's
+        network.
+        """
+        trials = [trial for trial in sorted(self.said) if trial < self.folds]  # the first repetition
+        graphs = torch.cat([self.split(trial)[2] for trial in trials])
+        probability, predicted = torch.cat([self.said[trial] for trial in trials]).max(dim=1)
+        columns = {
+            "graph": graphs.numpy(),
+            "fold": np.repeat(trials, [len(self.said[trial]) for trial in trials]),
+            "label": self.whole.labels[graphs].numpy(),
+            "predicted": predicted.numpy(),
+            "probability": probability.numpy(),
+        }
+        write_table(folder / "predictions.csv", columns)
 
     # -- pictures and words --------------------------------------------------------------------------------------------
 
@@ -187,15 +213,15 @@ class GraphTask(Task):
 
     def describe(self) -> list[str]:
         """Sizes, and what the figures will mean."""
-        g, train = self.whole, self.split(0)
+        g = self.whole
+        train, val, test = self.split(0)
         shares = torch.bincount(g.labels).tolist()
         return [
             f"{g.name}: {len(g):,} graphs, {len(g.features) / len(g):.1f} nodes and {len(g.indices) / 2 / len(g):.1f} "
             "edges each, "
             f"{g.features.shape[1]} features, classes of {', '.join(map(str, shares))} graphs",
-            f"{self.folds}-fold cross-validation, protocol {self.config.graph.protocol}: {len(train[0])} training, "
-            f"{len(train[1])} "
-            f"validation, {len(train[2])} held-out graphs in the first fold",
+            f"{self.folds}-fold cross-validation, protocol {self.config.graph.protocol}: {len(train)} training, "
+            f"{len(val)} validation, {len(test)} held-out graphs in the first fold",
         ]
 
 
