@@ -6,7 +6,7 @@ Legend: N nodes, M undirected training edges, P positives, K negatives a positiv
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from common.config import require
 from common.errors import ProjectError
 from common.runtime import mix_seed
-from gnn.config import Config
+from gnn.config import Config, LinkConfig
+from gnn.core.graph import Graph
 from gnn.core.sparse import SparseFeatures
 from gnn.data.datasets import load_graph
 from gnn.link.heuristics import Heuristics
@@ -43,6 +44,68 @@ class TestPairs(NamedTuple):
     hard: Tensor  # (2, P, K) one end of a positive, and the stranger that heuristics find most likely
 
 
+class LinkTrial:
+    """One trial's division of the edges, and what is asked of each part: made anew for each trial.
+
+    Attributes:
+        split: which edges are for what.
+        train_edges: what messages pass along.
+        negatives: all that training may know of what is not a link.
+        val_positive, val_negative: pairs int64 (2, P) on the device.
+    """
+
+    def __init__(self, graph: Graph, link: LinkConfig, seed: int, device: torch.device) -> None:
+        self.graph = graph
+        self.link = link
+        self.seed = seed
+        self.split = split_edges(
+            graph.edges(), graph.num_nodes, link.val_share, link.test_share, mix_seed(seed, SPLIT_STREAM)
+        )
+        for part, pairs in (("val", self.split.val), ("test", self.split.test)):
+            require(pairs.shape[1], f"link.{part}_share", f"leaves no edge of {graph.num_edges} in that part; raise it")
+        self.train_edges = TrainingEdges(self.split.train, graph.num_nodes, device)
+        self.negatives = NegativeSampler(self.split.train, graph.num_nodes)
+        self.val_positive = self.split.val.to(device)
+        self.val_negative = self.evaluation_negatives(self.split.val.shape[1], 0).to(device)
+
+    def evaluation_negatives(self, count: int, stream: int) -> Tensor:
+        """Uniform pairs without an edge of any part, int64 (2, count), the same each time."""
+        rng = torch.Generator().manual_seed(mix_seed(self.seed, NEGATIVE_STREAM, stream))
+        return NegativeSampler(self.split.all, self.graph.num_nodes).draw_distinct(count, rng)
+
+    @cached_property
+    def heuristics(self) -> Heuristics:
+        """Scores without learning, on this trial's training edges."""
+        return Heuristics(self.split.train, self.graph.num_nodes, features_as_scipy(self.graph.features))
+
+    @cached_property
+    def test_pairs(self) -> TestPairs:
+        """The test edges and their negatives, made when they are first needed: training never asks for them."""
+        test, edges, num_nodes = self.split.test, self.split.all, self.graph.num_nodes
+        seed = mix_seed(self.seed, NEGATIVE_STREAM, 2)
+        rows = [self.heuristics.rows(name) for name in HARD if name in self.heuristics.names]
+        return TestPairs(
+            positive=test,
+            uniform=self.evaluation_negatives(test.shape[1], 1),
+            easy=corrupt_uniformly(test, edges, num_nodes, self.link.num_negatives, seed),
+            hard=corrupt_hard(test, edges, num_nodes, self.link.num_negatives, seed, rows),
+        )
+
+    def measure(self, scorer: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """All metrics of a function from pairs int64 (2, S) to scores (S,), which is called once: some scorers prepare
+        whole rows.
+        """
+        pairs = self.test_pairs
+        flat = [kind.flatten(1) for kind in pairs]  # of (2, number of pairs)
+        scores = scorer(torch.cat(flat, dim=1)).split([kind.shape[1] for kind in flat])
+        positive, uniform, easy, hard = scores
+        easy = easy.view(pairs.easy.shape[1:])  # (P, K)
+        hard = hard.view(pairs.hard.shape[1:])  # (P, K)
+        against_easy = pair_metrics(positive, uniform, easy, HITS)
+        against_hard = pair_metrics(positive, hard, hard, HITS, "_hard")
+        return {**against_easy, **against_hard}
+
+
 class LinkTask(Task):
     """Autoencoders on a graph from which edges were taken. Each trial draws its own split.
 
@@ -57,37 +120,16 @@ class LinkTask(Task):
             raise ProjectError(f"{self.graph.name}: {self.graph.num_edges} edges are too few to hold out some of them")
         require(config.model.layer != "grand", "model.layer", "grand is for task=node")
         self.features = self.graph.to(device).features
-        self.edges, self.num_nodes = self.graph.edges(), self.graph.num_nodes
-        self.prepare(0)  # to find out now whether it can be split
+        self.num_nodes = self.graph.num_nodes
+        self.trial = self.divide(0)  # to find out now whether it can be split
 
-    def prepare(self, trial: int) -> None:
-        """The trial's split, its training structure, and its validation negatives."""
-        self.trial, link = trial, self.config.link
-        self.split = split_edges(
-            self.edges, self.num_nodes, link.val_share, link.test_share, mix_seed(self.seed_of(trial), SPLIT_STREAM)
-        )
-        for part, pairs in (("val", self.split.val), ("test", self.split.test)):
-            require(
-                pairs.shape[1] > 0,
-                f"link.{part}_share",
-                f"leaves no edge of {self.graph.num_edges} in that part; raise it",
-            )
-        self.train_edges = TrainingEdges(self.split.train, self.num_nodes, self.device)
-        # all that training may know of what is not a link
-        self.negatives = NegativeSampler(self.split.train, self.num_nodes)
-        self.val_negative = self.evaluation_negatives(self.split.val.shape[1], 0).to(self.device)
-        self.val_positive = self.split.val.to(self.device)
-
-    def evaluation_negatives(self, count: int, stream: int) -> Tensor:
-        """Uniform pairs without an edge of any part, int64 (2, count), the same each time."""
-        rng = torch.Generator().manual_seed(mix_seed(self.seed_of(self.trial), NEGATIVE_STREAM, stream))
-        return NegativeSampler(self.split.all, self.num_nodes).draw_distinct(count, rng)
+    def divide(self, trial: int) -> LinkTrial:
+        """The edges as a trial sees them."""
+        return LinkTrial(self.graph, self.config.link, self.seed_of(trial), self.device)
 
     def build(self, trial: int) -> nn.Module:
         """A fresh model, and the trial's split."""
-        self.prepare(trial)
-        self.__dict__.pop("test_pairs", None)
-        self.__dict__.pop("heuristics", None)
+        self.trial = self.divide(trial)
         return LinkModel(self.config.link, self.config.model, self.graph.num_features).to(self.device)
 
     def loss(self, net: nn.Module, step: int) -> Tensor:
@@ -97,12 +139,17 @@ class LinkTask(Task):
         see in this step. The cost is that of encoding the whole graph, so nothing is sharded: several processes all
         compute the same step.
         """
-        link, edges = self.config.link, self.train_edges
-        hidden, structure, positive = None, edges.whole, edges.pairs
+        link = self.config.link
+        edges = self.trial.train_edges
         if link.method in ("maskgae", "supervised"):
             hidden = self.hide()
-            structure, positive = edges.without(hidden), edges.pairs[:, hidden]
-        negative = self.negatives.draw(positive.shape[1]).to(self.device)
+            structure = edges.without(hidden)
+            positive = edges.pairs[:, hidden]
+        else:
+            hidden = None
+            structure = edges.whole
+            positive = edges.pairs
+        negative = self.trial.negatives.draw(positive.shape[1]).to(self.device)
         out = net(self.features, structure, torch.cat([positive, negative], 1))
         loss = reconstruction_loss(out.logits, positive.shape[1])
         if out.kl is not None:
@@ -113,40 +160,42 @@ class LinkTask(Task):
 
     def hide(self) -> Tensor:
         """The pairs that this step's encoder must not see, bool (M,); at least one."""
-        link, edges = self.config.link, self.train_edges
+        link = self.config.link
+        edges = self.trial.train_edges
         if link.method == "supervised":
             return edges.mask_batch(self.config.train.batch_size)
-        hidden = (
-            edges.mask_edges(link.mask_share)
-            if link.mask == "edge"
-            else edges.mask_paths(link.mask_share, link.walk_length)
-        )
+        if link.mask == "edge":
+            hidden = edges.mask_edges(link.mask_share)
+        else:
+            hidden = edges.mask_paths(link.mask_share, link.walk_length)
         return hidden if bool(hidden.any()) else edges.mask_batch(1)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """AUC and AP on the validation edges; the weights with the largest sum of both are kept."""
-        z = model.embed(self.features, self.train_edges.whole)
-        positive, negative = model.score(z, self.val_positive), model.score(z, self.val_negative)
-        found = {"val_auc": auc(positive, negative), "val_ap": average_precision(positive, negative)}
-        return {"criterion": 1 - (found["val_auc"] + found["val_ap"]) / 2, **found}
+        z = self.embed(model)
+        positive = model.score(z, self.trial.val_positive)
+        negative = model.score(z, self.trial.val_negative)
+        area = auc(positive, negative)
+        precision = average_precision(positive, negative)
+        return {"criterion": 1 - (area + precision) / 2, "val_auc": area, "val_ap": precision}
 
     def test(self, model: nn.Module) -> dict[str, float]:
         """AUC, AP, MRR and Hits@K of the test edges against uniform and against hard negatives; AUC and AP of the
         validation edges.
         """
-        z = model.embed(self.features, self.train_edges.whole)
+        z = self.embed(model)
+        found = self.trial.measure(lambda pairs: self.score(model, z, pairs))
         validation = self.validate(model)
-        return {
-            **self.metrics(lambda pairs: self.score(model, z, pairs)),
-            **{name: validation[name] for name in ("val_auc", "val_ap")},
-        }
+        return {**found, "val_auc": validation["val_auc"], "val_ap": validation["val_ap"]}
 
     def tables(self, model: nn.Module) -> dict[str, float]:
         """AUC, AP and MRR of each heuristic, which sees the training edges only."""
+        known = self.trial.heuristics
         found = {}
-        for name in self.heuristics.names:
-            metrics = self.metrics(lambda pairs, name=name: self.heuristics.score(name, pairs))
-            found |= {f"{metric}_{name}": value for metric, value in metrics.items() if not metric.startswith("hits")}
+        for name in known.names:
+            for metric, value in self.trial.measure(partial(known.score, name)).items():
+                if not metric.startswith("hits"):
+                    found[f"{metric}_{name}"] = value
         return found
 
     def figures(self, model: nn.Module, folder: Path) -> None:
@@ -156,8 +205,13 @@ class LinkTask(Task):
         from gnn.core import pictures
         from gnn.link import pictures as link_pictures
 
-        z, pairs = model.embed(self.features, self.train_edges.whole), self.test_pairs
-        score = {name: self.score(model, z, getattr(pairs, name)) for name in ("positive", "uniform", "hard")}
+        z = self.embed(model)
+        pairs = self.trial.test_pairs
+        score = {
+            "positive": self.score(model, z, pairs.positive),
+            "uniform": self.score(model, z, pairs.uniform),
+            "hard": self.score(model, z, pairs.hard),
+        }
         title = f"{self.config.link.method} on {self.graph.name}"
         link_pictures.draw_scores(folder / "scores.png", score, title)
         link_pictures.draw_thresholds(folder / "thresholds.png", score, title)
@@ -166,7 +220,8 @@ class LinkTask(Task):
 
     def describe(self) -> list[str]:
         """Sizes."""
-        g, s = self.graph, self.split
+        g = self.graph
+        s = self.trial.split
         return [
             f"{g.name}: {g.num_nodes:,} nodes, {g.num_edges:,} edges, {g.num_features:,} features "
             f"({type(g.features).__name__})",
@@ -175,37 +230,9 @@ class LinkTask(Task):
             f"{self.config.link.num_negatives} easy and as many hard negatives for each test edge",
         ]
 
-    # Evaluation
-
-    @cached_property
-    def heuristics(self) -> Heuristics:
-        """Scores without learning, on this trial's training edges."""
-        return Heuristics(self.split.train, self.num_nodes, features_as_scipy(self.graph.features))
-
-    @cached_property
-    def test_pairs(self) -> TestPairs:
-        """The test edges of this trial and their negatives, made when they are first needed: training never asks for
-        them.
-        """
-        split, link = self.split, self.config.link
-        seed = mix_seed(self.seed_of(self.trial), NEGATIVE_STREAM, 2)
-        known = self.heuristics
-        rows = [known.rows(name) for name in HARD if name in known.names]
-        return TestPairs(
-            split.test,
-            self.evaluation_negatives(split.test.shape[1], 1),
-            corrupt_uniformly(split.test, split.all, self.num_nodes, link.num_negatives, seed),
-            corrupt_hard(split.test, split.all, self.num_nodes, link.num_negatives, seed, rows),
-        )
-
-    def metrics(self, scorer: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """All metrics of a function from pairs int64 (2, S) to scores (S,)."""
-        pairs = self.test_pairs
-        sizes = [part[0].numel() for part in pairs]
-        # (sum of sizes,): one call, since some scorers work by rows
-        flat = scorer(torch.cat([part.flatten(1) for part in pairs], 1))
-        positive, uniform, easy, hard = (s.view(part.shape[1:]) for s, part in zip(flat.split(sizes), pairs))
-        return pair_metrics(positive, uniform, easy, HITS) | pair_metrics(positive, hard, hard, HITS, "_hard")
+    def embed(self, model: nn.Module) -> Tensor:
+        """Embeddings (N, D) of the graph of this trial's training edges."""
+        return model.embed(self.features, self.trial.train_edges.whole)
 
     def score(self, model: nn.Module, z: Tensor, pairs: Tensor) -> Tensor:
         """Logits of pairs (2, ...) on the CPU, some at a time, in the shape of the pairs."""

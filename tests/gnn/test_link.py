@@ -102,11 +102,11 @@ def test_vgae_matches_pytorch_geometric(peer, monkeypatch):
     task = make(monkeypatch)
     model = task.build(0)
     mean, log_sigma = (
-        part.detach().requires_grad_() for part in model.distribution(task.features, task.train_edges.whole)
+        part.detach().requires_grad_() for part in model.distribution(task.features, task.trial.train_edges.whole)
     )
     vgae = peer.VGAE(encoder=lambda: (mean, log_sigma))
     z = vgae.encode()
-    positive, negative = task.split.train, task.negatives.draw(300)
+    positive, negative = task.trial.split.train, task.trial.negatives.draw(300)
     theirs = vgae.recon_loss(z, positive, negative) + vgae.kl_loss() / 96
     logits = model.score(z, torch.cat([positive, negative], 1))
     ours = reconstruction_loss(logits, positive.shape[1]) + kl_divergence(mean, log_sigma) / 96
@@ -138,9 +138,9 @@ def test_vgae_encoder_matches_pytorch_geometric(peer, monkeypatch):
         for conv, (weight, bias) in zip(convs, [(first.weight, first.bias), *halves]):
             conv.lin.weight.copy_(weight.T)
             conv.bias.copy_(bias)
-    edges = task.split.message_edges
+    edges = task.trial.split.message_edges
     hidden = convs[0](task.graph.features, edges).relu()
-    for ours, conv in zip(model.distribution(task.features, task.train_edges.whole), convs[1:]):
+    for ours, conv in zip(model.distribution(task.features, task.trial.train_edges.whole), convs[1:]):
         torch.testing.assert_close(ours, conv(hidden, edges), rtol=1e-5, atol=1e-6)
 
 
@@ -151,10 +151,10 @@ def test_vgae_loss_of_a_step_is_the_formula(monkeypatch):
     torch.manual_seed(5)
     loss = task.loss(model, 1)
     torch.manual_seed(5)
-    negative = task.negatives.draw(task.split.train.shape[1])
-    mean, log_sigma = model.distribution(task.features, task.train_edges.whole)
+    negative = task.trial.negatives.draw(task.trial.split.train.shape[1])
+    mean, log_sigma = model.distribution(task.features, task.trial.train_edges.whole)
     z = mean + torch.randn_like(mean) * log_sigma.exp()
-    logits = [(z[a] * z[b]).sum(1) for a, b in (task.split.train, negative)]
+    logits = [(z[a] * z[b]).sum(1) for a, b in (task.trial.split.train, negative)]
     cross_entropy = sum(
         F.binary_cross_entropy_with_logits(x, torch.full_like(x, target)) for x, target in zip(logits, (1.0, 0.0))
     )
@@ -167,10 +167,10 @@ def test_decoders_do_not_care_for_the_order_of_the_ends(monkeypatch):
     for words in METHODS.values():
         task = make(monkeypatch, None, *words)
         model = task.build(0).eval()
-        z = model.embed(task.features, task.train_edges.whole)
+        z = model.embed(task.features, task.trial.train_edges.whole)
         assert z.shape == (96, 8)
         torch.testing.assert_close(
-            model.score(z, task.split.test), model.score(z, task.split.test.flip(0)), rtol=0, atol=0
+            model.score(z, task.trial.split.test), model.score(z, task.trial.split.test.flip(0)), rtol=0, atol=0
         )
 
 
@@ -181,7 +181,7 @@ def test_decoders_do_not_care_for_the_order_of_the_ends(monkeypatch):
 def test_scored_edges_leave_message_passing_in_both_directions(name, monkeypatch):
     task = make(monkeypatch, None, *METHODS[name])
     spy = Spy(task.build(0))
-    training = {tuple(pair) for pair in task.split.train.T.tolist()}
+    training = {tuple(pair) for pair in task.trial.split.train.T.tolist()}
     sizes = []
     for step in range(1, 9):
         torch.manual_seed(step)
@@ -208,9 +208,9 @@ def test_neither_training_nor_validation_see_test_edges(name, monkeypatch):
     """With other test edges in the graph, every weight and embedding is the same to the last bit."""
     task = make(monkeypatch, None, *METHODS[name])
     first, losses = fit(task, 5)
-    embeddings = first.embed(task.features, task.train_edges.whole)
-    hidden = {tuple(pair) for part in (task.split.val, task.split.test) for pair in part.T.tolist()}
-    split = task.split
+    embeddings = first.embed(task.features, task.trial.train_edges.whole)
+    hidden = {tuple(pair) for part in (task.trial.split.val, task.trial.split.test) for pair in part.T.tolist()}
+    split = task.trial.split
     for trial_split in (
         dataclasses.replace(split, test=split.test[:, :0]),
         dataclasses.replace(split, test=split.val, val=split.test),
@@ -220,8 +220,8 @@ def test_neither_training_nor_validation_see_test_edges(name, monkeypatch):
         other = LinkTask(task.config, CPU)
         second, again = fit(other, 5)
         assert again == losses
-        assert torch.equal(second.embed(other.features, other.train_edges.whole), embeddings)
-    assert not pairs_of(task.train_edges.whole) & (hidden | {(v, u) for u, v in hidden})
+        assert torch.equal(second.embed(other.features, other.trial.train_edges.whole), embeddings)
+    assert not pairs_of(task.trial.train_edges.whole) & (hidden | {(v, u) for u, v in hidden})
 
 
 def test_paths_follow_edges_and_degrees_count_hidden_ones():
@@ -251,9 +251,9 @@ def test_degree_decoder_is_trained_on_the_hidden_degrees(monkeypatch):
     loss = task.loss(model, 1)
     torch.manual_seed(3)
     hidden = task.hide()
-    positive = task.split.train[:, hidden]
-    negative = task.negatives.draw(positive.shape[1])
-    out = model(task.features, task.train_edges.without(hidden), torch.cat([positive, negative], 1))
+    positive = task.trial.split.train[:, hidden]
+    negative = task.trial.negatives.draw(positive.shape[1])
+    out = model(task.features, task.trial.train_edges.without(hidden), torch.cat([positive, negative], 1))
     target = torch.zeros(96).index_add_(0, positive.flatten(), torch.ones(positive.numel()))
     expected = reconstruction_loss(out.logits, positive.shape[1]) + 0.5 * (out.degree - target).square().mean()
     torch.testing.assert_close(loss, expected)
@@ -275,7 +275,7 @@ def test_same_seed_same_run(name, monkeypatch):
     assert results[0] != results[2]
     task = make(monkeypatch, None, *METHODS[name])
     assert fit(task, 4)[1] == results[0][0]
-    assert not torch.equal(task.split.test, make(monkeypatch, None, "seed=1").split.test)
+    assert not torch.equal(task.trial.split.test, make(monkeypatch, None, "seed=1").trial.split.test)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -297,9 +297,9 @@ def test_learns_a_small_graph(name, monkeypatch):
 
 def train_scores(task: LinkTask, model: LinkModel):
     with torch.no_grad():
-        z = model.embed(task.features, task.train_edges.whole)
-        return model.score(z, task.split.train), model.score(
-            z, task.negatives.draw(2000, torch.Generator().manual_seed(0))
+        z = model.embed(task.features, task.trial.train_edges.whole)
+        return model.score(z, task.trial.split.train), model.score(
+            z, task.trial.negatives.draw(2000, torch.Generator().manual_seed(0))
         )
 
 
@@ -375,7 +375,11 @@ def test_what_cannot_be_split_is_refused(monkeypatch):
 def test_vgae_on_cora_reaches_what_the_paper_reports():
     """One seed and half the steps; the paper's mean is 91.4 and 92.6."""
     task = LinkTask(resolve(Config, ROOT / "configs/vgae_cora.yaml", [f"data_root={DATA}"]), CPU)
-    assert [part.shape[1] for part in (task.split.train, task.split.val, task.split.test)] == [4488, 263, 527]
+    assert [part.shape[1] for part in (task.trial.split.train, task.trial.split.val, task.trial.split.test)] == [
+        4488,
+        263,
+        527,
+    ]
     model, _ = fit(task, 100)
     found = task.test(model)
     assert found["auc"] > 0.89 and found["ap"] > 0.9
