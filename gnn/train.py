@@ -14,6 +14,7 @@ if __name__ == "__main__":
     CONFIG, OPTIONS = load(Config, "gnn")
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,67 +39,74 @@ def train(config: Config, options: Options) -> None:
         runtime.use_threads(config.train.threads)
         task = build_task(config, run.device)
         task.shard = run.shard
-        steps, total = config.train.steps, config.train.steps * task.num_trials
+        num_epochs = config.train.steps  # of one trial: a seed, or a fold
         model = start_trial(task, 0)
-        optimizer, best = task.optimizer(model), Best()
-        done = run.resume(model=model, optimizer=optimizer, kept=best)  # 0 when fresh; counts the steps of all seeds
-        net = run.prepare(model)  # the same weights, compiled or spread over processes
+        optimizer = task.optimizer(model)
+        best = Best()
+        done = run.resume(model=model, optimizer=optimizer, kept=best)  # 0 when fresh; counts the steps of all trials
         for line in [*task.describe(), f"{runtime.count_parameters(model):,} parameters"]:
             run.display.say(line)
-        if done % steps:
-            task.build(done // steps)  # the data of the trial that goes on; its weights have been loaded
-        values: dict[str, float] = {}
 
-        for step in run.steps(done, total):
-            trial, epoch = (step - 1) // steps, (step - 1) % steps + 1
-            if epoch == 1:
-                model.load_state_dict(start_trial(task, trial).state_dict())
-                optimizer.state.clear()
-                best.reset()
-            if not best.exhausted(epoch, config.train.patience):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(epoch, config.train)
-                # the same in every process, and whatever ran before
-                runtime.seed_generators(run.device, task.seed_of(trial), epoch)
-                model.train()
-                optimizer.zero_grad(set_to_none=True)
-                loss = task.loss(net, epoch)
-                loss.backward()
-                grad_norm = run.check_gradients(optimizer, loss, config.train.grad_clip)  # stops on a non-finite value
-                optimizer.step()
-                if epoch % config.train.validate_every == 0 or epoch == steps:
-                    model.eval()
-                    with torch.no_grad():
-                        values = task.validate(model)
-                    best.update(values.pop("criterion"), epoch, model)
-                run.log(step, config.train.log_every, {"steps": 1}, loss=loss.detach(), grad_norm=grad_norm, **values)
-            if epoch == steps and run.is_main:
-                facts = {
-                    "project": "gnn",
-                    "seed": str(task.seed_of(trial)),
-                    "step": str(best.step),
-                    "config": to_yaml(config),
-                }
-                export_weights(run.folder / f"models/{trial:04d}.safetensors", best.weights, facts)
-            if run.save_due(step, config.train.save_every):
-                run.save(step, model=model, optimizer=optimizer, kept=best)
+        steps = run.steps(done, num_epochs * task.num_trials)
+        for trial in range(done // num_epochs, task.num_trials):
+            first_epoch = max(1, done - trial * num_epochs + 1)  # above 1 in a trial that was stopped half way
+            if first_epoch > 1:
+                task.build(trial)  # its data; its weights have been loaded
+            else:
+                model = start_trial(task, trial)
+                optimizer = task.optimizer(model)
+                best = Best()
+            net = run.prepare(model)  # the same weights, compiled or spread over processes
+
+            # the epochs first: zip must not take a step that no epoch is left for
+            for epoch, step in zip(range(first_epoch, num_epochs + 1), steps):
+                if not best.exhausted(epoch, config.train.patience):
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(epoch, config.train)
+                    # the same in every process, and whatever ran before
+                    runtime.seed_generators(run.device, task.seed_of(trial), epoch)
+                    model.train()
+                    optimizer.zero_grad(set_to_none=True)
+                    loss = task.loss(net, epoch)
+                    loss.backward()
+                    # stops on a non-finite value
+                    grad_norm = run.check_gradients(optimizer, loss, config.train.grad_clip)
+                    optimizer.step()
+                    if epoch % config.train.validate_every == 0 or epoch == num_epochs:
+                        model.eval()
+                        with torch.no_grad():
+                            best.values = task.validate(model)
+                        best.update(same_in_all_processes(best.values.pop("criterion"), run.device), epoch, model)
+                    values = {"loss": loss.detach(), "grad_norm": grad_norm, **best.values}
+                    run.log(step, config.train.log_every, {"steps": 1}, **values)
+                if epoch == num_epochs and run.is_main:
+                    export_trial(run.folder, config, task.seed_of(trial), trial, best)
+                if run.save_due(step, config.train.save_every):
+                    run.save(step, model=model, optimizer=optimizer, kept=best)
+            if run.step < (trial + 1) * num_epochs:  # a stop signal has ended the steps
+                break
+        next(steps, None)  # what run.steps does after the last one
 
 
 class Best:
-    """The weights with the lowest validation criterion of a trial so far."""
+    """The weights with the lowest validation criterion of a trial so far.
+
+    Attributes:
+        step: the epoch that they are of; 0 = none yet.
+        values: what the trial's latest validation measured, logged until the next one.
+    """
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything: a new trial begins."""
-        self.criterion, self.step = math.inf, 0
+        self.criterion = math.inf
+        self.step = 0
         self.weights: dict[str, torch.Tensor] = {}
+        self.values: dict[str, float] = {}
 
     def update(self, criterion: float, step: int, model: torch.nn.Module) -> None:
         """Copy the weights if they are the best so far."""
         if criterion < self.criterion or not self.step:
-            self.criterion, self.step = math.inf if math.isnan(criterion) else criterion, step
+            self.criterion = math.inf if math.isnan(criterion) else criterion
+            self.step = step
             self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
     def exhausted(self, step: int, patience: int) -> bool:
@@ -107,17 +115,37 @@ class Best:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"criterion": self.criterion, "step": self.step, "weights": self.weights}
+        return {"criterion": self.criterion, "step": self.step, "weights": self.weights, "values": self.values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
-        self.criterion, self.step, self.weights = state["criterion"], state["step"], state["weights"]
+        self.criterion = state["criterion"]
+        self.step = state["step"]
+        self.weights = state["weights"]
+        self.values = state["values"]
 
 
 def start_trial(task: Task, trial: int) -> torch.nn.Module:
     """Fresh weights and the trial's split: functions of the trial's seed alone."""
     runtime.seed_generators(task.device, task.seed_of(trial), INIT_STREAM)
     return task.build(trial)
+
+
+def same_in_all_processes(value: float, device: torch.device) -> float:
+    """The first process's value. What is kept, and when a trial ends, must not differ between processes: they would
+    wait for each other for ever. It would, where each has running means of its own.
+    """
+    if not torch.distributed.is_initialized():
+        return value
+    shared = torch.tensor(value, device=device, dtype=torch.float64)
+    torch.distributed.broadcast(shared, 0)
+    return shared.item()
+
+
+def export_trial(folder: Path, config: Config, seed: int, trial: int, best: Best) -> None:
+    """Write the kept weights of a trial to `models/`, with the seed and the epoch that they are of."""
+    facts = {"project": "gnn", "seed": str(seed), "step": str(best.step), "config": to_yaml(config)}
+    export_weights(folder / f"models/{trial:04d}.safetensors", best.weights, facts)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.checkpoint import Checkpoints
 from common.logging import read_metrics
 from common.report import read_run
 from gnn.task import Task
@@ -58,6 +62,22 @@ def test_resume_is_exact(steps, whole, tmp_path, monkeypatch):
     assert train(config(folder, *SMALL), resume=True) == 0
     assert same(weights(folder), weights(whole))
     assert log(folder) == log(whole)
+
+
+@pytest.mark.parametrize("stop", [5, 10], ids=["between validations", "in the second seed"])
+def test_a_resumed_log_repeats_the_last_validation(stop, tmp_path, monkeypatch):
+    """A line between two validations has the values of the latest one of its seed, also after --resume; a seed's first
+    lines have none of the seed before it.
+    """
+    rare = (*SMALL, "train.validate_every=4")
+    assert train(config(tmp_path / "whole", *rare)) == 0
+    lines = {line["step"]: line for line in log(tmp_path / "whole")}
+    assert "val_loss" not in lines[1] and lines[5]["val_loss"] == lines[4]["val_loss"]
+    assert "val_loss" not in lines[7]
+    stop_in_check(monkeypatch, stop)
+    assert train(config(tmp_path / "run", *rare)) == 143
+    assert train(config(tmp_path / "run", *rare), resume=True) == 0
+    assert log(tmp_path / "run") == log(tmp_path / "whole")
 
 
 def test_patience_ends_a_seed_and_keeps_its_best(tmp_path):
@@ -119,6 +139,80 @@ def test_two_processes_equal_one(tmp_path):
     for name, parts in weights(tmp_path / "one").items():
         for key, value in parts.items():
             torch.testing.assert_close(weights(tmp_path / "two")[name][key], value, rtol=0, atol=1e-6)
+
+
+PATIENT = ("train.steps=100000", "train.seeds=2", "train.patience=5", "train.log_every=1", "train.lr=0.3")
+
+
+def test_processes_stop_together_after_a_seed_has_ended_early(tmp_path):
+    """Patience has ended the first seed, its remaining steps do nothing, and one of two processes is told to stop: both
+    leave within a step, and the run goes on from there.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run_dir = tmp_path / "run"
+    command = ["-m", "gnn.train", "--config", str(KARATE), "device=cpu", *PATIENT, f"run_dir={run_dir}"]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        wait_until_quiet(run_dir / "metrics.jsonl")
+        assert [process.poll() for process in processes] == [None, None]
+        processes[1].send_signal(signal.SIGTERM)  # not the one that writes
+        said = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes][1] == 143, said
+    last = max(line["step"] for line in log(run_dir))
+    saved = Checkpoints(run_dir / "checkpoints", 1).list()
+    assert saved, said
+    state = Checkpoints.load(max(saved))
+    assert last + 5 < state["step"] < 100_000  # in the idle part of the first seed
+    assert state["parts"]["kept"]["step"] == last - 5
+
+
+def wait_until_quiet(path):
+    """Until a log has lines and gets no more of them."""
+    size, quiet = 0, 0
+    for _ in range(2000):
+        time.sleep(0.1)
+        now = path.stat().st_size if path.exists() else 0
+        quiet = quiet + 1 if now == size and now else 0
+        size = now
+        if quiet == 20:
+            return
+    pytest.fail(f"{path} does not come to rest")
+
+
+def test_the_first_process_decides_what_is_kept(tmp_path):
+    """Batch norm's running means differ between processes, and so does what they validate; the weights they keep, and
+    the step at which patience ends a seed, do not.
+    """
+    words = ("sampling.kind=neighbors", "model.layer=sage", "model.norm=batch", "train.batch_size=4", "model.layers=2")
+    command = ["-m", "gnn.train", "--config", str(KARATE), "device=cpu", *words, "train.steps=40", "train.patience=3"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*torchrun, *command, "train.lr=0.1", "train.seeds=2", f"run_dir={tmp_path / 'two'}"],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(weights(tmp_path / "two")) == 2
 
 
 def test_commands_as_a_person_types_them(tmp_path):
