@@ -43,7 +43,8 @@ class GraphTask(Task):
 
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__(config, device)
-        self.folds, self.gin = config.graph.folds, config.graph.protocol == "gin"
+        self.folds = config.graph.folds
+        self.gin = config.graph.protocol == "gin"
         self.num_trials = config.train.seeds * self.folds
         check_protocol(config)
         self.whole = load_graphs(config)
@@ -60,9 +61,11 @@ class GraphTask(Task):
 
     def split(self, trial: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ids of training, validation and held-out graphs, int64, disjoint and complete. gin: no validation graphs."""
-        labels, repetition = self.whole.labels, trial // self.folds
+        labels = self.whole.labels
+        repetition = trial // self.folds
         held_out = stratified_folds(labels, self.folds, self.config.seed + repetition) == trial % self.folds
-        rest, test = (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+        rest = (~held_out).nonzero().flatten()
+        test = held_out.nonzero().flatten()
         if self.gin:
             return rest, rest[:0], test
         one_in = round(1 / self.config.graph.validation)
@@ -97,18 +100,20 @@ class GraphTask(Task):
         """Loss and accuracy on the validation part; gin: on the held-out fold, and the last weights are the ones
         kept.
         """
-        # each process has its own running means of the batch norm: go by the first one's
-        if torch.distributed.is_initialized():
-            for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, 0)
         logits = model(self.held)
-        loss, share = F.cross_entropy(logits, self.held.labels).item(), accuracy(logits, self.held.labels)
-        criterion = loss
+        loss = F.cross_entropy(logits, self.held.labels).item()
+        share = accuracy(logits, self.held.labels)
+        return {"criterion": self.criterion(loss, share), "val_loss": loss, "val_accuracy": share}
+
+    def criterion(self, loss: float, share: float) -> float:
+        """What chooses the weights, lower is better, from the loss and the accuracy of the validation part."""
         if self.gin:
-            criterion = -float(self.step)
-        elif self.config.graph.choose_by == "accuracy":
-            criterion = -share + loss / (1 + loss) / (2 * len(self.held))  # less than the accuracy of half a graph
-        return {"criterion": criterion, "val_loss": loss, "val_accuracy": share}
+            return -float(self.step)  # always the latest ones
+        if self.config.graph.choose_by == "loss":
+            return loss
+        # the accuracy; between equal ones the loss, squeezed so that it weighs less than half a graph
+        squeezed = loss / (1 + loss)  # in [0, 1)
+        return -share + squeezed / (2 * len(self.held))
 
     def test(self, model: nn.Module) -> dict[str, float]:
         """honest: accuracy and macro-F1 on the held-out fold, accuracy on the validation part. gin: see the head of
@@ -145,7 +150,8 @@ class GraphTask(Task):
             .index_add(0, owner, whole.features)
             .numpy()
         )
-        labels, right = whole.labels.numpy(), {"majority": [], "label_counts": []}
+        labels = whole.labels.numpy()
+        right = {"majority": [], "label_counts": []}
         for trial in range(self.folds):
             train, val, test = (ids.numpy() for ids in self.split(trial))
             rest = [*train, *val]
@@ -187,15 +193,15 @@ class GraphTask(Task):
 
     def describe(self) -> list[str]:
         """Sizes, and what the figures will mean."""
-        g, train = self.whole, self.split(0)
+        g = self.whole
+        train, val, test = self.split(0)
         shares = torch.bincount(g.labels).tolist()
         return [
             f"{g.name}: {len(g):,} graphs, {len(g.features) / len(g):.1f} nodes and {len(g.indices) / 2 / len(g):.1f} "
             "edges each, "
             f"{g.features.shape[1]} features, classes of {', '.join(map(str, shares))} graphs",
-            f"{self.folds}-fold cross-validation, protocol {self.config.graph.protocol}: {len(train[0])} training, "
-            f"{len(train[1])} "
-            f"validation, {len(train[2])} held-out graphs in the first fold",
+            f"{self.folds}-fold cross-validation, protocol {self.config.graph.protocol}: {len(train)} training, "
+            f"{len(val)} validation, {len(test)} held-out graphs in the first fold",
         ]
 
 
