@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import resource
 import shutil
 import subprocess
@@ -187,9 +186,7 @@ def summary() -> str:
         for row in TABLES[name][1]:
             metrics, count, cost = recorded(row)
             here = ", ".join(filter(None, (cell(metrics, column) for column in columns)))
-            lines.append(
-                f"| {row.config} | {count or ''} | {', '.join(columns)} | {here} | {row.published} | {cost} |"
-            )
+            lines.append(f"| {row.config} | {count or ''} | {', '.join(columns)} | {here} | {row.published} | {cost} |")
     return "\n".join(lines)
 
 

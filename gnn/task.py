@@ -1,8 +1,8 @@
 """What the training loop asks of a task.
 
-There is one loop (train.py) and there are four tasks, each in a module of its own: nodes (node.py; sampled.py where a
-step sees only a part of the graph), links (link.py), whole graphs (graphs.py), communities (community.py). A task holds
-the data and knows losses and metrics; it never holds the model.
+There is one loop (train.py) and there are four tasks, each in a folder of its own: nodes (node/task.py;
+node/minibatch_task.py where a step sees only a part of the graph), links (link/), whole graphs (whole_graph/),
+communities (community/). A task holds the data and knows losses and metrics; it never holds the model.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from gnn.task import Task
 
 
 class CommunityTask(Task):
-    """Groups of nodes with many edges inside and few between, found by DMoN (gnn/dmon.py)."""
+    """Groups of nodes with many edges inside and few between, found by DMoN (dmon.py)."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         super().__init__(config, device)

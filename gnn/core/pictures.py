@@ -204,7 +204,8 @@ def draw_graph(path: Path, graph: Graph, predicted: Tensor | np.ndarray, title: 
 
     rows, columns = array(graph.edges())
     points = spread_out(stress_layout(rows, columns, graph.num_nodes))
-    fill, truth = array(predicted), None if graph.labels is None else array(graph.labels)
+    fill = array(predicted)
+    truth = None if graph.labels is None else array(graph.labels)
     squares = np.zeros(graph.num_nodes, dtype=bool)
     squares[array(graph.train)] = True
     with canvas(path, 6.8) as figure:
@@ -230,14 +231,16 @@ def draw_graph(path: Path, graph: Graph, predicted: Tensor | np.ndarray, title: 
                     color="white" if dark else "black",
                     zorder=3,
                 )
-        parts = (
-            ["fill: predicted"]
-            + ["outline: true class"] * (truth is not None)
-            + ["square: training node"] * bool(squares.any())
-        )
-        axes.set_title(title or f"{graph.name} ({', '.join(parts)})")
+        explained = ["fill: predicted"]
+        shown = fill
+        if truth is not None:
+            explained.append("outline: true class")
+            shown = np.concatenate([fill, truth])
+        if squares.any():
+            explained.append("square: training node")
+        axes.set_title(title or f"{graph.name} ({', '.join(explained)})")
         blank(axes)
-        class_legend(axes, np.unique(fill if truth is None else np.concatenate([fill, truth])).tolist())
+        class_legend(axes, np.unique(shown).tolist())
 
 
 @torch.no_grad()

@@ -73,7 +73,9 @@ def open_arrays(folder: Path, in_memory: bool = False) -> tuple[dict[str, NDArra
         manifest = json.loads(path.read_text(encoding="utf-8"))
         listed = manifest["arrays"]
         if manifest["format"] != FORMAT or not set(NEEDED) <= set(listed) <= set(ARRAYS):
-            raise ProjectError(f"{path}: not a graph of format {FORMAT}; write it again with gnn.data.storage.save_arrays")
+            raise ProjectError(
+                f"{path}: not a graph of format {FORMAT}; write it again with gnn.data.storage.save_arrays"
+            )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ProjectError(
             f"{path}: no graph here, or an unfinished one; write it with gnn.data.storage.save_arrays ({error})"

@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 
 from common.errors import ProjectError
 from gnn.config import Config, SyntheticConfig
-from gnn.data.csr import undirected_csr
 from gnn.core.graph import Graph
 from gnn.core.randomness import GOLDEN, below, low_unit, make_key, mix64, unit
+from gnn.data.csr import undirected_csr
 from gnn.data.storage import open_arrays, save_arrays
 
 _ROWS = 1 << 16  # nodes at a time where float temporaries would be large

@@ -52,7 +52,9 @@ class Heuristics:
     def names(self) -> tuple[str, ...]:
         """All heuristics that this graph offers; `features` needs features."""
         known = ("common_neighbours", "adamic_adar", "resource_allocation", "preferential_attachment", "katz", "ppr")
-        return known + ("features",) * (self._features is not None)
+        if self._features is None:
+            return known
+        return (*known, "features")
 
     def score(self, name: str, pairs: Tensor) -> Tensor:
         """Scores of `pairs`, int64 (2, ...) in any order of the ends, as float64 (...). ValueError for an unknown
@@ -110,11 +112,12 @@ class Heuristics:
         nodes = np.unique(np.concatenate([a for a, _ in ends])) if len(u) else np.empty(0, dtype=np.int64)
         size = max(1, ROW_ENTRIES // self.num_nodes)
         for start in range(0, len(nodes), size):
-            part = nodes[start : start + size]
-            block = rows(part)  # (B, N)
+            sources = nodes[start : start + size]
+            block = rows(sources)  # (B, N)
             for a, b in ends:
-                place = np.searchsorted(part, a)
-                here = np.flatnonzero((place < len(part)) & (part[np.minimum(place, len(part) - 1)] == a))
+                place = np.searchsorted(sources, a)
+                inside = np.minimum(place, len(sources) - 1)
+                here = np.flatnonzero(sources[inside] == a)  # the pairs whose first end is among the sources
                 found[here] += block[place[here], b[here]]
         return found
 
@@ -139,8 +142,11 @@ class Heuristics:
         walk = self.adjacency * ((1 - PPR_RETURN) * _inverse(self.degree))
         start = np.zeros((self.num_nodes, len(nodes)))  # (N, B)
         start[nodes, np.arange(len(nodes))] = np.where(self.degree[nodes] > 0, PPR_RETURN, 1.0)
-        walk, radius = sp.csr_array(walk), 1 - PPR_RETURN
-        before, pi, omega = start, start + walk @ start, 2.0  # one plain iteration first
+        walk = sp.csr_array(walk)
+        radius = 1 - PPR_RETURN
+        before = start
+        pi = start + walk @ start  # one plain iteration first
+        omega = 2.0
         for _ in range(PPR_ITERATIONS):
             omega = 1 / (1 - radius**2 * omega / 4)
             new = walk @ pi
@@ -158,10 +164,12 @@ class Heuristics:
 
 def _row_products(a: sp.csr_array, b: sp.csr_array, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Inner products of rows u of `a` and rows v of `b`, (S,), some at a time."""
-    a, b, found = sp.csr_array(a), sp.csr_array(b), np.zeros(len(u))
+    a = sp.csr_array(a)
+    b = sp.csr_array(b)
+    found = np.zeros(len(u))
     for start in range(0, len(u), 2**16):
-        part = slice(start, start + 2**16)
-        found[part] = a[u[part]].multiply(b[v[part]]).sum(1)
+        some = slice(start, start + 2**16)
+        found[some] = a[u[some]].multiply(b[v[some]]).sum(1)
     return found
 
 

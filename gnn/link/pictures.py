@@ -82,7 +82,8 @@ def rates(positive: Tensor, negative: Tensor) -> tuple[np.ndarray, np.ndarray]:
     arrays.
     """
     threshold = np.sort(positive.numpy())[::-1]
-    count = [
-        len(part) - np.searchsorted(np.sort(part.numpy()), threshold, side="left") for part in (positive, negative)
-    ]
-    return count[0] / len(positive), count[1] / len(negative)
+    positives_below = np.searchsorted(np.sort(positive.numpy()), threshold, side="left")
+    negatives_below = np.searchsorted(np.sort(negative.numpy()), threshold, side="left")
+    caught = (len(positive) - positives_below) / len(positive)
+    wrong = (len(negative) - negatives_below) / len(negative)
+    return caught, wrong

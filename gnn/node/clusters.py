@@ -51,11 +51,15 @@ def partition(
 def _breadth_first(indptr: NDArray, indices: NDArray) -> NDArray:
     """int32 (N,): all nodes, component after component, each in breadth-first order from its lowest number."""
     n = len(indptr) - 1
-    order, seen, count = np.empty(n, np.int32), np.zeros(n, np.bool_), 0
+    order = np.empty(n, np.int32)
+    seen = np.zeros(n, np.bool_)
+    count = 0
     for root in range(n):
         if seen[root]:
             continue
-        seen[root], order[count], head = True, root, count
+        seen[root] = True
+        order[count] = root
+        head = count
         count += 1
         while head < count:
             v = order[head]
@@ -63,7 +67,8 @@ def _breadth_first(indptr: NDArray, indices: NDArray) -> NDArray:
             for e in range(indptr[v], indptr[v + 1]):
                 u = indices[e]
                 if not seen[u]:
-                    seen[u], order[count] = True, u
+                    seen[u] = True
+                    order[count] = u
                     count += 1
     return order
 
@@ -76,14 +81,16 @@ def _stream(indptr: NDArray, indices: NDArray, order: NDArray, part: NDArray, si
     neighbours = np.zeros(len(size), np.int64)  # of the node at hand, in each part
     for v in order:
         size[part[v]] -= 1
-        best, best_score = part[v], 0.0
+        best = part[v]
+        best_score = 0.0
         for e in range(indptr[v], indptr[v + 1]):
             neighbours[part[indices[e]]] += 1
         for e in range(indptr[v], indptr[v + 1]):
             r = part[indices[e]]
             score = neighbours[r] * (1 - size[r] / capacity)
             if score > best_score:  # a full part has score 0
-                best, best_score = r, score
+                best = r
+                best_score = score
             neighbours[r] = 0
         part[v] = best
         size[best] += 1
