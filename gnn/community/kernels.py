@@ -13,10 +13,11 @@ strength and nowhere else.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from gnn.core.compiled import compiled
 
 
-@njit(cache=True)
+@compiled()
 def _communities(strength, labels):
     """Of each id 0 ... n-1: strength S_C and size; then the stack of unused ids and its height."""
     n = len(labels)
@@ -32,7 +33,7 @@ def _communities(strength, labels):
     return total, size, empty, num_empty
 
 
-@njit(cache=True)
+@compiled()
 def _best_community(graph, strength, g, labels, total, v, scratch, margin):
     """Where v, taken out of its community, gains most: (community or -1 for an empty one). Its own unless another gains
     over `margin`.
@@ -60,7 +61,7 @@ def _best_community(graph, strength, g, labels, total, v, scratch, margin):
     return best if best_gain - stay > margin else old
 
 
-@njit(cache=True)
+@compiled()
 def local_moving(graph, strength, g, labels, order, margin):
     """Move nodes to the best community among their neighbours' and an empty one until the queue is empty; True if
     anything moved.
@@ -105,7 +106,7 @@ def local_moving(graph, strength, g, labels, order, margin):
     return moved
 
 
-@njit(cache=True)
+@compiled()
 def refine(graph, strength, g, labels, order, uniform, theta):
     """Split each community of `labels` (n,) into well-connected parts; their ids, int64 (n,) < n (Traag et al. 2019,
     Algorithm A.2).
@@ -154,7 +155,7 @@ def refine(graph, strength, g, labels, order, uniform, theta):
     return part
 
 
-@njit(cache=True)
+@compiled()
 def _draw(gain, uniform, theta):
     """Index drawn with probability proportional to exp(gain / theta) where gain >= 0; -1, staying alone, counts with
     gain 0.
@@ -178,7 +179,7 @@ def _draw(gain, uniform, theta):
     return chosen
 
 
-@njit(cache=True)
+@compiled()
 def quality(graph, strength, labels, resolution):
     """Modularity of `labels` (n,) < n: 1 - cut / 2m - gamma sum_C (S_C / 2m)^2, as strengths include what lies
     inside merged nodes.
@@ -196,7 +197,7 @@ def quality(graph, strength, labels, resolution):
     return 1.0 - cut / whole - resolution * ((total / whole) ** 2).sum()
 
 
-@njit(cache=True)
+@compiled()
 def renumber(labels, bound):
     """Ids 0 ... k-1 in the order of first appearance; (labels int64 (n,), k). `bound` is above every id."""
     new = np.full(bound, -1, np.int64)
@@ -210,7 +211,7 @@ def renumber(labels, bound):
     return result, k
 
 
-@njit(cache=True)
+@compiled()
 def aggregate(graph, strength, labels, k):
     """Merge each community of `labels` (n,) into one node: ((indptr, indices, weights) without self-loops, strengths
     (k,)).
@@ -247,7 +248,7 @@ def aggregate(graph, strength, labels, k):
     return (new_indptr, new_indices[:used].copy(), new_weights[:used].copy()), new_strength
 
 
-@njit(cache=True)
+@compiled()
 def connected_parts(graph, labels):
     """Split communities into their connected parts: (ids int64 (n,), number of parts)."""
     indptr, indices, _ = graph

@@ -8,7 +8,8 @@ element i of the stream with key k is mix64(k + i * golden), which is that gener
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from gnn.core.compiled import compiled
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -16,7 +17,7 @@ _S27, _S30, _S31, _S32, _S11 = (np.uint64(s) for s in (27, 30, 31, 32, 11))
 _LOW = np.uint64(0xFFFFFFFF)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@compiled(nogil=True, inline="always")
 def mix64(z: int) -> int:
     """A bijection of uint64 whose output looks random."""
     z = (z ^ (z >> _S30)) * _M1
@@ -24,19 +25,19 @@ def mix64(z: int) -> int:
     return z ^ (z >> _S31)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@compiled(nogil=True, inline="always")
 def below(z: int, n: int) -> int:
     """The upper 32 bits of uint64 z as an int64 in 0 .. n - 1 (Lemire 2019; the bias is n / 2^32)."""
     return np.int64(((z >> _S32) * np.uint64(n)) >> _S32)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@compiled(nogil=True, inline="always")
 def low_unit(z: int) -> float:
     """The lower 32 bits of uint64 z as a float in [0, 1)."""
     return (z & _LOW) * 2.0**-32
 
 
-@njit(cache=True, nogil=True, inline="always")
+@compiled(nogil=True, inline="always")
 def unit(z: int) -> float:
     """The upper 53 bits of uint64 z as a float64 in [0, 1)."""
     return (z >> _S11) * 2.0**-53

@@ -6,10 +6,10 @@ Legend: N nodes, n nodes in question, C communities, F features.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from gnn.config import SyntheticConfig
+from gnn.core.compiled import compiled
 from gnn.core.graph import Graph
 from gnn.data.synthetic import centres, plant_social
 
@@ -27,7 +27,7 @@ def feature_scores(x: NDArray, points: NDArray, shares: NDArray) -> NDArray:
     )
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def neighbour_counts(
     nodes: NDArray, indptr: NDArray, indices: NDArray, communities: NDArray, num_communities: int
 ) -> NDArray:

@@ -7,8 +7,9 @@ Legend: N nodes, M edges as drawn or read, E directed edges kept (both direction
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from gnn.core.compiled import compiled
 
 
 def undirected_csr(src: NDArray, dst: NDArray, num_nodes: int) -> tuple[NDArray, NDArray]:
@@ -40,7 +41,7 @@ def undirected_csr(src: NDArray, dst: NDArray, num_nodes: int) -> tuple[NDArray,
     return indptr, indices[:kept]
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _range(src: NDArray, dst: NDArray) -> tuple[int, int]:
     low, high = np.int64(0), np.int64(-1)
     for e in range(len(src)):
@@ -49,7 +50,7 @@ def _range(src: NDArray, dst: NDArray) -> tuple[int, int]:
     return low, high
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _count(src: NDArray, dst: NDArray, indptr: NDArray) -> None:
     for e in range(len(src)):
         if src[e] != dst[e]:
@@ -57,7 +58,7 @@ def _count(src: NDArray, dst: NDArray, indptr: NDArray) -> None:
             indptr[dst[e] + 1] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _fill(src: NDArray, dst: NDArray, cursor: NDArray, indices: NDArray) -> None:
     for e in range(len(src)):
         u, v = src[e], dst[e]
@@ -68,7 +69,7 @@ def _fill(src: NDArray, dst: NDArray, cursor: NDArray, indices: NDArray) -> None
             cursor[v] += 1
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _unique_rows(indptr: NDArray, indices: NDArray) -> int:
     """Sort every row and drop repeats, moving rows to the left in place; returns the number of entries kept."""
     write = start = 0
@@ -86,7 +87,7 @@ def _unique_rows(indptr: NDArray, indices: NDArray) -> int:
     return write
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _sort(values: NDArray) -> None:
     if len(values) > 48:
         values.sort()

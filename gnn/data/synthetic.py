@@ -26,11 +26,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 
 from common.errors import ProjectError
 from gnn.config import Config, SyntheticConfig
+from gnn.core.compiled import compiled
 from gnn.core.graph import Graph
 from gnn.core.randomness import GOLDEN, below, low_unit, make_key, mix64, unit
 from gnn.data.csr import undirected_csr
@@ -146,7 +146,7 @@ def dcsbm(planted: Planted, num_edges: int, seed: int = 0) -> tuple[NDArray, NDA
     return undirected_csr(src, dst, len(order))
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _alias_tables(weights: NDArray, starts: NDArray) -> tuple[NDArray, NDArray]:
     """Vose's alias tables of each part weights[starts[r]:starts[r + 1]]: accept float32 (N,), alias int32 (N,)
     position in the whole.
@@ -178,7 +178,7 @@ def _alias_tables(weights: NDArray, starts: NDArray) -> tuple[NDArray, NDArray]:
     return accept, alias
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _draw_blocks(
     key: int,
     src: NDArray,
@@ -206,7 +206,7 @@ def _draw_blocks(
         dst[e] = own[k] if low_unit(z) < accept[k] else other[k]
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _pick(bounds: NDArray, u: float) -> int:
     """First position whose cumulative share exceeds u: empty communities, of share 0, are never picked."""
     low, high = 0, len(bounds) - 1
@@ -254,7 +254,7 @@ def rmat(
     return *undirected_csr(src, dst, num_nodes), address
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _draw_quadrants(key: int, src: NDArray, dst: NDArray, bits: int, cuts: NDArray, order: NDArray) -> None:
     """16 random bits for each level; an end beyond the last node is drawn anew."""
     for e in range(len(src)):

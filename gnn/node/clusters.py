@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from gnn.community.louvain_leiden import louvain
+from gnn.core.compiled import compiled
 from gnn.node.neighbours import Block, InducedSubgraphs, epoch_batch
 
 
@@ -47,7 +47,7 @@ def partition(
     return part
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _breadth_first(indptr: NDArray, indices: NDArray) -> NDArray:
     """int32 (N,): all nodes, component after component, each in breadth-first order from its lowest number."""
     n = len(indptr) - 1
@@ -73,7 +73,7 @@ def _breadth_first(indptr: NDArray, indices: NDArray) -> NDArray:
     return order
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _stream(indptr: NDArray, indices: NDArray, order: NDArray, part: NDArray, size: NDArray, capacity: int) -> None:
     """One round: take each node of `order` out of its part and place it greedily; it stays where no other part suits
     it better.
@@ -101,7 +101,7 @@ def cut_share(indptr: NDArray, indices: NDArray, part: NDArray) -> float:
     return float(_cut(indptr, indices, part)) / max(1, len(indices))
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _cut(indptr: NDArray, indices: NDArray, part: NDArray) -> int:
     cut = 0
     for v in range(len(indptr) - 1):

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gnn.core.compiled import compiled
 from gnn.core.randomness import GOLDEN, below, make_key, mix64
 
 ALL = -1  # as a fanout: keep every neighbour
@@ -186,7 +186,7 @@ def _register(nodes: NDArray, position: NDArray, num_nodes: int) -> None:
         raise ValueError(f"node {nodes[at]} is named twice: the nodes of a batch must be distinct")
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _number(nodes: NDArray, position: NDArray) -> tuple[int, int]:
     for i in range(len(nodes)):
         v = nodes[i]
@@ -198,13 +198,13 @@ def _number(nodes: NDArray, position: NDArray) -> tuple[int, int]:
     return _OK, 0
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _forget(nodes: NDArray, position: NDArray) -> None:
     for v in nodes:
         position[v] = -1
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _pick_edges(indptr: NDArray, nodes: NDArray, fanout: int, key: int) -> tuple[NDArray, NDArray]:
     """Row ends (n + 1,) and, row by row, the places in `indices` of the edges kept: a loop of its own, so that loads
     overlap.
@@ -229,7 +229,7 @@ def _pick_edges(indptr: NDArray, nodes: NDArray, fanout: int, key: int) -> tuple
     return ends, picked
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _floyd(row: NDArray, degree: int, first: int, z: int) -> None:
     """len(row) distinct numbers below `degree`, every set equally likely (Floyd; Bentley 1987), shifted by `first`."""
     for j in range(len(row)):
@@ -243,7 +243,7 @@ def _floyd(row: NDArray, degree: int, first: int, z: int) -> None:
         row[j] = draw
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _selection(row: NDArray, degree: int, first: int, z: int) -> None:
     """The same by one pass over the candidates (Knuth, volume 2, algorithm S)."""
     chosen = 0
@@ -256,7 +256,7 @@ def _selection(row: NDArray, degree: int, first: int, z: int) -> None:
                 return
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _relabel(indices: NDArray, picked: NDArray, nodes: NDArray, position: NDArray) -> tuple[NDArray, NDArray]:
     """Local numbers int32 of the neighbours at places `picked`, and `nodes` continued by those met for the first
     time.
@@ -278,7 +278,7 @@ def _relabel(indices: NDArray, picked: NDArray, nodes: NDArray, position: NDArra
     return local, longer[:count].copy()
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _induce(indptr: NDArray, indices: NDArray, nodes: NDArray, position: NDArray) -> tuple[NDArray, NDArray]:
     n = len(nodes)
     ends = np.zeros(n + 1, np.int64)
