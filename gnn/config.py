@@ -36,16 +36,22 @@ class DataConfig:
         "files",
     ] = "cora"
     name: str = ""  # dataset=tu: MUTAG, PROTEINS ...; dataset=ogb: ogbn-arxiv ...
-    # dataset=files: a CSV or text file with two node ids a line, or an npz with an array `edges`; relative to data_root
+    # dataset=files: text with two node ids a line (CSV, SNAP ...; packed or not), MatrixMarket, an npz with an array
+    # `edges`, or a sparse matrix of SciPy; relative to data_root
     edges: str = ""
-    # dataset=files: CSV without header or npz with an array `features`, a row a node; empty = one-hot node ids
+    # dataset=files: edges with weights, which no network here uses
+    weights: Literal["refuse", "ignore"] = "refuse"
+    # dataset=files: a row of numbers a node, or with a first column `id`; empty = nothing is known of a node but its
+    # edges
     features: str = ""
-    labels: str = ""  # dataset=files: CSV with a class a line (-1 = unknown) or npz with an array `labels`
+    labels: str = ""  # dataset=files: a class a line, or two columns (id, class); empty or -1 = unknown
+    splits: str = ""  # dataset=files: two columns (id, train or val or test), or an npz with arrays of these names
     split: Literal["public", "random"] = "public"  # public: as published with the dataset, where there is one
     train_per_class: int = 20  # random split; the next two as well
     val_per_class: int = 30  # random split: validation nodes of each class
     test_nodes: int = 0  # 0 = all others
-    normalize: bool = True  # rows of the features sum to one, as Kipf & Welling 2017 do with word counts
+    # rows of the features sum to one, as Kipf & Welling 2017 do with word counts; other features are left as they are
+    normalize: bool = True
     # of the features; auto: sparse if fewer than one in ten are not zero
     storage: Literal["auto", "sparse", "dense"] = "auto"
     # a canary: with permuted labels nothing can be learned, so the accuracy must fall to chance
@@ -308,6 +314,8 @@ class EvalConfig:
     """What `gnn.eval` adds to the metrics."""
 
     figures: bool = True  # draw pictures into figures/
+    # write predictions.csv, communities.csv and embeddings.npz: what the first seed's network says, with your own ids
+    outputs: bool = True
     tables: bool = True  # other methods on the same data: heuristics for links, Louvain and Leiden for communities
 
 

@@ -1,8 +1,9 @@
 """Measure trained networks:  python -m gnn.eval --run runs/gcn_cora [eval.figures=false ...]
 
 Every trained seed (or fold) is tested; what is reported is their mean and standard deviation. Writes `eval.json`, the
-per-seed table `seeds.csv` and pictures into the run folder; the last line of stdout is the content of `eval.json`.
-Nothing here chooses anything.
+per-seed table `seeds.csv`, what the first seed's network says of each node, pair or graph (`predictions.csv`,
+`communities.csv`, `embeddings.npz`), and pictures into the run folder; the last line of stdout is the content of
+`eval.json`. Nothing here chooses anything.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
@@ -18,6 +19,7 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -48,14 +50,13 @@ def main(config: Config, options: Options) -> None:
         rows = [test_trial(task, path) for path in run.track(paths)]
         if len(paths) < task.num_trials:
             run.display.say(f"note: {len(paths)} of {task.num_trials} seeds are trained")
+        for line in [*task.notes(), *task.remarks]:
+            run.display.say(f"note: {line}")
         metrics = summarise(rows)
         model, _ = load_trial(task, paths[0])
         with torch.no_grad():
             if config.eval.tables:
                 metrics |= task.tables(model)
-            if config.eval.figures:
-                task.figures(model, run.folder / "figures")
-                draw_curves(run.folder, task)
         write_csv(run.folder / "seeds.csv", rows)
         result = {
             "project": "gnn",
@@ -67,6 +68,11 @@ def main(config: Config, options: Options) -> None:
             "seconds": round(time.perf_counter() - started, 1),
         }
         write_json(run.folder / "eval.json", result)
+        with torch.no_grad():
+            if config.eval.outputs:
+                task.write_outputs(model, run.folder)
+            if config.eval.figures:
+                draw(task, model, run)
         show(metrics, run.folder.name, len(rows))
         print(json.dumps(result), flush=True)
 
@@ -103,6 +109,15 @@ def summarise(rows: list[dict[str, float]]) -> dict[str, float]:
         if len(values) > 1:
             metrics[f"{name}_std"] = statistics.stdev(values)
     return metrics
+
+
+def draw(task: Task, model: torch.nn.Module, run: Run) -> None:
+    """Pictures; the results stand already, so one that cannot be drawn costs a line."""
+    try:
+        task.figures(model, run.folder / "figures")
+        draw_curves(run.folder, task)
+    except (ProjectError, ValueError, RuntimeError, ImportError, np.linalg.LinAlgError) as error:
+        run.display.say(f"note: not all pictures could be drawn ({str(error).splitlines()[0]})")
 
 
 def draw_curves(folder: Path, task: Task) -> None:

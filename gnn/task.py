@@ -25,11 +25,14 @@ class Task:
     Attributes:
         num_trials: how often the training is repeated: seeds, or folds of a cross-validation.
         shard: this process's rows of a batch that all processes have drawn alike.
+        remarks: what a reader of the results should know, such as why a figure is missing.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
+        self.config = config
+        self.device = device
         self.num_trials = config.train.seeds
+        self.remarks: list[str] = []
         self.shard: Callable[[Tensor], Tensor] = lambda batch: batch
 
     def seed_of(self, trial: int) -> int:
@@ -73,8 +76,16 @@ class Task:
         """Other methods on the same data and split, under names with a suffix; once a run."""
         return {}
 
+    def write_outputs(self, model: nn.Module, folder: Path) -> None:
+        """Files of what the first trial's model says, under the names that nodes have where they come from."""
+
     def figures(self, model: nn.Module, folder: Path) -> None:
         """Pictures of the first trial."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What was decided when the data was read."""
+        graph = getattr(self, "whole", None) or getattr(self, "graph", None)
+        return getattr(graph, "notes", ())
 
     def describe(self) -> list[str]:
         """Sizes of the data, for --dry-run and the start of a run."""

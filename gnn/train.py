@@ -7,13 +7,14 @@ best on the validation part are kept of each. Test labels and test edges are for
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
-from common.config import Options, load, to_yaml
+from common.config import Options, flatten, load, require, to_yaml
 from gnn.config import Config, TrainConfig
 
 if __name__ == "__main__":
     CONFIG, OPTIONS = load(Config, "gnn")
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def train(config: Config, options: Options) -> None:
         model = start_trial(task, 0)
         optimizer = task.optimizer(model)
         best = Best()
-        done = run.resume(model=model, optimizer=optimizer, kept=best)  # 0 when fresh; counts the steps of all trials
+        begun = Settings(config, run.display.say)
+        # 0 when fresh; counts the steps of all trials
+        done = run.resume(model=model, optimizer=optimizer, kept=best, settings=begun)
         for line in [*task.describe(), f"{runtime.count_parameters(model):,} parameters"]:
             run.display.say(line)
 
@@ -82,7 +85,7 @@ def train(config: Config, options: Options) -> None:
                 if epoch == num_epochs and run.is_main:
                     export_trial(run.folder, config, task.seed_of(trial), trial, best)
                 if run.save_due(step, config.train.save_every):
-                    run.save(step, model=model, optimizer=optimizer, kept=best)
+                    run.save(step, model=model, optimizer=optimizer, kept=best, settings=begun)
             if run.step < (trial + 1) * num_epochs:  # a stop signal has ended the steps
                 break
         next(steps, None)  # what run.steps does after the last one
@@ -123,6 +126,42 @@ class Best:
         self.step = state["step"]
         self.weights = state["weights"]
         self.values = state["values"]
+
+
+class Settings:
+    """The settings that a run began with, kept in its checkpoints and compared when it goes on.
+
+    Seeds that are done stay as they are. With other steps, data or splits they could not stand beside the seeds still
+    to come: refused. Another learning rate, say, may be meant: said.
+    """
+
+    FIXED = ("task", "seed", "train.steps", "data.", "synthetic.", "graph.", "link.val_share", "link.test_share")
+    FREE = (
+        *("run_dir", "data_root", "device", "compile", "keep_", "tensorboard", "wandb", "eval.", "train.seeds"),
+        *("train.log_every", "train.save_every", "train.threads", "synthetic.folder", "data.storage"),
+    )
+
+    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+        self.now = flatten(config)
+        self.say = say
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in self.now.items()}
+
+    def load_state_dict(self, before: dict[str, Any]) -> None:
+        """Compare with a checkpoint's. `ConfigError` for a setting that must not change."""
+        now = self.state_dict()
+        changed = [key for key in now if key in before and now[key] != before[key] and not key.startswith(self.FREE)]
+        for key in changed:
+            require(
+                not key.startswith(self.FIXED),
+                key,
+                f"was {before[key]} when this run began and cannot become {now[key]}: its seeds would not be alike; "
+                "take another run_dir",
+            )
+        for key in changed:
+            self.say(f"note: {key} was {before[key]} and is now {now[key]}; seeds that are done keep the old one")
 
 
 def start_trial(task: Task, trial: int) -> torch.nn.Module:

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.config import require
+from common.errors import ProjectError
 from gnn.community import metrics
 from gnn.community.dmon import DMoN, dmon_loss, harden, soft_modularity
 from gnn.community.louvain_leiden import leiden, louvain
 from gnn.community.spectral import spectral_communities
 from gnn.config import Config
 from gnn.core.graph import Graph
+from gnn.core.outputs import class_words, write_embeddings, write_table
 from gnn.data.datasets import load_graph
 from gnn.task import Task
 
@@ -34,6 +36,7 @@ class CommunityTask(Task):
         self.whole = load_graph(config)  # on the CPU, for the methods in numpy
         self.graph = self.whole.to(device)
         self.structure = self.graph.structure()
+        self.found: dict[str, NDArray[np.int64]] = {}  # labels by other methods, once they have been asked for
         self.num_communities = config.community.num_communities or self.whole.num_classes
         require(
             self.num_communities >= 2,
@@ -45,6 +48,10 @@ class CommunityTask(Task):
             "community.num_communities",
             f"must be at most {self.whole.num_nodes} nodes",
         )
+        if not self.whole.num_edges:
+            raise ProjectError(f"{self.whole.name}: no edges, so there is nothing to group by")
+        if not labels_tell_something(self.whole):
+            self.remarks.append("nmi and ari are left out: no two classes are known to compare the communities with")
 
     def build(self, trial: int) -> nn.Module:
         """A network for this graph."""
@@ -76,8 +83,21 @@ class CommunityTask(Task):
 
     def tables(self, model: nn.Module) -> dict[str, float]:
         """The same figures for Louvain, Leiden, and spectral clustering into k groups."""
-        found = {method: measure(self.whole, labels) for method, labels in self.others().items()}
-        return {f"{name}_{method}": value for method, figures in found.items() for name, value in figures.items()}
+        self.found = self.others()
+        return {
+            f"{name}_{method}": value
+            for method, labels in self.found.items()
+            for name, value in measure(self.whole, labels).items()
+        }
+
+    def write_outputs(self, model: nn.Module, folder: Path) -> None:
+        """communities.csv: for each node its group by DMoN and by the methods of the table; and embeddings.npz."""
+        columns = {"node": self.whole.names(), "dmon": self.predict(model), **self.found}
+        if self.whole.labels is not None:
+            columns["label"] = class_words(self.whole.labels.numpy(), self.whole.class_names)
+        write_table(folder / "communities.csv", columns)
+        hidden = model.hidden(self.graph.features, self.structure)
+        write_embeddings(folder / "embeddings.npz", self.whole, hidden)
 
     def others(self) -> dict[str, NDArray[np.int64]]:
         """Labels int64 (N,) by method."""
@@ -111,6 +131,7 @@ class CommunityTask(Task):
             f"{g.name}: {g.num_nodes:,} nodes, {g.num_edges:,} edges, {g.num_features:,} features "
             f"({type(g.features).__name__})",
             f"at most {self.num_communities} communities; labels are not used in training",
+            *g.notes,
         ]
 
 
@@ -124,8 +145,16 @@ def measure(graph: Graph, labels: NDArray[np.int64]) -> dict[str, float]:
         "conductance": metrics.conductance(indptr, indices, labels),
         "num_communities": float(metrics.num_communities(labels)),
     }
-    if graph.labels is not None:
+    if labels_tell_something(graph):
         classes = graph.labels.numpy()
         known = classes >= 0
-        result |= {"nmi": metrics.nmi(labels[known], classes[known]), "ari": metrics.ari(labels[known], classes[known])}
+        result["nmi"] = metrics.nmi(labels[known], classes[known])
+        result["ari"] = metrics.ari(labels[known], classes[known])
     return result
+
+
+def labels_tell_something(graph: Graph) -> bool:
+    """Whether communities can be compared with the classes: with none, or with one class for all, agreement is not
+    defined.
+    """
+    return graph.labels is not None and len(graph.labels[graph.labels >= 0].unique()) >= 2

@@ -13,8 +13,10 @@ Legend: N nodes, E entries of the adjacency (both directions of each edge), F fe
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +40,9 @@ class Graph:
         features: (N, F), dense or sparse; None where there are none.
         labels: int64 (N,), -1 = unknown; None where there are none.
         train, val, test: int64 node ids.
+        ids: what the nodes are called where they come from, (N,) integers or words; None = 0 to N - 1.
+        class_names: what the classes are called; empty = 0 to K - 1.
+        notes: what was decided when the graph was read, a line each.
     """
 
     indptr: Tensor
@@ -49,6 +54,9 @@ class Graph:
     val: Tensor = field(default_factory=no_nodes)
     test: Tensor = field(default_factory=no_nodes)
     name: str = "graph"
+    ids: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def num_nodes(self) -> int:
@@ -71,6 +79,14 @@ class Graph:
     def structure(self) -> Structure:
         """The adjacency as layers take it. Each call makes a new one: keep it, it caches the normalisations."""
         return Structure(self.indptr, self.indices, symmetric=True)
+
+    def described(self, ids: np.ndarray | None, class_names: tuple[str, ...], notes: Iterable[str]) -> Graph:
+        """The same graph with what its nodes and classes are called, and further notes."""
+        return dataclasses.replace(self, ids=ids, class_names=class_names, notes=(*self.notes, *notes))
+
+    def names(self) -> np.ndarray:
+        """What each node is called, (N,)."""
+        return np.arange(self.num_nodes) if self.ids is None else self.ids
 
     def to(self, device: torch.device | str) -> Graph:
         """On a device, features in the default floating-point type."""
@@ -167,7 +183,15 @@ def choose_storage(x: Tensor, storage: str = "auto") -> Tensor | SparseFeatures:
     return SparseFeatures.from_dense(x) if storage == "sparse" else x
 
 
-def normalize_rows(x: Tensor) -> Tensor:
+def normalize_rows(x: Tensor | SparseFeatures) -> Tensor | SparseFeatures:
     """Rows of x (N, F) divided by their sum; rows that sum to zero stay."""
+    if isinstance(x, SparseFeatures):
+        sums = torch.zeros(x.shape[0]).index_add(0, x.pattern.rows, x.values)
+        return x.scale_rows(1 / torch.where(sums == 0, 1.0, sums))
     total = x.sum(dim=1, keepdim=True)
     return x / torch.where(total == 0, 1.0, total)
+
+
+def are_counts(x: Tensor) -> bool:
+    """Whether features could be counts of something: whole numbers, none below zero."""
+    return bool((x >= 0).all()) and bool((x == x.floor()).all())

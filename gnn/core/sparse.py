@@ -232,6 +232,12 @@ class SparseFeatures(Matrix):
         torch.cumsum(torch.bincount(rows, minlength=len(x)), 0, out=indptr[1:])
         return cls(Pattern(indptr, columns, tuple(x.shape)), x[rows, columns])
 
+    @classmethod
+    def identity(cls, size: int) -> SparseFeatures:
+        """The unit matrix: each node is its own feature, and x @ weight is a table of embeddings."""
+        place = torch.arange(size + 1)
+        return cls(Pattern(place, place[:-1], (size, size)), torch.ones(size))
+
     def dropout(self, p: float, training: bool = True) -> SparseFeatures:
         """Dropout of the entries. A zero that is dropped stays zero, so this is dropout of the dense matrix at a
         hundredth of the cost.

@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import ProjectError
 from common.runtime import mix_seed
 from gnn.config import PLANETOID, Config, DataConfig
-from gnn.core.graph import Graph, build_graph, choose_storage, normalize_rows
+from gnn.core.graph import Graph, are_counts, build_graph, choose_storage, normalize_rows
+from gnn.core.sparse import SparseFeatures
 from gnn.data.files import from_files
 
 NO_DOWNLOAD = "gcn_karate.yaml and sage_social.yaml need no download"
@@ -37,6 +41,7 @@ FOLDERS = {
     "coauthor_physics": ("coauthor", "Physics", "ms_academic_phy.npz"),
     "email_eu": ("email_eu_core", "", "email-Eu-core*.txt"),
 }
+CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC)
 SPLIT_STREAM = 7_000_003  # keeps the generator of splits apart from those of training
 
 
@@ -55,16 +60,32 @@ def load_graph(config: Config) -> Graph:
         graph = from_files(data, Path(config.data_root))
     else:
         graph = from_pyg(data, Path(config.data_root))
-    x = graph.features
-    if x is None and data.dataset != "social":  # nothing but the edges is known: each node is its own feature
-        x = torch.eye(graph.num_nodes)
-    if isinstance(x, Tensor):
-        x = choose_storage(normalize_rows(x) if data.normalize and data.dataset != "social" else x, data.storage)
+    if data.dataset != "social":
+        graph = prepare_features(graph, data)
+    elif isinstance(graph.features, Tensor):
+        graph = dataclasses.replace(graph, features=choose_storage(graph.features, data.storage))
     labels = graph.labels
     if data.shuffle_labels and labels is not None:
         rng = torch.Generator().manual_seed(mix_seed(config.seed, SPLIT_STREAM))
         labels = labels[torch.randperm(len(labels), generator=rng)]
-    return dataclasses.replace(graph, features=x, labels=labels)
+    return dataclasses.replace(graph, labels=labels)
+
+
+def prepare_features(graph: Graph, data: DataConfig) -> Graph:
+    """Features normalised where that makes sense, stored as the config asks; without any, each node is its own."""
+    x = graph.features
+    if x is None:  # nothing but the edges is known
+        x = SparseFeatures.identity(graph.num_nodes)
+        return dataclasses.replace(graph, features=x.dense() if data.storage == "dense" else x)
+    if data.normalize:
+        values = x if isinstance(x, Tensor) else x.values
+        # a sum that is negative or nearly zero blows up what it divides; the public datasets here hold words
+        if data.dataset in FOLDERS or are_counts(values):
+            x = normalize_rows(x)
+        else:
+            note = "the features are not counts (some are negative or fractions): left as they are, not divided by "
+            graph = graph.described(graph.ids, graph.class_names, [f"{note}the sums of their rows"])
+    return dataclasses.replace(graph, features=choose_storage(x, data.storage) if isinstance(x, Tensor) else x)
 
 
 # -- public datasets ---------------------------------------------------------------------------------------------------
@@ -140,7 +161,9 @@ def read_ogb(name: str, root: Path) -> dict[str, Any]:
         from ogb.nodeproppred import NodePropPredDataset
     except ImportError:
         raise ProjectError("data.dataset=ogb needs: pip install ogb") from None
-    dataset = fetch(lambda: NodePropPredDataset(name, root=str(root / "ogb")), f"{name} into {root / 'ogb'}/")
+    folder = root / "ogb"
+    with torch.serialization.safe_globals(numpy_types()):  # it keeps what it has read as pickled arrays, and no more
+        dataset = fetch(lambda: NodePropPredDataset(name, root=str(folder)), f"{name} into {folder}/")
     graph, labels = dataset[0]
     splits = {
         new: torch.from_numpy(dataset.get_idx_split()[old])
@@ -155,21 +178,59 @@ def read_ogb(name: str, root: Path) -> dict[str, Any]:
     }
 
 
+def numpy_types() -> list[Any]:
+    """What PyTorch's safe loader must know to read arrays of numbers."""
+    rebuild = np._core.multiarray._reconstruct
+    kinds = ("bool", "uint8", "int16", "int32", "int64", "float16", "float32", "float64")
+    # older files call it by its older name
+    old_name = (rebuild, "numpy.core.multiarray._reconstruct")
+    return [rebuild, old_name, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
+
+
+@contextlib.contextmanager
+def asked_nothing() -> Iterator[None]:
+    """Whoever asks a question on the terminal meets its end: a batch job must not wait for an answer."""
+    stdin = sys.stdin
+    sys.stdin = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        sys.stdin = stdin
+
+
 def fetch(read: Callable[[], Any], files: str) -> Any:
     """Call a dataset library's reader without its chatter; whatever goes wrong becomes one line that says which
     files go where.
     """
     try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with asked_nothing():
             return read()
     except ProjectError:
         raise
-    except Exception as error:  # downloads fail in the ways of half a dozen libraries
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    except EOFError as error:
         raise ProjectError(
-            f"the dataset is not there and could not be downloaded or read ({reason}); put {files} or set data_root; "
-            f"{NO_DOWNLOAD}"
+            f"the dataset's library asks whether it may download or update much; say yes to it once by hand, or put "
+            f"{files}; {NO_DOWNLOAD}"
         ) from error
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise missing(error, files) from error
+        raise ProjectError(
+            f"cannot write {error.filename or 'the folder of the dataset'}: {error.strerror}; set data_root to a "
+            "folder that can be written"
+        ) from error
+    except Exception as error:  # downloads fail in the ways of half a dozen libraries
+        raise missing(error, files) from error
+
+
+def missing(error: Exception, files: str) -> ProjectError:
+    """What to say of a dataset that is not to be had."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return ProjectError(
+        f"the dataset is not there and could not be downloaded or read ({reason}); put {files} or set data_root; "
+        f"{NO_DOWNLOAD}"
+    )
 
 
 # -- splits ------------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def open_arrays(folder: Path, in_memory: bool = False) -> tuple[dict[str, NDArra
         file = folder / f"{key}.npy"
         try:
             array = np.load(file, mmap_mode=None if in_memory else "c", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise ProjectError(f"{file} cannot be read: {error}") from None
         if list(array.shape) != about["shape"] or str(array.dtype) != ARRAYS[key]:
             raise ProjectError(

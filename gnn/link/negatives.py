@@ -104,6 +104,7 @@ class Strangers:
             raise ValueError(
                 f"node {nodes.flat[available.argmin()]} has only {least} nodes that it is not linked to, and {count} "
                 f"negatives at each end of an edge were asked for: set link.num_negatives to at most {2 * least}"
+                + ("" if least else ", which is none: a node linked to all others cannot be asked about")
             )
 
 

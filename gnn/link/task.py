@@ -10,22 +10,24 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import scipy.sparse as sp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.config import require
+from common.config import ConfigError, require
 from common.errors import ProjectError
 from common.runtime import mix_seed
 from gnn.config import Config, LinkConfig
 from gnn.core.graph import Graph
+from gnn.core.outputs import write_embeddings, write_table
 from gnn.core.sparse import SparseFeatures
 from gnn.data.datasets import load_graph
 from gnn.link.heuristics import Heuristics
 from gnn.link.metrics import auc, average_precision, pair_metrics
 from gnn.link.model import LinkModel, TrainingEdges, reconstruction_loss
-from gnn.link.negatives import NegativeSampler, corrupt_hard, corrupt_uniformly
+from gnn.link.negatives import NegativeSampler, Strangers, corrupt_hard, corrupt_uniformly
 from gnn.link.splits import split_edges
 from gnn.task import Task
 
@@ -72,6 +74,17 @@ class LinkTrial:
         """Uniform pairs without an edge of any part, int64 (2, count), the same each time."""
         rng = torch.Generator().manual_seed(mix_seed(self.seed, NEGATIVE_STREAM, stream))
         return NegativeSampler(self.split.all, self.graph.num_nodes).draw_distinct(count, rng)
+
+    def check(self) -> None:
+        """`ProjectError` where a part of the edges cannot be asked about: too few pairs or nodes that are not
+        linked.
+        """
+        test = self.split.test
+        try:
+            self.evaluation_negatives(test.shape[1], 1)
+            Strangers(self.split.all, self.graph.num_nodes).require(test.numpy(), self.link.num_negatives // 2)
+        except ValueError as error:
+            raise ProjectError(f"{self.graph.name}: {error}") from None
 
     @cached_property
     def heuristics(self) -> Heuristics:
@@ -121,11 +134,19 @@ class LinkTask(Task):
         require(config.model.layer != "grand", "model.layer", "grand is for task=node")
         self.features = self.graph.to(device).features
         self.num_nodes = self.graph.num_nodes
-        self.trial = self.divide(0)  # to find out now whether it can be split
+        for trial in range(self.num_trials):  # to find out now whether each can be trained and evaluated
+            self.trial = self.divide(trial)
+            self.trial.check()
+        self.trial = self.divide(0)
 
     def divide(self, trial: int) -> LinkTrial:
-        """The edges as a trial sees them."""
-        return LinkTrial(self.graph, self.config.link, self.seed_of(trial), self.device)
+        """The edges as a trial sees them. `ProjectError` for a graph in which nearly all pairs are linked."""
+        try:
+            return LinkTrial(self.graph, self.config.link, self.seed_of(trial), self.device)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ProjectError(f"{self.graph.name}: {error}") from None
 
     def build(self, trial: int) -> nn.Module:
         """A fresh model, and the trial's split."""
@@ -198,6 +219,19 @@ class LinkTask(Task):
                     found[f"{metric}_{name}"] = value
         return found
 
+    def write_outputs(self, model: nn.Module, folder: Path) -> None:
+        """predictions.csv, a line for each hidden link and for each uniform pair without one; and embeddings.npz."""
+        z = self.embed(model)
+        asked = self.trial.test_pairs
+        pairs = torch.cat([asked.positive, asked.uniform], dim=1)  # (2, 2P)
+        score = self.score(model, z, pairs)
+        names = self.graph.names()
+        source, target = names[pairs.numpy()]
+        linked = np.repeat([1, 0], asked.positive.shape[1])
+        columns = {"source": source, "target": target, "linked": linked, "probability": score.sigmoid().numpy()}
+        write_table(folder / "predictions.csv", columns)
+        write_embeddings(folder / "embeddings.npz", self.graph, z)
+
     def figures(self, model: nn.Module, folder: Path) -> None:
         """Embeddings coloured by class, scores of links and of both kinds of negatives, ROC and precision-recall
         curves.
@@ -228,6 +262,7 @@ class LinkTask(Task):
             f"edges of a trial: {s.train.shape[1]:,} training, {s.val.shape[1]:,} validation, {s.test.shape[1]:,} "
             "test; "
             f"{self.config.link.num_negatives} easy and as many hard negatives for each test edge",
+            *g.notes,
         ]
 
     def embed(self, model: nn.Module) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from common.errors import ProjectError
 from common.runtime import mix_seed
 from gnn.config import Config
 from gnn.core.graph import Graph
+from gnn.core.outputs import write_predictions
 from gnn.core.scores import accuracy, macro_f1
 from gnn.core.sparse import SparseFeatures, Structure
 from gnn.data.ceilings import ceilings
@@ -103,6 +105,12 @@ class SampledNodeTask(Task):
             "data.split",
             f"{graph.name} has no validation or test nodes; use data.split=random",
         )
+        if sampling.kind == "clusters":
+            require(
+                sampling.clusters <= graph.num_nodes,
+                "sampling.clusters",
+                f"must be at most the {graph.num_nodes} nodes of {graph.name}",
+            )
         self.ahead: Ahead[Batch] | None = None
         self.clusters: ClusterBatches | None = None
 
@@ -207,6 +215,11 @@ class SampledNodeTask(Task):
             "val_accuracy": accuracy(logits[graph.val], graph.labels[graph.val]),
         }
 
+    def write_outputs(self, model: nn.Module, folder: Path) -> None:
+        """predictions.csv."""
+        logits = infer(model, self.graph, self.config.sampling.chunk_edges, self.device)
+        write_predictions(folder / "predictions.csv", self.graph, logits)
+
     def tables(self, model: nn.Module) -> dict[str, float]:
         """On a planted network: what can be known from the features, and with the graph; see `ceilings`."""
         social = self.config.data.dataset == "social" and not self.config.data.shuffle_labels
@@ -218,7 +231,8 @@ class SampledNodeTask(Task):
         lines = [
             f"{graph.name}: {graph.num_nodes:,} nodes, {graph.num_edges:,} edges, {graph.num_features} features, "
             f"{graph.num_classes} classes; {len(graph.train):,} train, {len(graph.val):,} validation, "
-            f"{len(graph.test):,} test"
+            f"{len(graph.test):,} test",
+            *self.whole.notes,
         ]
         if sampling.kind == "clusters":
             return [*lines, f"a batch is {sampling.clusters_per_batch} of {sampling.clusters} clusters"]

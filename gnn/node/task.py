@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from common.config import require
 from common.errors import ProjectError
 from gnn.config import Config
+from gnn.core.outputs import write_embeddings, write_predictions
 from gnn.core.scores import accuracy, macro_f1
 from gnn.data.datasets import load_graph, random_split
 from gnn.model import build_model, consistency_loss
@@ -76,6 +77,12 @@ class NodeTask(Task):
             "val_accuracy": accuracy(logits[graph.val], self.val_labels),
         }
 
+    def write_outputs(self, model: nn.Module, folder: Path) -> None:
+        """predictions.csv and embeddings.npz."""
+        graph = self.graph
+        write_predictions(folder / "predictions.csv", graph, model(graph.features, self.structure))
+        write_embeddings(folder / "embeddings.npz", graph, model.hidden(graph.features, self.structure))
+
     def figures(self, model: nn.Module, folder: Path) -> None:
         """Embeddings coloured by class, errors, and, for attention, what the nodes listen to."""
         from gnn.core import pictures
@@ -100,4 +107,5 @@ class NodeTask(Task):
             f"({type(g.features).__name__}), "
             f"{g.num_classes} classes",
             f"split ({split}): {len(g.train)} training, {len(g.val)} validation, {len(g.test)} test nodes",
+            *g.notes,
         ]

@@ -20,6 +20,7 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from common.errors import ProjectError
 from common.logging import read_metrics
 from common.runtime import mix_seed
 from gnn.config import Config
+from gnn.core.outputs import write_table
 from gnn.core.scores import accuracy, macro_f1
 from gnn.task import Task
 from gnn.whole_graph.data import load_graphs, stratified_folds
@@ -56,6 +58,7 @@ class GraphTask(Task):
             f"{self.whole.name} has a class of only {rarest} graphs: not one for each fold",
         )
         self.tested: dict[int, float] = {}  # trial -> accuracy, for the picture
+        self.said: dict[int, Tensor] = {}  # trial -> probabilities (held-out graphs, K)
 
     # -- splits and batches --------------------------------------------------------------------------------------------
 
@@ -121,6 +124,7 @@ class GraphTask(Task):
         """
         batch = self.graphs.batch(self.test_ids)
         logits = model(batch)
+        self.said[self.trial] = logits.softmax(dim=1).cpu()
         measured = accuracy(logits, batch.labels)
         if self.gin:
             best = best_common_epoch(
@@ -164,6 +168,22 @@ class GraphTask(Task):
         return {key: statistics.fmean(values) for key, values in rows.items()} | {
             f"{key}_std": statistics.stdev(values) for key, values in rows.items()
         }
+
+    def write_outputs(self, model: nn.Module, folder: Path) -> None:
+        """predictions.csv: each graph (its place in the files, from 0) in the fold that held it out, by that fold's
+        network.
+        """
+        trials = [trial for trial in sorted(self.said) if trial < self.folds]  # the first repetition
+        graphs = torch.cat([self.split(trial)[2] for trial in trials])
+        probability, predicted = torch.cat([self.said[trial] for trial in trials]).max(dim=1)
+        columns = {
+            "graph": graphs.numpy(),
+            "fold": np.repeat(trials, [len(self.said[trial]) for trial in trials]),
+            "label": self.whole.labels[graphs].numpy(),
+            "predicted": predicted.numpy(),
+            "probability": probability.numpy(),
+        }
+        write_table(folder / "predictions.csv", columns)
 
     # -- pictures and words --------------------------------------------------------------------------------------------
 

@@ -130,7 +130,9 @@ def test_own_files_train_and_evaluate(tmp_path):
         ("features.csv", "1,nan\n" * 12, "NaN or infinity"),
         ("features.csv", "1,2\n" * 11, "there are 11 nodes (0 to 10): as many as features"),
         ("labels.csv", "0\n1\n", "2 labels for 12 nodes"),
-        ("labels.csv", "0\nb\n" * 6, "labels.csv"),
+        ("labels.csv", "0,1,2\n" * 12, "one column (a class a line, in the order of the nodes) or two (id, class)"),
+        ("labels.csv", "0.5\n" * 12, "labels are classes"),
+        ("edges.csv", "", "is empty"),
     ],
 )
 def test_broken_files_are_one_line(file, text, message, tmp_path, capsys):

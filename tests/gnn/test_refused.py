@@ -1,0 +1,135 @@
+"""What can never work is refused before training, by the check that evaluation makes, too; and what other people's
+libraries and machines do ends as one line.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import types
+
+import networkx as nx
+import numba
+import numpy as np
+import pytest
+import torch
+
+from common.errors import ProjectError
+from gnn.core.compiled import compiled
+from gnn.data import datasets
+from tests.gnn.helpers import config, evaluate, train
+
+
+def write_edges(folder, graph):
+    (folder / "edges.csv").write_text("\n".join(f"{u},{v}" for u, v in graph.edges))
+    return ["data.dataset=files", "data.edges=edges.csv", f"data_root={folder}", "train.steps=2", "eval.figures=false"]
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        (nx.star_graph(40), "a node linked to all others cannot be asked about"),
+        (nx.complete_graph(12), "all pairs of the 12 nodes are linked"),
+        (nx.gnp_random_graph(30, 0.5, seed=0), "set link.num_negatives to at most"),
+        (nx.gnp_random_graph(30, 0.97, seed=0), "different negatives were asked for"),
+    ],
+    ids=["star", "complete", "small", "dense"],
+)
+def test_links_that_cannot_be_evaluated_are_not_trained(graph, message, tmp_path, capsys):
+    made = config(tmp_path / "run", "task=link", *write_edges(tmp_path, graph))
+    assert train(made) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and message in said
+    assert not (tmp_path / "run/models").exists()
+
+
+def test_links_of_a_small_graph_with_fewer_negatives(tmp_path):
+    words = write_edges(tmp_path, nx.gnp_random_graph(40, 0.15, seed=0))
+    made = config(tmp_path / "run", "task=link", "link.num_negatives=10", "train.seeds=2", *words)
+    assert train(made) == 0 and evaluate(made) == 0
+    lines = (tmp_path / "run/predictions.csv").read_text().splitlines()
+    assert lines[0] == "source,target,linked,probability" and len(lines) > 2
+
+
+def test_more_clusters_than_nodes(tmp_path, capsys):
+    """34 nodes and the default of 100 clusters."""
+    assert train(config(tmp_path / "run", "sampling.kind=clusters", "model.layer=sage", "train.steps=2")) == 2
+    assert "sampling.clusters: must be at most the 34 nodes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["train.steps=40", "data.split=random", "seed=3"])
+def test_what_would_make_seeds_unlike_is_refused_on_resume(word, tmp_path, capsys):
+    """Twice the steps would give the seeds that are done half the training of those to come."""
+    small = ("train.steps=20", "train.seeds=3", "train.save_every=20")
+    run = tmp_path / "run"
+    assert train(config(run, *small)) == 0
+    before = {path.name: path.read_bytes() for path in (run / "models").iterdir()}
+    assert train(config(run, *small, word, "data.train_per_class=1", "data.val_per_class=1"), resume=True) == 1
+    assert word.split("=")[0] in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (run / "models").iterdir()} == before
+    assert train(config(run, *small, "train.seeds=4", "train.lr=0.02"), resume=True) == 0
+    assert "train.lr was 0.01 and is now 0.02" in capsys.readouterr().err
+    assert len(list((run / "models").iterdir())) == 4
+
+
+def test_compiled_without_a_place_for_the_cache(monkeypatch):
+    """A read-only home: no cache, the same function."""
+    monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
+    with pytest.raises(RuntimeError, match="cannot cache"):
+        numba.njit(cache=True)(lambda x: x + 1)
+    assert compiled()(lambda x: x + 1)(2) == 3
+
+
+def fake_ogb(monkeypatch, dataset):
+    """A package ogb with this dataset class."""
+    module = types.ModuleType("ogb.nodeproppred")
+    module.NodePropPredDataset = dataset
+    monkeypatch.setitem(sys.modules, "ogb", types.ModuleType("ogb"))
+    monkeypatch.setitem(sys.modules, "ogb.nodeproppred", module)
+
+
+def test_ogb_is_read_a_second_time(tmp_path, monkeypatch):
+    """It keeps arrays with torch.save, and reads them with torch.load, which is careful since 2.6."""
+
+    class Dataset:
+        def __init__(self, name, root):
+            path = tmp_path / "processed"
+            if not path.exists():
+                edges = np.array([[0, 1, 2], [1, 2, 3]])
+                graph = {"edge_index": edges, "num_nodes": 4, "node_feat": np.ones((4, 2), dtype=np.float32)}
+                torch.save({"graph": graph, "labels": np.array([[0], [1], [0], [1]])}, path, pickle_protocol=4)
+            kept = torch.load(path)  # nosec: as ogb does
+            self.item = (kept["graph"], kept["labels"])
+
+        def __getitem__(self, index):
+            return self.item
+
+        def get_idx_split(self):
+            return {"train": np.array([0]), "valid": np.array([1]), "test": np.array([2, 3])}
+
+    fake_ogb(monkeypatch, Dataset)
+    for _ in range(2):
+        item = datasets.read_ogb("toy", tmp_path)
+        assert item["y"].tolist() == [0, 1, 0, 1] and item["splits"]["test"].tolist() == [2, 3]
+
+
+def test_a_library_that_asks_is_not_waited_for(tmp_path, monkeypatch):
+    class Dataset:
+        def __init__(self, name, root):
+            if input("This will download 1.38GB. Will you proceed? (y/N)").lower() != "y":
+                raise SystemExit(-1)
+
+    fake_ogb(monkeypatch, Dataset)
+    stdin = sys.stdin
+    with pytest.raises(ProjectError, match="say yes to it once by hand"):
+        datasets.read_ogb("products", tmp_path)
+    assert sys.stdin is stdin
+
+
+@pytest.mark.parametrize(("number", "message"), [(errno.EROFS, "cannot write"), (errno.ENOENT, "is not there")])
+def test_a_folder_that_cannot_be_written_is_not_missing_files(number, message):
+    def read():
+        raise OSError(number, "reason", "/data/cora/processed")
+
+    with pytest.raises(ProjectError, match=message):
+        datasets.fetch(read, "some files")
