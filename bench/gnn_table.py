@@ -5,8 +5,8 @@
 Each row is `python -m gnn.train --config ... train.seeds=N` and `python -m gnn.eval`, in a run folder of its own under
 runs/gnn_table. A row that is finished is not repeated, one that was stopped goes on (delete its folder to start
 afresh). Writes docs/results/gnn/<config>.json (the evaluation with machine, versions, commit and seconds) and
-<config>.csv (a line a seed), and with --write puts the tables between the markers in docs/results/gnn/README.md, and their
-main columns as one table in gnn/README.md.
+<config>.csv (a line a seed), and with --write puts the tables between the markers in docs/results/gnn/README.md,
+and their main columns as one table in gnn/README.md.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import json
 import pickle
 import time
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -92,6 +93,7 @@ class Checkpoints:
         whole.
         """
         verify(path)
+        refuse_compressed(path)
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -144,12 +146,52 @@ def verify(path: Path) -> None:
         raise CheckpointError(f"checkpoint {path} is damaged: its content does not match its SHA-256")
 
 
+def refuse_compressed(path: Path) -> None:
+    """`CheckpointError` for an archive that unpacks to more than it is: ours hold plain bytes, a bomb does not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(item.file_size for item in archive.infolist())
+    except (zipfile.BadZipFile, OSError):
+        return  # what it is instead, `torch.load` will say
+    if unpacked > path.stat().st_size:
+        raise CheckpointError(f"checkpoint {path} is compressed, which ours never are: {unpacked:,} bytes in it")
+
+
 def export_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write inference weights as safetensors, atomically."""
+    """Write inference weights as safetensors, atomically, with their SHA-256 among the metadata."""
     from safetensors.torch import save
 
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with atomic_open(path) as file:
-        file.write(save({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, metadata))
+        file.write(save(plain, metadata | {"sha256": weights_hash(plain)}))
+
+
+def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The weights and metadata that `export_weights` wrote. `CheckpointError` for a file that is missing or damaged;
+    one without a hash, as others write them, is taken as it is.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"weights {path} cannot be read: {str(error).splitlines()[0]}") from None
+    expected = metadata.get("sha256")
+    if expected is not None and expected != weights_hash(weights):
+        raise CheckpointError(f"weights {path} are damaged: their content does not match their SHA-256")
+    return weights, metadata
+
+
+def weights_hash(weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors on the CPU, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _manifest(path: Path) -> Path:

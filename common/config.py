@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn, TypeVar
+from typing import Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -70,6 +70,9 @@ class Options:
 
 
 C = TypeVar("C", bound=BaseConfig)
+# what the readers of YAML and of numbers raise on nonsense, such as 900 nested maps or an integer of 10,000 digits
+UNREADABLE = (ValueError, TypeError, RecursionError, OverflowError)
+_REFERENCES: dict[tuple[str, object], str] = {}  # (key, value) -> the reference to the environment that gave it
 # `resolve` raises these
 UNUSABLE = (ConfigError, OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError, TypeError)
 
@@ -106,21 +109,53 @@ def resolve(schema: type[C], path: Path | None, overrides: list[str] = [], run_d
     merged = OmegaConf.structured(schema)  # frozen, as the dataclass is
     OmegaConf.set_readonly(merged, False)
     if path is not None:
-        merged = _merge(merged, read_yaml(path))
-    for item in overrides:
-        key, equals, _ = item.partition("=")
-        require(key and equals, item, "an override is written key=value")
-        try:
-            node = OmegaConf.from_dotlist([item])
-        except yaml.MarkedYAMLError as error:
-            raise ConfigError(key, str(error.problem)) from None
+        node = read_yaml(path)
+        for key, value in _leaves(OmegaConf.to_container(node)):
+            quoted = isinstance(value, str) or value is None or not is_text(schema, key)
+            require(quoted, key, f"is text, but YAML reads this as {value!r}: put it in quotes")
         merged = _merge(merged, node)
+    for item in overrides:
+        merged = _merge(merged, read_override(schema, item))
     # a run folder may have been moved since
     if not merged.run_dir or (path is not None and path.name == "config.yaml"):
         merged.run_dir = run_dir if not any(item.startswith("run_dir=") for item in overrides) else merged.run_dir
     if not merged.data_root:
         merged.data_root = os.environ.get("DATA_ROOT", "data")
+    for key, value in _leaves(OmegaConf.to_container(merged)):
+        if isinstance(value, str) and "${oc.env:" in value:
+            _REFERENCES[key, OmegaConf.select(merged, key)] = value
     return OmegaConf.to_object(merged)  # type: ignore[return-value]  # of the class that `merged` was structured by
+
+
+def read_override(schema: type, item: str) -> DictConfig:
+    """`key=value` as an OmegaConf node. Where the setting is text, the value is that text and no YAML: `007`, `1.10`
+    and `a #2` stay what they are.
+    """
+    key, equals, text = item.partition("=")
+    require(key and equals, item, "an override is written key=value")
+    if is_text(schema, key):
+        value: object = text
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        return OmegaConf.create(value)  # type: ignore[call-overload]
+    try:
+        return OmegaConf.from_dotlist([item])
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(key, str(error.problem)) from None
+    except UNREADABLE as error:
+        raise ConfigError(key, f"cannot be read: {str(error).splitlines()[0][:100]}") from None
+
+
+def is_text(schema: type, key: str) -> bool:
+    """Whether the setting of this dotted name is a string, or one of several; not for a name that is none."""
+    kind: object = schema
+    for name in key.split("."):
+        if not dataclasses.is_dataclass(kind):
+            return False
+        kind = get_type_hints(kind).get(name)
+    if get_origin(kind) is Literal:
+        return all(isinstance(choice, str) for choice in get_args(kind))
+    return kind is str
 
 
 def read_yaml(path: Path) -> DictConfig:
@@ -138,7 +173,12 @@ def read_yaml(path: Path) -> DictConfig:
         raise ConfigError(name, "is not a text file") from None
     except OSError as error:
         raise ConfigError(name, f"cannot be read: {error.strerror}") from None
-    node = OmegaConf.create(text) if text.strip() else OmegaConf.create()
+    try:
+        node = OmegaConf.create(text) if text.strip() else OmegaConf.create()
+    except yaml.YAMLError:
+        raise
+    except UNREADABLE as error:
+        raise ConfigError(name, f"cannot be read as YAML: {str(error).splitlines()[0][:100]}") from None
     require(len(node) > 0, name, "is empty")
     if not isinstance(node, DictConfig):
         raise ConfigError(name, "must hold `key: value` lines")
@@ -175,8 +215,16 @@ def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
 
 
 def to_yaml(config: BaseConfig) -> str:
-    """Every setting of `config`, defaults included, as YAML text that `resolve` reads back to an equal object."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """Every setting of `config`, defaults included, as YAML text that `resolve` reads back to an equal object.
+
+    What was given as `${oc.env:NAME}` is written so again: a password in the environment must not end up in files.
+    """
+    node = OmegaConf.structured(config)
+    OmegaConf.set_readonly(node, False)
+    for key, value in flatten(config).items():
+        if isinstance(value, str) and (key, value) in _REFERENCES:
+            OmegaConf.update(node, key, _REFERENCES[key, value])
+    return OmegaConf.to_yaml(node)
 
 
 def flatten(config: object, prefix: str = "") -> dict[str, object]:
@@ -243,6 +291,7 @@ def _parse(schema: type[C], project: str, mode: Mode, argv: list[str]) -> argpar
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings over the YAML, dotted: train.lr=1e-4"
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.error = _fail  # type: ignore[method-assign]  # one line, without the usage
     return parser.parse_intermixed_args(argv)
 

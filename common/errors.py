@@ -18,15 +18,27 @@ class ProjectError(RuntimeError):
 
 def exits_cleanly(function: Callable[P, None]) -> Callable[P, None]:
     """Wrap a program's main function: `ProjectError` becomes `error: ...` and exit status 1, `ConfigError` the same
-    with 2.
+    with 2. So does whatever else goes wrong, with a hint how to see where: `--debug` lets every error through.
     """
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        if "--debug" in sys.argv:
+            function(*args, **kwargs)
+            return
         try:
             function(*args, **kwargs)
         except (ProjectError, ConfigError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, ConfigError) else 1)
+        except (Exception, KeyboardInterrupt) as error:
+            print(f"error: {first_line(error)} (--debug shows the traceback)", file=sys.stderr)
+            sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
     return wrapped
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its message, at most 300 characters."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}{': ' if lines else ''}{lines[0][:300] if lines else ''}"

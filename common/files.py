@@ -52,6 +52,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where that is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def sync_folder(folder: Path) -> None:
     """Put a folder's own entries (a rename, a deletion) on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

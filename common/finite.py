@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,21 @@ class FiniteCheck:
             self.check(loss, norm)
         return norm
 
+    def check_weights(self, step: int, parts: Iterable[object]) -> None:
+        """`NonFinite` if the last update made a weight of one of these infinite or NaN, as too high a rate does."""
+        for part in parts:
+            if not isinstance(part, nn.Module):
+                continue
+            for name, weight in part.named_parameters():
+                if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
+                    raise NonFinite(f"{name} is not finite after step {step}; nothing was saved; {self._last_good()}")
+
+    def _last_good(self) -> str:
+        last = self.checkpoints.newest_step()
+        if last is None:
+            return "no checkpoint yet"
+        return f"last good checkpoint: {self.checkpoints.path(last)} (step {last})"
+
     def check(self, loss: Tensor | None = None, norm: Tensor | None = None) -> None:
         """Raise `NonFinite` if a loss or a gradient was not finite; reads the device."""
         bad = int(self._bad)
@@ -60,6 +76,6 @@ class FiniteCheck:
                 if loss is not None and norm is not None
                 else ""
             )
-            last = self.checkpoints.newest_step()
-            good = f"last good checkpoint: {self.checkpoints.path(last)} (step {last})" if last else "no checkpoint yet"
-            raise NonFinite(f"loss or gradient is not finite at step {bad}{values}; nothing was updated; {good}")
+            raise NonFinite(
+                f"loss or gradient is not finite at step {bad}{values}; nothing was updated; {self._last_good()}"
+            )

@@ -8,49 +8,82 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.checkpoint import Checkpoints
+from common.checkpoint import CheckpointError, Checkpoints
 from common.config import UNUSABLE, BaseConfig, Options, explain, flatten, resolve, to_yaml
 from common.errors import ProjectError
-from common.files import write_text
+from common.files import TEMPORARY, read_json, write_json, write_text
+from common.lock import NAME as LOCK
+from common.lock import FolderLock
 
 # may differ on resume
 FREE_KEYS = ("run_dir", "data_root", "device", "compile", "keep_last", "keep_every", "tensorboard", "wandb")
 FREE_SECTIONS = ("sample", "eval")
 
 
-def open_folder(config: BaseConfig, options: Options, checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
-    """Make the run's folder ready: a new one, or with --resume an old one.
+def open_folder(
+    config: BaseConfig, options: Options, checkpoints: Checkpoints, say: Callable[[str], None]
+) -> FolderLock:
+    """Make the run's folder ready: a new one, or with --resume an old one; returns the lock on it.
 
-    `ProjectError` where an earlier run would be written over without `--overwrite`, and for a folder that is not ours.
+    `ProjectError` where somebody else writes there, where an earlier run would be written over without `--overwrite`,
+    and for a folder that is not ours. Of a run that is resumed nothing is changed before it has been loaded.
     """
     folder = Path(config.run_dir)
     earlier = folder / "config.yaml"
-    if options.overwrite and not options.resume and folder.exists():
-        if any(folder.iterdir()) and not (earlier.exists() and checkpoints.folder.is_dir()):
+    overwrite = options.overwrite and not options.resume
+    if overwrite and folder.exists():
+        ours = earlier.exists() and checkpoints.folder.is_dir()
+        if not ours and any(path.name != LOCK for path in folder.iterdir()):
             raise ProjectError(f"{folder} is not a run folder; not deleting it")
-        try:
-            shutil.rmtree(folder)
-        except OSError as error:
-            raise ProjectError(f"cannot delete {folder}: {error.strerror}") from error
-    if checkpoints.list() and not options.resume:
-        step = checkpoints.newest_step()
-        raise ProjectError(
-            f"{folder} holds a run at step {step}: add --resume to go on, --overwrite to delete it, or run_dir=..."
-        )
-    if options.resume and earlier.exists():
-        try:
-            old = resolve(type(config), earlier)
-        except UNUSABLE as error:
-            raise ProjectError(
-                f"cannot compare with the config of the run: {explain(error, type(config), earlier)}"
-            ) from error
-        refuse_changes(old, config, say)
+    lock = FolderLock(folder, say)
     try:
-        checkpoints.folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.clean()
+        if overwrite:
+            empty(folder, checkpoints.newest_step(), say)
+        step = checkpoints.newest_step()
+        if step is not None and not options.resume:
+            raise ProjectError(
+                f"{folder} holds a run at step {step}: add --resume to go on, --overwrite to delete it, or run_dir=..."
+            )
+        if options.resume and earlier.exists():
+            compare(config, earlier, say)
+        try:
+            checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            for path in folder.rglob(f"{TEMPORARY}*"):  # what an interrupted save left, of whatever file
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ProjectError(f"cannot write to {folder}: {error.strerror}") from error
+        if not options.resume:
+            write_text(earlier, to_yaml(config))
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def empty(folder: Path, step: int | None, say: Callable[[str], None]) -> None:
+    """Delete all of a run but its lock, and say what that was."""
+    paths = [path for path in folder.iterdir() if path.name != LOCK]
+    if paths:
+        say(f"deleting the run in {folder.resolve()}{f', at step {step}' if step else ''}")
+    try:
+        for path in paths:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     except OSError as error:
-        raise ProjectError(f"cannot write to {folder}: {error.strerror}") from error
-    write_text(earlier, to_yaml(config))
+        raise ProjectError(f"cannot delete {folder}: {error.strerror}") from error
+
+
+def compare(config: BaseConfig, earlier: Path, say: Callable[[str], None]) -> None:
+    """`refuse_changes` against the config file of an earlier run."""
+    try:
+        old = resolve(type(config), earlier)
+    except UNUSABLE as error:
+        raise ProjectError(
+            f"cannot compare with the config of the run: {explain(error, type(config), earlier)}"
+        ) from error
+    refuse_changes(old, config, say)
 
 
 def refuse_changes(old: BaseConfig, new: BaseConfig, say: Any) -> None:
@@ -71,3 +104,26 @@ def refuse_changes(old: BaseConfig, new: BaseConfig, say: Any) -> None:
     for key, value in after.items():
         if before.get(key) != value and key not in FREE_KEYS and key.split(".")[0] not in FREE_SECTIONS:
             say(f"note: {key} was {before.get(key)}, is now {value}")
+
+
+def nothing_to_resume(folder: Path, checkpoints: Checkpoints, say: Callable[[str], None]) -> None:
+    """Say so where no checkpoint was ever finished; `CheckpointError` where there was one and it is lost."""
+    if checkpoints.newest_step() is not None:
+        raise CheckpointError(f"no whole checkpoint in {checkpoints.folder}")
+    if read_json(folder / "env.json").get("first_saved") or any(checkpoints.folder.glob("*.json")):
+        raise CheckpointError(
+            f"the checkpoints of this run are gone from {checkpoints.folder}; add --overwrite instead of --resume to "
+            "start anew"
+        )
+    say(f"nothing to resume in {folder}: starting at step 1")
+
+
+def remember_environments(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """Write env.json anew for a resumed run and return it: the present process, then those that did earlier steps."""
+    before = read_json(folder / "env.json")
+    now = now | {"first_saved": before.pop("first_saved", None)}
+    earlier = before.pop("earlier", [])
+    if before:
+        now["earlier"] = [*earlier, before]
+    write_json(folder / "env.json", now)
+    return now

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +35,7 @@ class MetricLog:
     def __init__(self, folder: Path, first_step: int = 1, tensorboard: bool = False, wandb: str = "") -> None:
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] < first_step]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(self.path, "".join(strict_json(line) + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8", buffering=1)
         self.board = self.wandb = None
         if tensorboard:
@@ -51,7 +54,7 @@ class MetricLog:
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line."""
         try:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.write(strict_json({"step": step, **values}) + "\n")
         except OSError as error:
             raise ProjectError(f"cannot write {self.path}: {error.strerror}") from error
         if self.board:
@@ -59,6 +62,14 @@ class MetricLog:
                 self.board.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(values, step=step)
+
+    def flush(self) -> None:
+        """Put the lines so far on the disk: with a checkpoint, so that a resumed run finds those before it."""
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            raise ProjectError(f"cannot write {self.path}: {error.strerror}") from error
 
     def close(self) -> None:
         self.file.close()
@@ -69,14 +80,35 @@ class MetricLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`; a last line cut short by a crash is left out, a missing file has none."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    """The lines of a `metrics.jsonl`; a missing file has none.
+
+    A null stands for a number that was not finite and becomes NaN again. A last line cut short by a crash is left out;
+    so is any other that is damaged, with one warning that counts them.
+    """
+    lines, bad = [], 0
+    texts = path.read_bytes().split(b"\n") if path.is_file() else []
+    for i, text in enumerate(texts):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text.decode())
+        except UnicodeDecodeError:  # nothing that we write, whole or cut
+            bad += 1
+            continue
         except ValueError:
-            break
+            bad += bool(text) and i < len(texts) - 1  # what ends without a line break was cut short
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append({name: math.nan if value is None else value for name, value in line.items()})
+    if bad:
+        warnings.warn(f"{path}: {bad} damaged line{'s' if bad > 1 else ''} left out", stacklevel=2)
     return lines
+
+
+def strict_json(line: dict[str, Any]) -> str:
+    """One line of JSON that every reader takes: what is not finite becomes null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()
+    }
+    return json.dumps(finite, allow_nan=False)
 
 
 class Display:

@@ -19,9 +19,10 @@ from common import runtime
 from common.checkpoint import CheckpointError, Checkpoints
 from common.config import BaseConfig, ConfigError, Options, to_yaml
 from common.errors import ProjectError
-from common.files import write_json
+from common.files import write_json, write_text
 from common.finite import FiniteCheck
-from common.folder import open_folder
+from common.folder import nothing_to_resume, open_folder, remember_environments
+from common.lock import FolderLock
 from common.logging import Display, MetricLog
 from common.signals import Stopped, StopSignals, stoppable
 
@@ -62,6 +63,7 @@ class Run:
         self._last_log = (0, 0.0)
         self._environment: dict[str, Any] = {}  # env.json
         self.log_file: MetricLog | None = None
+        self.lock: FolderLock | None = None  # held by the main process of a training
 
     @classmethod
     def start(cls, config: BaseConfig, options: Options) -> Run:
@@ -72,9 +74,10 @@ class Run:
         problem = ""
         if run.is_main:
             try:
-                open_folder(config, options, run.checkpoints, run.display.say)
+                run.lock = open_folder(config, options, run.checkpoints, run.display.say)
                 run._environment = runtime.environment(run.machine)
-                write_json(run.folder / "env.json", run._environment)
+                if not options.resume:
+                    write_json(run.folder / "env.json", run._environment)
             except ProjectError as error:
                 problem = str(error)
         if run.machine.any(bool(problem)):
@@ -92,6 +95,8 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self.log_file:
             self.log_file.close()
+        if self.lock:
+            self.lock.release()
         if self.world > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         if (error is None or kind is Stopped) and self.signals.received:
@@ -230,8 +235,11 @@ class Run:
     def save(self, step: int, best: bool = False, **parts: Any) -> None:
         """Write a checkpoint of everything that has a `state_dict`, and of plain values; the main process writes."""
         self.finite.check()
+        self.finite.check_weights(step, parts.values())
         self.saved_step = step
         if self.is_main:
+            if self.log_file:
+                self.log_file.flush()
             state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
             self.checkpoints.save(
                 step,
@@ -244,6 +252,9 @@ class Run:
                 },
                 best,
             )
+            if self._environment and not self._environment.get("first_saved"):  # a later --resume must find one
+                self._environment["first_saved"] = step
+                write_json(self.folder / "env.json", self._environment)
 
     def resume(self, **parts: Any) -> int:
         """With --resume, load the newest whole checkpoint into `parts`; returns the number of steps done, 0 for a fresh
@@ -253,8 +264,8 @@ class Run:
         changed.
         """
         state = self.checkpoints.load_newest() if self.options.resume else None
-        if self.options.resume and state is None and self.checkpoints.list():
-            raise CheckpointError(f"no whole checkpoint in {self.checkpoints.folder}")
+        if self.options.resume and state is None:
+            nothing_to_resume(self.folder, self.checkpoints, self.display.say)
         if state is not None:
             for name, part in parts.items():
                 try:
@@ -272,5 +283,8 @@ class Run:
             self.display.say(f"resumed after step {state['step']}")
         done = int(state["step"]) if state else 0
         if self.is_main:
+            if self.options.resume:  # only now: a run that could not be loaded is left as it was
+                write_text(self.folder / "config.yaml", to_yaml(self.config))
+                self._environment = remember_environments(self.folder, self._environment)
             self.log_file = MetricLog(self.folder, done + 1, self.config.tensorboard, self.config.wandb)
         return done

@@ -137,7 +137,10 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 
 def mix_seed(*numbers: int) -> int:
-    """Mix integers such as (seed, step, rank) into one 63-bit seed; near inputs give unrelated seeds."""
+    """Mix integers such as (seed, step, rank) into one 63-bit seed; near inputs give unrelated seeds.
+
+    As NumPy's `SeedSequence` has it, zeros at the end change nothing: give streams that must differ other numbers.
+    """
     return int(np.random.SeedSequence([n & 0xFFFFFFFFFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import io
+import os
 import shutil
 import sys
 import textwrap
@@ -122,8 +123,11 @@ class _Help(argparse.Action):
         self.schema = schema
 
     def __call__(self, parser: argparse.ArgumentParser, *rest: object) -> None:
-        print(parser.format_help())
-        print(describe(self.schema))
+        try:
+            print(parser.format_help())
+            print(describe(self.schema), flush=True)
+        except BrokenPipeError:  # whoever reads has enough, as `| head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parser.exit()
 
 

@@ -21,16 +21,20 @@ class DataConfig:
 
     # digits: scikit-learn's, which need no download; fashion_mnist, kmnist and qmnist are read as mnist is
     dataset: Literal["cifar10", "mnist", "fashion_mnist", "kmnist", "qmnist", "celeba", "digits", "folder"] = "cifar10"
-    folder: str = ""  # dataset=folder: any directory tree of images, relative to data_root or absolute
+    # dataset=folder: any directory tree of images, relative to data_root or absolute; its sub-folders are the classes
+    folder: str = ""
+    held_out: float = 0.05  # folder: share of the images kept for evaluation, where there is no folder val or test
+    grey: bool = False  # folder: read images as one grey channel (model.image_channels=1)
     image_size: int = 32  # pixels; celeba and folder images are centre-cropped and resized to it
     flip: bool = True  # random horizontal flips (Ho et al. 2020 use them on CIFAR-10; wrong for digits)
     workers: int = 2  # processes that decode celeba and folder images; the others are held in memory
-    max_images: int = 0  # train on only the first N images; 0 = all
+    max_images: int = 0  # train on only N images, drawn by seed; 0 = all
 
     def __post_init__(self) -> None:
         require(self.image_size >= 4, "data.image_size", "must be at least 4 pixels")
         require(self.workers >= 0, "data.workers", "must not be negative")
         require(self.max_images >= 0, "data.max_images", "must not be negative")
+        require(0 <= self.held_out < 1, "data.held_out", "must be in [0, 1)")
         require(
             self.dataset != "folder" or self.folder, "data.folder", "must name a directory when data.dataset=folder"
         )

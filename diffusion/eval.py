@@ -67,15 +67,15 @@ class Judge:
     held_out: MemoryImages | None
 
     def floor(self, count: int, run: Run) -> float | None:
-        """The distance of `count` held-out images (all, if there are fewer) from the training images: what a perfect
-        model would score.
+        """The distance of `count` held-out images, drawn by seed (all, if there are fewer), from the training images:
+        what a perfect model would score.
 
         It falls with `count`, because a covariance estimated from few images is off; so does the distance of generated
         images.
         """
         if self.held_out is None:
             return None
-        features, _ = extract(self.extractor, self.held_out.images[:count], track=run.track)
+        features, _ = extract(self.extractor, self.held_out.draw(count).images, track=run.track)
         return frechet_between(self.statistics, FeatureStatistics().update(features), len(features))
 
 
@@ -126,11 +126,11 @@ def main(config: Config, options: Options) -> None:
 def build_judge(config: Config, features: str, train: Images, test: Images | None, run: Run) -> Judge:
     """The extractor of that name and the training images' statistics, from the cache under data_root where possible."""
     cache = Path(config.data_root) / "diffusion_cache"
-    real = train.head(config.eval.num_reference)
-    held_out = test.head(0) if test is not None else None
+    real = train.draw(config.eval.num_reference)
+    held_out = test.draw(0) if test is not None else None
     labelled = None
     if real.labels is not None and held_out is not None and held_out.labels is not None:
-        everything = train.head(0)
+        everything = train.draw(0)
 
         def labelled() -> Labelled:
             return (everything.images, everything.labels), (held_out.images, held_out.labels)
@@ -244,7 +244,7 @@ def memorisation(
     save_grid(torch.cat([torch.cat([pixels[i : i + 1], reference[index[i]]]) for i in rows]), path, columns=10)
     metrics = {"nearest_train_rms": float(distance[:, 0].mean()) / scale}
     if test is not None:
-        held_out = test.head(NEIGHBOUR_SAMPLES).images.cpu()
+        held_out = test.draw(NEIGHBOUR_SAMPLES).images.cpu()
         metrics["nearest_train_rms_test_images"] = float(nearest_neighbours(held_out, reference, 1)[0].mean()) / scale
     return metrics
 

@@ -19,7 +19,7 @@ class Measured:
     """
 
     def __init__(self, images: Images) -> None:
-        sample = images.head(SIGMA_SAMPLE if isinstance(images, FolderImages) else 0)
+        sample = images.draw(SIGMA_SAMPLE if isinstance(images, FolderImages) else 0)
         self.sigma_data = sample.pixel_std()
         self.fingerprint = fingerprint(images)
         self.changed = False

@@ -30,13 +30,14 @@ ACTIVATIONS = {
 
 
 def can_backprop(model: ActorCritic, distribution: Distribution, device: torch.device, world: int) -> bool:
-    """Whether this module knows the derivatives: separate MLPs, one categorical or Gaussian action, one process, a
-    CPU.
+    """Whether this module knows the derivatives: separate MLPs of numbers, one categorical or Gaussian action, one
+    process, a CPU.
     """
     return (
         device.type == "cpu"
         and world == 1
         and model.kind == "mlp"
+        and not model.pictures
         and model.critic_trunk is not None
         and type(distribution) in (Categorical, Gaussian)
     )

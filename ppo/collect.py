@@ -18,8 +18,8 @@ from ppo.config import Config
 from ppo.data import Rollout
 from ppo.distributions import Distribution
 from ppo.envs import GymVector, LocalVector, Vector, check_finite
-from ppo.normalize import ObservationNormalizer, RewardNormalizer, gather_states, shared_sum
-from ppo.registry import as_input, observation_shape
+from ppo.normalize import RewardNormalizer, gather_states, shared_sum
+from ppo.registry import as_input, observation_normalizer, observation_shape
 
 Act = Callable[[np.ndarray], torch.Tensor]
 Look = Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]
@@ -34,6 +34,7 @@ class Collector:
     Attributes:
         recent: (return, length) of the last 100 episodes, rewards as the environment gave them, whole games only.
         num_episodes, num_steps: since the start; dead rows are not steps.
+        notes: what a person should know of a resumed run; usually nothing.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Collector:
         self.config, self.vector, self.distribution, self.rank, self.world = config, vector, distribution, rank, world
         self.space = vector.observation_space
         shape, count, train, env = observation_shape(self.space), len(vector), config.train, config.env
-        self.observations = ObservationNormalizer(shape, env.normalize_observations, env.clip_observations)
+        self.observations = observation_normalizer(self.space, env)
         self.rewards = RewardNormalizer(count, train.gamma, env.normalize_rewards, env.clip_rewards)
         stays = len(shape) == 3 and self.space.dtype == np.uint8 and not self.observations.enabled
         kind = np.uint8 if stays else np.float32
@@ -50,9 +51,10 @@ class Collector:
         self.rollout = Rollout.empty(train.rollout, count, shape, distribution.action_shape, kind, action)
         self.raw = np.zeros((train.rollout, count, *shape), dtype=np.float32) if self.observations.enabled else None
         self.raw_rewards = np.zeros((train.rollout, count))
-        self.signs = config.env.sign_rewards and config.env.id.startswith("ALE/")
+        self.signs = config.env.sign_rewards and config.env.atari
         self.recent: deque[tuple[float, int]] = deque(maxlen=RECENT)
         self.num_episodes = self.num_steps = 0
+        self.notes: list[str] = []
         self.current = as_input(self.space, vector.reset())  # (N, *O)
         self.returns, self.lengths = np.zeros(count), np.zeros(count, dtype=np.int64)  # of the running games
 
@@ -150,8 +152,14 @@ class Collector:
         that was stopped and one that was not do the same.
         """
         if isinstance(self.vector, GymVector) and not self.vector.readable:
-            self.current = as_input(self.space, self.vector.reset(update))
-            self.returns[:], self.lengths[:], self.rewards.returns[:] = 0.0, 0, 0.0
+            self.begin(self.vector.reset(update))
+
+    def begin(self, observations: np.ndarray) -> None:
+        """Open the books of new episodes anew, which begin with these observations (N, *O) of the environments."""
+        self.current = as_input(self.space, observations)
+        self.returns[:] = 0.0
+        self.lengths[:] = 0
+        self.rewards.returns[:] = 0.0
 
     def gathered(self) -> list[dict[str, Any]]:
         """`state_dict` of each process, for a checkpoint; all of them must call this."""
@@ -166,20 +174,28 @@ class Collector:
             "recent": [list(pair) for pair in self.recent],
             "num_episodes": self.num_episodes,
             "num_steps": self.num_steps,
+            "rollout": self.config.train.rollout,
             "current": torch.from_numpy(np.array(self.current)),
             "returns": torch.from_numpy(self.returns.copy()),
             "lengths": torch.from_numpy(self.lengths.copy()),
         }
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """From a checkpoint, as `gathered`. `ProjectError` for another number of processes, or an environment that does
-        not repeat itself.
+        """From a checkpoint, as `gathered`. `ProjectError` for another number of processes, environments or steps of a
+        rollout.
 
-        Worker processes' environments that do not repeat themselves begin new episodes.
+        Environments that do not repeat themselves begin new episodes, and `notes` says so.
         """
         if len(states) != self.world:
             raise ProjectError(f"the run was stopped with {len(states)} processes and cannot go on with {self.world}")
         state = states[self.rank]
+        before = (len(state["returns"]) * self.world, state.get("rollout", self.config.train.rollout))
+        now = (len(self.vector) * self.world, self.config.train.rollout)
+        if before != now:
+            raise ProjectError(
+                f"the run was stopped with env.count={before[0]} and train.rollout={before[1]} and cannot go on with "
+                f"{now[0]} and {now[1]}: its updates are counted in rollouts of that size"
+            )
         self.observations.load_state_dict(state["observations"])
         self.rewards.load_state_dict(state["rewards"])
         self.recent = deque(((float(a), int(b)) for a, b in state["recent"]), maxlen=RECENT)
@@ -188,10 +204,9 @@ class Collector:
         self.current = as_input(self.space, self.vector.load_state_dict(state["vector"]))
         if np.array_equal(self.current, state["current"].numpy()):
             return
-        if isinstance(self.vector, LocalVector) or self.vector.readable:
-            raise ProjectError(
-                f"{self.config.env.id} does not come back to where it was: the same seed and actions led elsewhere; "
-                "use "
-                "env.backend=processes, which starts new episodes at each checkpoint"
-            )
-        self.restart(self.num_steps)
+        self.notes.append(
+            f"note: {self.config.env.id} does not come back to where it was (the same seed and actions led elsewhere): "
+            "its episodes begin anew"
+        )
+        numbers = () if isinstance(self.vector, LocalVector) else (self.num_steps,)
+        self.begin(self.vector.reset(*numbers))

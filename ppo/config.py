@@ -6,18 +6,32 @@ This module imports nothing heavy, so that a mistake in a config is reported bef
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from common.config import BaseConfig, require
+
+ATARI_ONLY = (
+    "image_size",
+    "frame_stack",
+    "frame_skip",
+    "noop_max",
+    "sticky_actions",
+    "episodic_life",
+    "sign_rewards",
+)
 
 
 @dataclass(frozen=True)
 class EnvConfig:
     """Which environment, how many copies, and what is done to its observations and rewards."""
 
-    id: str = "CartPole-v1"  # a gymnasium id, or ALE/<Game>-v5
+    # a gymnasium id, ALE/<Game>-v5, or one's own: module:Id-v0 (the module registers it) or module:Class
+    id: str = "CartPole-v1"
+    kwargs: dict[str, Any] = field(default_factory=dict)  # arguments of the environment: env.kwargs.map_name=8x8
+    wrappers: tuple[str, ...] = ()  # by dotted name, the first one innermost: [gymnasium.wrappers.FlattenObservation]
     count: int = 8  # copies side by side, over all processes together
     # auto: atari for ALE, native where there is one, else local; envpool: its own C++ versions of these environments,
     # in threads
@@ -48,6 +62,14 @@ class EnvConfig:
             require(getattr(self, name) > 0, f"env.{name}", "must be positive")
         require(self.image_size >= 36, "env.image_size", "must be at least 36: less does not survive the convolutions")
         require(0 <= self.sticky_actions < 1, "env.sticky_actions", "must be in [0, 1)")
+        for item in dataclasses.fields(self):
+            idle = item.name in ATARI_ONLY and not self.atari and getattr(self, item.name) != item.default
+            require(not idle, f"env.{item.name}", f"does nothing here: {self.id} is no Atari game (ALE/<Game>-v5)")
+
+    @property
+    def atari(self) -> bool:
+        """Whether it is a game of the Arcade Learning Environment."""
+        return self.id.rpartition(":")[2].startswith("ALE/")
 
 
 @dataclass(frozen=True)

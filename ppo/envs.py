@@ -22,10 +22,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from common.errors import ProjectError
 from common.runtime import mix_seed
+from ppo.checks import first_reset, first_step
 
 
 @dataclass
@@ -71,6 +72,7 @@ class LocalVector:
         self.seed, self.first = seed, first
         self.observation_space, self.action_space = environments[0].observation_space, environments[0].action_space
         self.episode = [0] * len(environments)
+        self.looked = False  # whether each has played a step, and its answer was looked at
         self.actions: list[list[Any]] = [[] for _ in environments]
 
     def __len__(self) -> int:
@@ -82,8 +84,8 @@ class LocalVector:
 
     def _begin(self, n: int) -> np.ndarray:
         self.actions[n] = []
-        observation, _ = self.environments[n].reset(seed=mix_seed(self.seed, self.first + n, self.episode[n]) % 2**31)
-        return observation
+        seed = mix_seed(self.seed, self.first + n, self.episode[n]) % 2**31
+        return first_reset(self.environments[n], seed, self.observation_space)
 
     def step(self, actions: np.ndarray) -> Step:
         """Play one action in each."""
@@ -96,7 +98,8 @@ class LocalVector:
             action = chosen[n]
             history = self.actions[n]
             history.append(action if discrete else action.copy())
-            observation, rewards[n], over, cut, _ = environment.step(action)
+            step = environment.step(action) if self.looked else first_step(environment, action, self.observation_space)
+            observation, rewards[n], over, cut, _ = step
             cut = cut or (limit > 0 and len(history) >= limit)
             if over or cut:
                 # a copy: resetting may overwrite it
@@ -104,6 +107,7 @@ class LocalVector:
                 self.episode[n] += 1
                 observation = self._begin(n)
             observations[n] = observation
+        self.looked = True
         return Step(np.stack(observations), rewards, terminated, truncated, np.ones(count, dtype=bool), final)
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,7 +124,9 @@ class LocalVector:
         for n, saved in enumerate(state["actions"]):
             observation, history = self._begin(n), list(saved.numpy()) if saved.ndim > 1 else saved.tolist()
             for action in history:
-                observation = self.environments[n].step(action)[0]
+                observation, _, over, cut, _ = self.environments[n].step(action)
+                if over or cut:
+                    break  # it did not end there before: the collector will see that it is elsewhere
             self.actions[n] = history
             observations.append(observation)
         return np.stack(observations)
@@ -178,12 +184,22 @@ class GymVector:
         self.before[:] = False
         self.numbers, self.actions = numbers, []
         try:
-            observations, _ = self.environment.reset(seed=mix_seed(self.seed, self.first, *numbers) % 2**31)
+            observations, _ = self.environment.reset(seed=self.seeds(*numbers))
         except (OSError, EOFError) as error:
             raise self._lost(error) from error
         inner = self.environment.unwrapped
         self.readable = all(isinstance(getattr(inner, name, None), np.ndarray) for name in self.NUMPY_STATE)
         return observations
+
+    def seeds(self, *numbers: int) -> list[int] | np.ndarray | int:
+        """What `reset` takes: a seed for each environment by its number among those of all processes, so that it begins
+        alike whoever plays it. Gymnasium's numpy environments have one generator for all, and take one seed.
+        """
+        each = [mix_seed(self.seed, self.first + n, *numbers) % 2**31 for n in range(len(self))]
+        inner = self.environment.unwrapped
+        if isinstance(inner, SyncVectorEnv | AsyncVectorEnv):
+            return each
+        return np.array(each) if hasattr(inner, "ale") else each[0]
 
     def _lost(self, error: Exception) -> ProjectError:
         """A worker process has died: end the others, for none of them would notice."""

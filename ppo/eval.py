@@ -17,20 +17,21 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import gymnasium as gym
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from common.errors import ProjectError, exits_cleanly
-from common.files import write_csv, write_json
+from common.errors import exits_cleanly
+from common.files import sha256, write_csv, write_json
 from common.logging import read_metrics
 from common.run import Run
 from common.runtime import mix_seed, use_threads
+from common.signals import Stopped
 from ppo.play import Policy, evaluation_vector, film, film_pixels, play
-from ppo.registry import make_one, make_vector
+from ppo.registry import find, make_one, make_vector
 
 SEED_STREAM = 1_000_000_007  # environments of the evaluation are none that training has seen
 ENOUGH = 100  # episodes behind a mean that counts as solving
@@ -44,11 +45,10 @@ def main(config: Config, options: Options) -> None:
         use_threads(config.train.threads)
         metrics: dict[str, float] = {}
         rows = []
-        update = 0
-        for name, suffix in (("last", ""), ("best", "_best")):
-            path = run.folder / f"{name}.safetensors"
-            if name == "best" and not path.exists():
-                continue
+        policies = chosen_policies(run.folder, options.checkpoint)
+        main_policy, main_path = next(iter(policies.items()))
+        for name, path in policies.items():
+            suffix = "" if name == main_policy else f"_{name}"
             for kind in ("", "_stochastic"):
                 games, facts = measure(config, path, run, stochastic=bool(kind))
                 returns = [value for value, _ in games]
@@ -58,12 +58,10 @@ def main(config: Config, options: Options) -> None:
                     {"policy": name, "kind": kind.removeprefix("_") or "deterministic", "return": a, "length": b}
                     for a, b in games
                 ]
-            update = update or int(facts["update"])
+            if name == main_policy:
+                update = int(facts["update"])
         metrics |= when_solved(run.folder, config)
         write_csv(run.folder / "episodes.csv", rows)
-        draw(run.folder, config)
-        if config.eval.video:
-            save_film(config, run)
         result = {
             "project": "ppo",
             "config": run.folder.name,
@@ -71,10 +69,15 @@ def main(config: Config, options: Options) -> None:
             "metrics": metrics,
             "n": {"episodes": config.eval.episodes},
             "seeds": [config.seed],
-            "policy": "last",
+            "policy": main_policy,
+            "weights_sha256": sha256(main_path),
             "seconds": round(time.perf_counter() - started, 1),
         }
         write_json(run.folder / "eval.json", result)
+        # results first: pictures may fail, with a note
+        attempt_picture("learning curve", lambda: draw(config, run), run)
+        if config.eval.video:
+            attempt_picture("film", lambda: save_film(config, run, main_path), run)
         show(metrics, run.folder.name)
         print(json.dumps(result), flush=True)
 
@@ -97,7 +100,7 @@ def measure(config: Config, path: Path, run: Run, stochastic: bool) -> tuple[lis
 
 def threshold(config: Config) -> float:
     """The mean return that counts as solved: the config's, else the environment's own, else infinity."""
-    own = gym.spec(config.env.id).reward_threshold if config.env.id in gym.registry else None
+    own = find(config.env).reward_threshold
     return config.eval.solved or (own if own is not None else math.inf)
 
 
@@ -117,10 +120,35 @@ def when_solved(folder: Path, config: Config) -> dict[str, float]:
     return found
 
 
-def draw(folder: Path, config: Config) -> None:
+def chosen_policies(folder: Path, checkpoint: str) -> dict[str, Path]:
+    """Names and files of what is measured: the last policy and, where there is one, the best; with --checkpoint, that
+    one alone.
+    """
+    if checkpoint:
+        chosen = Path(checkpoint)
+        if chosen.name == checkpoint:  # a bare name is one of this run's; a path is taken as it stands
+            chosen = folder / checkpoint if chosen.suffix == ".safetensors" else folder / "checkpoints" / checkpoint
+        return {chosen.name: chosen}
+    best = folder / "best.safetensors"
+    return {"last": folder / "last.safetensors"} | ({"best": best} if best.exists() else {})
+
+
+def attempt_picture(what: str, make: Callable[[], None], run: Run) -> None:
+    """Call `make`; whatever goes wrong in it, an environment that cannot be rendered for one, is a note."""
+    try:
+        make()
+    except Stopped:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0][:200]
+        run.display.say(f"note: no {what}: {type(error).__name__}: {reason}")
+
+
+def draw(config: Config, run: Run) -> None:
     """The learning curve of this run."""
     from ppo.pictures import draw_curve
 
+    folder = run.folder
     lines = [
         line for line in read_metrics(folder / "metrics.jsonl") if not math.isnan(line.get("return_mean", math.nan))
     ]
@@ -133,35 +161,22 @@ def draw(folder: Path, config: Config) -> None:
         )
 
 
-def save_film(config: Config, run: Run) -> None:
-    """figures/episode.gif of the last policy, where the environment can be rendered; a note where it cannot. Of Atari,
-    what the policy sees.
-    """
+def save_film(config: Config, run: Run, path: Path) -> None:
+    """figures/episode.gif of the policy at `path`. Of Atari, what the policy sees."""
     from ppo.pictures import save_gif
 
-    pixels, seed, frames = (
-        config.env.id.startswith("ALE/"),
-        mix_seed(config.seed, SEED_STREAM, 2),
-        config.eval.video_frames,
-    )
+    pixels = config.env.atari
+    seed = mix_seed(config.seed, SEED_STREAM, 2)
+    frames = config.eval.video_frames
+    environment = make_vector(config.env, seed, 1, training=False) if pixels else make_one(config.env, "rgb_array")
     try:
-        environment = make_vector(config.env, seed, 1, training=False) if pixels else make_one(config.env, "rgb_array")
-        try:
-            policy = Policy(
-                run.folder / "last.safetensors",
-                config,
-                environment.observation_space,
-                environment.action_space,
-                run.device,
-            )
-            pictures, total = (
-                film_pixels(policy, environment, frames) if pixels else film(policy, environment, frames, seed % 2**31)
-            )
-        finally:
-            environment.close()
-    except (ProjectError, gym.error.Error) as error:
-        run.display.say(f"note: no film: {error}")
-        return
+        spaces = environment.observation_space, environment.action_space
+        policy = Policy(path, config, *spaces, run.device)
+        pictures, total = (
+            film_pixels(policy, environment, frames) if pixels else film(policy, environment, frames, seed % 2**31)
+        )
+    finally:
+        environment.close()
     fps = 60 / config.env.frame_skip if pixels else environment.metadata.get("render_fps", 30)
     save_gif(pictures, run.folder / "figures/episode.gif", fps)
     run.display.say(f"{run.folder / 'figures/episode.gif'}: an episode of {len(pictures)} frames, return {total:.1f}")

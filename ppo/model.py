@@ -81,10 +81,10 @@ class ActorCritic(nn.Module):
     ) -> None:
         super().__init__()
         self.kind = config.kind
+        self.pictures = len(observation_shape) == 3 and min(observation_shape[1:]) >= SMALLEST_IMAGE
         if config.kind == "cnn":
-            fits = len(observation_shape) == 3 and min(observation_shape[1:]) >= SMALLEST_IMAGE
             require(
-                fits,
+                self.pictures,
                 "model.kind",
                 f"cnn reads images (C, H, W) of at least {SMALLEST_IMAGE} x {SMALLEST_IMAGE} pixels, not shape "
                 f"{observation_shape}",
@@ -112,10 +112,13 @@ class ActorCritic(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def read(self, observations: Tensor) -> Tensor:
-        """What the trunks take: pixels as they are, for an mlp all numbers in a row in the weights' dtype."""
+        """What the trunks take: pixels as they are, for an mlp all numbers in a row in the weights' dtype, and those of
+        pictures in [0, 1].
+        """
         if self.kind == "cnn":
             return observations
-        return observations.to(self.value.weight.dtype).flatten(1)
+        x = observations.to(self.value.weight.dtype).flatten(1)
+        return x / 255 if self.pictures else x
 
     def act(self, observations: Tensor) -> Tensor:
         """Parameters of the policy's distribution (B, P): all that a step of a rollout needs."""

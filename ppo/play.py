@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.checkpoint import Checkpoints
 from common.config import ConfigError
 from common.errors import ProjectError
 from common.runtime import mix_seed
@@ -26,8 +27,7 @@ from ppo.config import Config
 from ppo.distributions import distribution_for
 from ppo.envs import Vector, check_finite
 from ppo.model import ActorCritic
-from ppo.normalize import ObservationNormalizer
-from ppo.registry import as_input, make_vector, observation_shape
+from ppo.registry import as_input, make_vector, observation_normalizer, observation_shape
 
 BEST_STREAM = 1_000_000_009  # environments that choose the best policy: none of training's, none of ppo.eval's
 EVALUATION_COPIES = 16  # environments side by side
@@ -57,7 +57,7 @@ class Policy:
         self.distribution = distribution_for(action_space, config.model.squash)
         shape = observation_shape(observation_space)
         self.model = ActorCritic(config.model, shape, self.distribution, config.precision == "bf16")
-        self.scale = ObservationNormalizer(shape, config.env.normalize_observations, config.env.clip_observations)
+        self.scale = observation_normalizer(observation_space, config.env)
         self.facts: dict[str, str] = {}
         try:
             if isinstance(weights, dict):
@@ -97,16 +97,24 @@ class Policy:
 
 
 def read_policy(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, and what is noted beside them."""
+    """The tensors of an exported file or of a checkpoint (`.pt`), and what is noted beside them."""
+    if path.suffix == ".pt":
+        state = Checkpoints.load(path)
+        parts = state["parts"]
+        return named_weights(parts["model"], parts["collector"][0]["observations"]), {"update": str(state["step"])}
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (not a dict)
 
 
 def policy_weights(model: ActorCritic, collector: Collector) -> dict[str, Tensor]:
     """What it takes to act: weights under `model.`, and the mean and variance of observations under `observations.`."""
-    moments = collector.observations.state_dict()
-    found = {f"model.{name}": value.detach().clone() for name, value in model.state_dict().items()}
-    return found | {f"observations.{name}": torch.as_tensor(value).clone() for name, value in moments.items()}
+    return named_weights(model.state_dict(), collector.observations.state_dict())
+
+
+def named_weights(model: dict[str, Any], observations: dict[str, Any]) -> dict[str, Tensor]:
+    """Both under the names that a file of weights has."""
+    found = {f"model.{name}": value.detach().clone() for name, value in model.items()}
+    return found | {f"observations.{name}": torch.as_tensor(value).clone() for name, value in observations.items()}
 
 
 class Best:
@@ -230,6 +238,8 @@ def film(policy: Policy, environment: gym.Env, frames: int, seed: int) -> tuple[
     """
     observation, _ = environment.reset(seed=seed)
     pictures = [environment.render()]
+    if not isinstance(pictures[0], np.ndarray):
+        raise ProjectError(f"render() returned {type(pictures[0]).__name__}, no picture")
     total = 0.0
     for _ in range(frames - 1):
         action = policy(np.asarray(observation)[None], None)[0]

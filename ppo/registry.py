@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import multiprocessing
 import signal
 import warnings
@@ -11,13 +10,17 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 from common.config import ConfigError
 from common.errors import ProjectError
+from ppo.checks import FirstLook
 from ppo.config import EnvConfig
+from ppo.custom import nearest, spec_of, wrapped
 from ppo.envs import GymVector, LocalVector, PoolVector, Vector
 from ppo.model import SMALLEST_IMAGE
+from ppo.normalize import ObservationNormalizer
 
 EXTRAS = {
     "box2d": 'pip install "gymnasium[box2d]"',
@@ -43,16 +46,18 @@ def make_vector(config: EnvConfig, seed: int, count: int, first: int = 0, traini
     """
     if config.backend == "envpool":
         return checked(make_pool(config, seed, count, first, training), config)
-    known(config.id)
+    spec = find(config)
     backend = choose_backend(config)
+    if backend == "atari" and not config.atari:
+        raise ProjectError(f"env.backend=atari plays ALE/<Game>-v5, not {config.id}")
+    if backend in ("atari", "native"):
+        refuse_arguments(config, backend, ("wrappers", "kwargs", "continuous"))
     if backend == "atari":
-        if not config.id.startswith("ALE/"):
-            raise ProjectError(f"env.backend=atari plays ALE/<Game>-v5, not {config.id}")
         return checked(GymVector(make_atari(config, count, training), seed, first), config)
     if backend == "native":
         extra = {"max_episode_steps": config.max_episode_steps} if config.max_episode_steps else {}
         vector = attempt(
-            config.id, lambda: gym.make_vec(config.id, count, vectorization_mode=NATIVE, vector_kwargs={}, **extra)
+            config.id, lambda: gym.make_vec(spec, count, vectorization_mode=NATIVE, vector_kwargs={}, **extra)
         )
         return checked(GymVector(vector, seed, first), config)
     if backend == "processes":
@@ -63,14 +68,18 @@ def make_vector(config: EnvConfig, seed: int, count: int, first: int = 0, traini
     return checked(LocalVector(environments, seed, first, config.max_episode_steps), config)
 
 
-def known(name: str) -> None:
-    """`ProjectError` with the nearest names for an id that is not registered."""
-    if name.startswith("ALE/"):
-        attempt(name, register_atari)
-    if name in gym.registry:
-        return
-    near = difflib.get_close_matches(name, list(gym.registry), n=3, cutoff=0.5)
-    raise ProjectError(f"there is no environment {name!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
+def find(config: EnvConfig) -> EnvSpec:
+    """Gymnasium's notes about the environment. `ProjectError` with the nearest names for an unknown one."""
+    if config.atari:
+        attempt(config.id, register_atari)
+    return spec_of(config.id)
+
+
+def refuse_arguments(config: EnvConfig, backend: str, names: tuple[str, ...]) -> None:
+    """`ConfigError` for settings that only environments made one by one can be given."""
+    for name in names:
+        if getattr(config, name):
+            raise ConfigError(f"env.{name}", f"env.backend={backend} does not know it; local and processes do")
 
 
 def register_atari() -> None:
@@ -84,17 +93,22 @@ def choose_backend(config: EnvConfig) -> str:
     """What `env.backend=auto` means for this environment."""
     if config.backend != "auto":
         return config.backend
-    if config.id.startswith("ALE/"):
+    if config.atari and not (config.wrappers or config.kwargs):
         return "atari"
-    return "native" if gym.spec(config.id).vector_entry_point and config.id.startswith("CartPole") else "local"
+    simple = not (config.wrappers or config.kwargs or config.continuous)
+    return "native" if simple and config.id.startswith("CartPole") else "local"
 
 
 def make_one(config: EnvConfig, render_mode: str | None = None) -> gym.Env:
-    """A single environment, without gymnasium's checks of every step."""
-    extra: dict[str, Any] = {"continuous": True} if config.continuous else {}
+    """A single environment in its wrappers, without gymnasium's checks of every step."""
+    extra = dict(config.kwargs)
+    if config.continuous:
+        extra["continuous"] = True
     if config.max_episode_steps:
         extra["max_episode_steps"] = config.max_episode_steps
-    return gym.make(config.id, render_mode=render_mode, disable_env_checker=True, **extra)
+    if render_mode:
+        extra["render_mode"] = render_mode
+    return wrapped(gym.make(find(config), disable_env_checker=True, **extra), config.wrappers)
 
 
 def make_worker(config: EnvConfig) -> gym.Env:
@@ -104,7 +118,7 @@ def make_worker(config: EnvConfig) -> gym.Env:
     if multiprocessing.parent_process():  # the main process makes one, too, to look at its spaces
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-    return make_one(config)
+    return FirstLook(make_one(config))
 
 
 def make_atari(config: EnvConfig, count: int, training: bool) -> gym.vector.VectorEnv:
@@ -159,7 +173,8 @@ def make_pool(config: EnvConfig, seed: int, count: int, first: int, training: bo
         return envpool
 
     envpool = attempt(config.id, load)
-    task, atari = pool_task(config, envpool.list_all_envs()), config.id.startswith("ALE/")
+    refuse_arguments(config, "envpool", ("wrappers", "kwargs"))
+    task, atari = pool_task(config, envpool.list_all_envs()), config.atari
     options: dict[str, Any] = {}
     if atari:
         if not config.noop_max:
@@ -213,17 +228,17 @@ def pool_task(config: EnvConfig, tasks: list[str]) -> str:
     not got this one.
     """
     task, (stem, mark, version) = config.id, config.id.rpartition("-v")
-    if config.id.startswith("ALE/"):
-        known(config.id)
+    if config.atari:
+        find(config)
         task = "".join(word.capitalize() for word in rom_name(config.id).split("_")) + "-v5"
     elif config.continuous:
         task = f"{stem}Continuous{mark}{version}"
     if task in tasks:
         return task
-    near = difflib.get_close_matches(task, tasks, n=3, cutoff=0.5)
+    near = nearest(task, tasks)
     raise ProjectError(
         f"envpool has no {task!r}"
-        + (f"; its nearest: {', '.join(near)}" if near else "")
+        + (f"; its nearest: {near}" if near else "")
         + ("; gymnasium has it: env.backend=auto" if config.id in gym.registry else "")
     )
 
@@ -242,6 +257,8 @@ def attempt(name: str, build: Callable[[], Any]) -> Any:
     """Call `build`; a missing package or a broken environment becomes one line."""
     try:
         return build()
+    except (ProjectError, ConfigError):
+        raise
     except (ImportError, gym.error.DependencyNotInstalled) as error:
         text = f"{error} {getattr(error, 'name', '')}".lower()
         hint = next(
@@ -250,10 +267,10 @@ def attempt(name: str, build: Callable[[], Any]) -> Any:
         raise ProjectError(
             f"{name} needs a package that is not installed ({str(error).splitlines()[0][:100]}): {hint}"
         ) from None
-    except (gym.error.Error, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever somebody's environment does when it is made
         raise ProjectError(
             f"{name} cannot be made: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"
-        ) from None
+        ) from error
 
 
 def checked(vector: Vector, config: EnvConfig) -> Vector:
@@ -263,7 +280,9 @@ def checked(vector: Vector, config: EnvConfig) -> Vector:
     space, trouble = vector.observation_space, ""
     numbers = isinstance(space, gym.spaces.Box) and space.dtype.kind in "fuib"
     if not (isinstance(space, gym.spaces.Discrete) or (numbers and 0 not in space.shape)):
-        trouble = "a Box of numbers or pixels, or Discrete; flatten it with a wrapper of your own"
+        trouble = (
+            "a Box of numbers or pixels, or Discrete; flatten it: env.wrappers=[gymnasium.wrappers.FlattenObservation]"
+        )
     elif is_image(space) and not plain_pixels(space):
         trouble = (
             "pixels are uint8, or have bounds [0, 1] or [0, 255]; gymnasium.wrappers.TransformObservation scales them, "
@@ -275,6 +294,9 @@ def checked(vector: Vector, config: EnvConfig) -> Vector:
         raise ProjectError(
             f"observation space {text if len(text) < 120 else f'{text[:100]}...'} is not supported: {trouble}"
         )
+    if config.continuous and not isinstance(vector.action_space, gym.spaces.Box):
+        vector.close()
+        raise ConfigError("env.continuous", f"does nothing here: the actions of {config.id} are {vector.action_space}")
     if config.normalize_observations and is_image(space):
         vector.close()
         raise ConfigError("env.normalize_observations", "pixels are not normalised: the network divides them by 255")
@@ -315,6 +337,14 @@ def observation_shape(space: gym.Space) -> tuple[int, ...]:
     return tuple(space.shape) or (1,)
 
 
+def observation_normalizer(space: gym.Space, config: EnvConfig) -> ObservationNormalizer:
+    """What scales observations as `env.normalize_observations` says. One-hot ones stay: their rare entries would become
+    large.
+    """
+    enabled = config.normalize_observations and not isinstance(space, gym.spaces.Discrete)
+    return ObservationNormalizer(observation_shape(space), enabled, config.clip_observations)
+
+
 def as_input(space: gym.Space, observations: np.ndarray) -> np.ndarray:
     """Observations (N, ...) as the network sees them: (N, *observation_shape(space)).
 
@@ -322,7 +352,7 @@ def as_input(space: gym.Space, observations: np.ndarray) -> np.ndarray:
     brightest is; uint8 stays so. It is the convolutional network that divides by 255.
     """
     if isinstance(space, gym.spaces.Discrete):
-        return np.eye(int(space.n), dtype=np.float32)[np.asarray(observations, dtype=np.int64) - int(space.start)]
+        return one_hot(np.asarray(observations), int(space.n), int(space.start))
     bytes_stay = space.dtype == np.uint8 and len(space.shape) == 3
     seen = np.asarray(observations, dtype=np.uint8 if bytes_stay else np.float32)
     if channels_last(space):
@@ -330,3 +360,14 @@ def as_input(space: gym.Space, observations: np.ndarray) -> np.ndarray:
     if is_image(space) and space.high.max() <= 1:
         seen = seen * seen.dtype.type(255)
     return seen if space.shape else seen.reshape(-1, 1)
+
+
+def one_hot(numbers: np.ndarray, count: int, start: int = 0) -> np.ndarray:
+    """float32 (N, count) for integers (N,) from `start` on. `ProjectError` for one outside."""
+    index = numbers.astype(np.int64).reshape(-1) - start
+    if index.min() < 0 or index.max() >= count:
+        wrong = int(index[(index < 0) | (index >= count)][0]) + start
+        raise ProjectError(f"an environment showed {wrong}; its observation space is {start} to {start + count - 1}")
+    seen = np.zeros((len(index), count), dtype=np.float32)
+    seen[np.arange(len(index)), index] = 1
+    return seen

@@ -14,19 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from common.config import UNUSABLE, explain, resolve
+from common.config import UNUSABLE, explain, flatten, resolve
 from common.errors import ProjectError, exits_cleanly
-from common.files import write_csv, write_json
+from common.files import sha256, write_csv, write_json
+from common.folder import FREE_KEYS, FREE_SECTIONS
 from common.logging import read_metrics
 from common.settings import explain_settings
 from ppo.config import Config
+from ppo.jobs import Job, lock_folder, run_jobs
 
 
 @exits_cleanly
@@ -41,7 +41,12 @@ def main() -> None:
     folder = Path(args.folder or f"runs/{args.config.stem}_seeds")
     seeds = list(range(args.first, args.first + args.seeds))
     started = time.perf_counter()
-    run_all([(seed, folder / f"{seed:03d}") for seed in seeds], args)
+    lock = lock_folder(folder)
+    jobs = [job_for(seed, folder / f"{seed:03d}", config, args) for seed in seeds]
+    stopped_by = run_jobs([job for job in jobs if job.commands], args.jobs, lock)
+    if stopped_by:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(128 + stopped_by)
     rows = [read_seed(folder / f"{seed:03d}", seed) for seed in seeds]
     write_csv(folder / "seeds.csv", rows)
     result = {
@@ -79,64 +84,45 @@ def parse() -> argparse.Namespace:
     args = parser.parse_intermixed_args()
     if args.seeds < 1 or args.jobs < 1:
         parser.error("--seeds and --jobs must be at least 1")
+    for word in args.overrides:
+        if word.startswith(("seed=", "run_dir=")):
+            parser.error(f"{word}: seeds come from --first and --seeds, folders from --folder")
     return args
 
 
-def run_all(todo: list[tuple[int, Path]], args: argparse.Namespace) -> None:
-    """Train and evaluate each seed, some at a time; a stop signal stops them all, each saving first. `ProjectError`
-    if one fails.
+def job_for(seed: int, folder: Path, config: Config, args: argparse.Namespace) -> Job:
+    """What remains to be done for a seed: nothing where its evaluation is of this very config and of the weights that
+    lie there. `ProjectError` where the folder holds a run of other settings.
     """
-    waiting = [(seed, folder) for seed, folder in todo if not (folder / "eval.json").exists()]
-    running: dict[subprocess.Popen, tuple[int, Path, bool]] = {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    stopped: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopped.append(number))
-
-    def start(seed: int, folder: Path, evaluation: bool) -> None:
-        words = (
-            ["ppo.eval", "--run", str(folder)]
-            if evaluation
-            else [
-                "ppo.train",
-                "--config",
-                str(args.config),
-                f"run_dir={folder}",
-                f"seed={seed}",
-                "--resume",
-                *args.overrides,
-            ]
+    training = ["--config", str(args.config), f"run_dir={folder}", f"seed={seed}", "--resume", *args.overrides]
+    commands = [
+        ("train", ["-m", "ppo.train", *training]),
+        ("eval", ["-m", "ppo.eval", "--run", str(folder)]),
+    ]
+    if not (folder / "config.yaml").exists():
+        return Job(seed, folder, commands)
+    try:
+        old = flatten(resolve(Config, folder / "config.yaml"))
+    except UNUSABLE as error:
+        raise ProjectError(explain(error, Config, folder / "config.yaml")) from error
+    new = flatten(config) | {"seed": seed}
+    changed = [key for key, value in new.items() if key not in FREE_KEYS and old[key] != value]
+    trained_otherwise = [key for key in changed if key.split(".")[0] not in FREE_SECTIONS]
+    if trained_otherwise:
+        key = trained_otherwise[0]
+        raise ProjectError(
+            f"{folder} was trained with {key}={old[key]}, not {new[key]}: choose another --folder, or delete it"
         )
-        folder.mkdir(parents=True, exist_ok=True)
-        log = (folder / f"{'eval' if evaluation else 'train'}.log").open("a")
-        running[subprocess.Popen([sys.executable, "-m", *words], stdout=log, stderr=log, env=environment)] = (
-            seed,
-            folder,
-            evaluation,
-        )
-        log.close()
+    return Job(seed, folder, [] if not changed and evaluated(folder) else commands)
 
-    while waiting or running:
-        if stopped:
-            waiting.clear()
-            for process in running:
-                process.send_signal(signal.SIGTERM)
-        while waiting and len(running) < args.jobs:
-            start(*waiting.pop(0), False)
-        time.sleep(0.2)
-        for process in [process for process in running if process.poll() is not None]:
-            seed, folder, evaluation = running.pop(process)
-            if process.returncode and not stopped:
-                for other in running:
-                    other.send_signal(signal.SIGTERM)
-                raise ProjectError(f"seed {seed} failed with exit status {process.returncode}; see {folder}/*.log")
-            if not evaluation and not stopped:
-                start(seed, folder, True)
-            elif evaluation:
-                print(f"seed {seed} is done", file=sys.stderr, flush=True)
-    if stopped:
-        print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(128 + stopped[0])
+
+def evaluated(folder: Path) -> bool:
+    """Whether `eval.json` is there and speaks of the weights that lie beside it."""
+    try:
+        noted = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["weights_sha256"]
+        return bool(noted == sha256(folder / "last.safetensors"))
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def read_seed(folder: Path, seed: int) -> dict[str, float]:

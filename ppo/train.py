@@ -17,6 +17,7 @@ from common.checkpoint import export_weights
 from common.errors import exits_cleanly
 from common.run import Run
 from common.runtime import count_parameters, mix_seed, use_threads
+from ppo.advice import Advice, idle_settings
 from ppo.collect import Collector
 from ppo.data import epochs, learning_batch, valid_rows
 from ppo.distributions import distribution_for
@@ -59,6 +60,9 @@ def train(config: Config, options: Options) -> None:
             f"{'ppo/backprop.py' if settings.backprop == 'manual' else 'autograd'}"
         )
 
+        for note in [*idle_settings(config, model, vector, run.world), *collector.notes]:
+            run.display.say(note)
+        advice = Advice(config, run.display.say)
         for update in run.steps(done, updates):
             remaining = 1 - (update - 1) / updates  # from one down towards zero
             clip = settings.clip * (remaining if settings.clip_decay == "linear" else 1)
@@ -81,6 +85,7 @@ def train(config: Config, options: Options) -> None:
                 grad_norm = run.check_gradients(optimizer, loss, settings.max_grad_norm)  # stops on a non-finite value
                 optimizer.step()
 
+            advice.look(explained, grad_norm)
             played = collector.played()  # the same numbers in every process
             if run.is_main and run.due(update, settings.evaluate_every):
                 played["evaluation_return"] = best.challenge(policy_weights(model, collector), update, run.device)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes must not write one cache of compiled loops
+    caches = Path(__file__).resolve().parent.parent / ".cache"
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(caches / f"numba-{os.environ['PYTEST_XDIST_WORKER']}"))
 
 import signal
 
@@ -15,6 +19,16 @@ from tests.helpers import stop_in_step, tiny, train
 
 torch.set_num_threads(1)
 HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With pytest-xdist the tests of a file stay together, for they share fixtures; those that measure time form a
+    group across the files, so that no two of them run side by side.
+    """
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 @pytest.fixture(autouse=True)

@@ -108,7 +108,7 @@ def measure(
 
 def training_step(config: Config, images: Images, run: Run) -> Callable[[int], torch.Tensor]:
     """A new network and its optimizer; the result makes step 1, 2, ... and returns its loss, on the device."""
-    objective = build_objective(config.objective, images.head(0).pixel_std())
+    objective = build_objective(config.objective, images.draw(0).pixel_std())
     model = UNet(config.model, config.data.image_size).to(run.device, memory_format=run.memory_format)
     optimizer = torch.optim.AdamW(
         model.parameters(),

@@ -145,22 +145,41 @@ def one_by_one(args: argparse.Namespace, device: str, seconds: float) -> float |
 # -- sampled GraphSAGE -------------------------------------------------------------------------------------------------
 
 
+SAGE_COLUMNS = (
+    "edges",
+    "batch",
+    "place",
+    "edges_per_s",
+    "ms",
+    "sample_ms",
+    "copy_ms",
+    "step_ms",
+    "waiting",
+    "val_accuracy",
+    "gpu_peak_gib",
+    "host_peak_gib",
+    "generate_s",
+)
+
+
 def sage(args: argparse.Namespace) -> int:
     """Every size, on the GPU with the features there, with the features in the CPU's memory, and on the CPU. Returns
     the exit status.
     """
-    budget, device = campaign.Budget.of(args), choose_device(args.device)
-    facts, kept = campaign.facts(device), args.work / "sage.json"
-    earlier = campaign.read_json(kept)
+    budget = campaign.Budget.of(args)
+    device = choose_device(args.device)
+    facts = campaign.facts(device)
     settings = {
         "config": str(args.config),
         "overrides": args.overrides,
         "seconds": args.seconds,
         "machine": facts["machine"],
     }
+    earlier = campaign.read_json(args.work / "sage.json")
     rows: list[dict[str, Any]] = earlier.get("rows", []) if earlier.get("settings") == settings else []
     known = {(row["edges_drawn"], row["batch"], row["place"]) for row in rows}
-    status, longest = 0, 2 * args.seconds  # of a measurement so far
+    status = 0
+    longest = 2 * args.seconds  # of a measurement so far
     for edges in args.edges:
         wanted = [
             (batch, place) for batch in args.batch for place in places(device) if (edges, batch, place) not in known
@@ -169,10 +188,8 @@ def sage(args: argparse.Namespace) -> int:
             continue
         need = generation_seconds(rows, edges) + 1.3 * longest
         if budget.over(need):
-            print(
-                f"{edges:.0e} edges: not begun, about {need:.0f} s are needed and {budget.left():.0f} are left",
-                flush=True,
-            )
+            left = f"about {need:.0f} s are needed and {budget.left():.0f} are left"
+            print(f"{edges:.0e} edges: not begun, {left}", flush=True)
             status = campaign.UNFINISHED
             break
         task, made = load(args, edges)
@@ -181,54 +198,34 @@ def sage(args: argparse.Namespace) -> int:
                 status = campaign.UNFINISHED
                 break
             began = time.perf_counter()
-            row = measure(
-                task,
-                torch.device("cpu") if place == "cpu" else device,
-                place != "gpu, host features",
-                batch,
-                args.seconds,
-                args.cores,
-            )
+            where = torch.device("cpu") if place == "cpu" else device
+            row = measure(task, where, place != "gpu, host features", batch, args.seconds, args.cores)
             longest = max(longest, time.perf_counter() - began)
-            rows.append(
-                {
-                    "edges_drawn": edges,
-                    "edges": task.graph.num_edges,
-                    "nodes": task.graph.num_nodes,
-                    "batch": batch,
-                    "place": place,
-                    **row,
-                    "generate_s": made,
-                }
-            )
-            content = {
-                "settings": settings,
-                "fanouts": list(task.config.sampling.fanouts),
-                "hidden": task.config.model.hidden,
-                "rows": rows,
-            }
-            write_json(kept, content)
-            campaign.write_result(
-                args.out / "sage.json", content, facts, campaign.spend(args.work, "sage", time.perf_counter() - began)
-            )
+            sizes = {"edges_drawn": edges, "edges": task.graph.num_edges, "nodes": task.graph.num_nodes}
+            rows.append(sizes | {"batch": batch, "place": place, **row, "generate_s": made})
+            keep_rows(args, settings, task, rows, facts, time.perf_counter() - began)
             print(f"{edges:.0e} edges, batch {batch}, {place}: {row['edges_per_s'] / 1e6:.2f} M edges/s", flush=True)
-    keys = (
-        "edges",
-        "batch",
-        "place",
-        "edges_per_s",
-        "ms",
-        "sample_ms",
-        "copy_ms",
-        "step_ms",
-        "waiting",
-        "val_accuracy",
-        "gpu_peak_gib",
-        "host_peak_gib",
-        "generate_s",
-    )
-    campaign.print_table("GraphSAGE, sampled", [{key: row[key] for key in keys} for row in rows])
+    campaign.print_table("GraphSAGE, sampled", [{key: row[key] for key in SAGE_COLUMNS} for row in rows])
     return status
+
+
+def keep_rows(
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    task: Any,
+    rows: list[dict[str, Any]],
+    facts: dict[str, Any],
+    seconds: float,
+) -> None:
+    """Write what has been measured so far, for the next command and as a result."""
+    content = {
+        "settings": settings,
+        "fanouts": list(task.config.sampling.fanouts),
+        "hidden": task.config.model.hidden,
+        "rows": rows,
+    }
+    write_json(args.work / "sage.json", content)
+    campaign.write_result(args.out / "sage.json", content, facts, campaign.spend(args.work, "sage", seconds))
 
 
 def places(device: torch.device) -> list[str]:

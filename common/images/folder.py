@@ -6,10 +6,13 @@ the run stops, because by then something is wrong with the folder and not with a
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,41 +21,35 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.errors import ProjectError
-from common.images.memory import MemoryImages, batch_indices
+from common.images.listing import Listing
+from common.images.memory import MemoryImages, batch_indices, draw_indices
+from common.images.reading import read_image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-SMALLEST = 4  # pixels: an image with a shorter side says nothing at any size that we train at
 MOST_BAD = 0.01
+FORGIVEN = 3  # bad files that never stop a run: one percent of a small folder is less than a file
 
 
 class FolderImages:
-    """RGB images from files; sub-folders of the top folder are the classes, if there are at least two."""
+    """Images from files.
 
-    def __init__(
-        self,
-        name: str,
-        files: list[Path],
-        labels: Tensor | None,
-        classes: tuple[str, ...],
-        size: int,
-        workers: int,
-        crop: int,
-    ) -> None:
-        self.name, self.files, self.labels, self.class_names = name, files, labels, classes
-        self.shape, self.workers, self.crop = (3, size, size), workers, crop
+    Args:
+        name: of the dataset, for metrics.
+        listing: files and classes.
+        size: pixels a side that they are brought to.
+        workers: processes that decode; 0 = this one.
+        crop: side of the centre square taken before resizing; 0 = the shorter side.
+        grey: one channel instead of three.
+    """
+
+    def __init__(self, name: str, listing: Listing, size: int, workers: int, crop: int = 0, grey: bool = False) -> None:
+        self.name = name
+        self.files = listing.files
+        self.labels = None if listing.labels is None else torch.tensor(listing.labels)
+        self.class_names = listing.classes
+        self.shape = (1 if grey else 3, size, size)
+        self.workers = workers
+        self.crop = crop
         self.bad: set[int] = set()
-
-    @classmethod
-    def open(cls, name: str, folder: Path, files: list[Path], size: int, workers: int, crop: int = 0) -> FolderImages:
-        """Args: crop: side of the centre square taken before resizing; 0 = the shorter side."""
-        tops = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in files]
-        classes = tuple(sorted(set(tops) - {""}))
-        labels = torch.tensor([classes.index(top) for top in tops]) if len(classes) > 1 and "" not in tops else None
-        data = cls(name, files, labels, classes if labels is not None else (), size, workers, crop)
-        for i, path in enumerate(files):
-            if path.suffix.lower() not in SUFFIXES:
-                data.reject(i, "not an image file")
-        return data
 
     def __len__(self) -> int:
         return len(self.files)
@@ -70,10 +67,10 @@ class FolderImages:
 
         yield from self._decode(order(), device)
 
-    def head(self, count: int) -> MemoryImages:
-        """The first `count` images (0 = all) decoded into memory, bad ones replaced by their neighbours."""
-        end = min(count or len(self), len(self))
-        chunks = [list(range(i, min(i + 256, end))) for i in range(0, end, 256)]
+    def draw(self, count: int, seed: int = 0) -> MemoryImages:
+        """`count` images drawn by seed (0 = all, in order) and decoded into memory, bad ones replaced by others."""
+        chosen = draw_indices(len(self), count, seed).tolist()
+        chunks = [chosen[i : i + 256] for i in range(0, len(chosen), 256)]
         parts = list(self._decode(iter(chunks), torch.device("cpu")))
         labels = None if self.labels is None else torch.cat([label for _, label in parts])  # type: ignore[misc]
         return MemoryImages(self.name, torch.cat([images for images, _ in parts]), labels, self.class_names)
@@ -84,14 +81,14 @@ class FolderImages:
             return
         self.bad.add(index)
         print(f"skipping {self.files[index]}: {why}", file=sys.stderr, flush=True)
-        if len(self.bad) > MOST_BAD * len(self.files):
+        if len(self.bad) > max(MOST_BAD * len(self.files), FORGIVEN):
             raise ProjectError(
                 f"{len(self.bad)} of {len(self.files)} files are not usable images, more than {MOST_BAD:.0%}; "
                 "remove them or choose another folder"
             )
 
     def _decode(self, order: Iterator[list[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
-        decoder = _Decoder(self.files, self.shape[1], self.crop)
+        decoder = _Decoder(self.files, self.shape[1], self.crop, self.shape[0] == 1)
         # DataLoader draws a seed for its workers; from the global generator that would shift dropout
         apart = torch.Generator()
         loader = DataLoader(
@@ -103,75 +100,58 @@ class FolderImages:
             generator=apart,
             worker_init_fn=_ignore_signals if self.workers else None,
         )
-        for images, index, faults in loader:
-            good = [i for i, fault in enumerate(faults) if not fault]
+        for images, index, faults in alive(loader):
             for i, fault in enumerate(faults):
                 if fault:
                     self.reject(int(index[i]), fault)
-                    if not good:
-                        raise ProjectError(
-                            f"a whole batch of unusable images, the first is {self.files[int(index[0])]}"
-                        )
-                    # the next good one: the same with any number of workers
-                    other = min(good, key=lambda g: (g - i) % len(faults))
-                    images[i], index[i] = images[other], index[other]
+                    images[i], index[i] = self._stand_in(decoder, int(index[i]))
             yield images.to(device, non_blocking=True), None if self.labels is None else self.labels[index].to(device)
+
+    def _stand_in(self, decoder: _Decoder, index: int) -> tuple[Tensor, int]:
+        """The next usable image after a bad one: the same with any batch size and any number of workers."""
+        for step in range(1, len(self.files)):
+            image, other, fault = decoder[(index + step) % len(self.files)]
+            if not fault:
+                return torch.from_numpy(image), other
+            self.reject(other, fault)
+        raise ProjectError(f"no usable image among {len(self.files)} files, the first is {self.files[0]}")
+
+
+def alive(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's batches; `ProjectError` where one of its processes has died."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if not loader.num_workers:
+                raise
+            raise ProjectError(
+                "a process that decodes images has died: killed, or no memory left for it; try a smaller data.workers, "
+                f"0 for none ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            ) from None
+        yield batch
 
 
 class _Decoder(Dataset[tuple[np.ndarray, int, str]]):
-    def __init__(self, files: list[Path], size: int, crop: int) -> None:
-        self.files, self.size, self.crop = files, size, crop
+    def __init__(self, files: list[Path], size: int, crop: int, grey: bool) -> None:
+        self.files = files
+        self.size = size
+        self.crop = crop
+        self.grey = grey
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int, str]:
         try:
-            return read_image(self.files[index], self.size, self.crop), index, ""
+            return read_image(self.files[index], self.size, self.crop, self.grey), index, ""
         except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             reason = "not a readable image" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0]
-            return np.zeros((3, self.size, self.size), np.uint8), index, reason or type(error).__name__
-
-
-def read_image(path: Path, size: int, crop: int = 0) -> np.ndarray:
-    """Decode, centre-crop to a square, resize: uint8 (3, size, size). Raises `OSError` or `ValueError` for a bad
-    file.
-    """
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError("not an image file")
-    if path.stat().st_size == 0:
-        raise ValueError("empty file")
-    with Image.open(path) as file:
-        image = file.convert("RGB")
-    side = min(crop or min(image.size), *image.size)
-    if side < SMALLEST:
-        raise ValueError(f"only {image.size[0]}x{image.size[1]} pixels")
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.resize(
-        (size, size),
-        Image.Resampling.BOX if side >= 2 * size else Image.Resampling.BILINEAR,
-        box=(left, top, left + side, top + side),
-        reducing_gap=None,
-    )
-    return np.asarray(image).transpose(2, 0, 1)  # (H, W, 3) -> (3, H, W)
-
-
-def list_images(folder: Path, key: str, otherwise: str = "") -> list[Path]:
-    """Every file below a folder but hidden ones, sorted by path.
-
-    Args:
-        key: the setting that names the folder, for messages.
-        otherwise: what a person can do instead, for the message that there is no such folder.
-    """
-    if not folder.is_dir():
-        raise ProjectError(
-            f"{key}: {folder} is not a folder; put the images there{f', or {otherwise}' if otherwise else ''}"
-        )
-    files = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)
-    )
-    if not files:
-        raise ProjectError(f"{key}: {folder} has no files")
-    return files
+            return (
+                np.zeros((1 if self.grey else 3, self.size, self.size), np.uint8),
+                index,
+                reason or type(error).__name__,
+            )
 
 
 def _collate(items: list[tuple[np.ndarray, int, str]]) -> tuple[Tensor, Tensor, list[str]]:
@@ -180,6 +160,17 @@ def _collate(items: list[tuple[np.ndarray, int, str]]) -> tuple[Tensor, Tensor, 
 
 
 def _ignore_signals(worker: int) -> None:
-    """A stop signal sent to the whole process group is the main process's to handle; its workers end when it does."""
+    """A stop signal sent to the whole process group is the main process's to handle; `end_workers` ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers() -> None:
+    """Kill the processes that decode, whatever ends this one.
+
+    They ignore the polite signals, and Python would wait for them for ever at its exit after an error. Registered after
+    multiprocessing's own handler, so it comes before that.
+    """
+    for process in multiprocessing.active_children():
+        process.kill()

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from common.runtime import mix_seed
 
+DRAW_STREAM = 7_000_037  # keeps the generator of subsets apart from those of epochs
+
 
 class Images(Protocol):
     """What a training loop and an evaluation need of a dataset."""
@@ -31,7 +33,7 @@ class Images(Protocol):
     def batches(
         self, first_step: int, batch_size: int, seed: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor | None]]: ...
-    def head(self, count: int) -> MemoryImages: ...
+    def draw(self, count: int, seed: int = 0) -> MemoryImages: ...
 
 
 @dataclass
@@ -61,12 +63,11 @@ class MemoryImages:
             self.name, self.images.to(device), None if self.labels is None else self.labels.to(device), self.class_names
         )
 
-    def head(self, count: int) -> MemoryImages:
-        """The first `count` images; 0 = all."""
-        end = count or len(self)
-        return MemoryImages(
-            self.name, self.images[:end], None if self.labels is None else self.labels[:end], self.class_names
-        )
+    def draw(self, count: int, seed: int = 0) -> MemoryImages:
+        """`count` images drawn by seed; 0 = all, in order. Where files are sorted, a prefix is a biased sample."""
+        index = draw_indices(len(self), count, seed)
+        labels = None if self.labels is None else self.labels[index.to(self.labels.device)]
+        return MemoryImages(self.name, self.images[index.to(self.images.device)], labels, self.class_names)
 
     def batches(
         self, first_step: int, batch_size: int, seed: int, device: torch.device
@@ -90,6 +91,14 @@ class MemoryImages:
         digest.update(self.images.cpu().numpy().tobytes())
         digest.update(b"" if self.labels is None else self.labels.cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def draw_indices(size: int, count: int, seed: int) -> Tensor:
+    """`count` of `size` numbers without repetition, ascending; all of them where count is 0 or too large."""
+    if not 0 < count < size:
+        return torch.arange(size)
+    generator = torch.Generator().manual_seed(mix_seed(seed, DRAW_STREAM))
+    return torch.randperm(size, generator=generator)[:count].sort().values
 
 
 @functools.lru_cache(maxsize=4)

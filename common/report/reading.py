@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,8 +66,10 @@ def read_run(folder: Path) -> RunView:
     evaluation, env = read_json(folder / "eval.json", view), read_json(folder / "env.json", view)
     view.project, view.config = identify(folder, evaluation, env)
     view.settings = read(folder / "config.yaml", lambda path: path.read_text(encoding="utf-8"), "", view)
-    lines = read(folder / "metrics.jsonl", read_metrics, [], view)
-    rows = [row for row in lines if isinstance(row, dict) and isinstance(row.get("step"), int)]
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        rows = read(folder / "metrics.jsonl", read_metrics, [], view)
+    view.missing += [f"metrics.jsonl, which is damaged ({str(note.message).rsplit(': ', 1)[-1]})" for note in noted]
     view.total, view.done = (
         int(env.get("total_steps") or total_steps(view.settings)),
         max((row["step"] for row in rows), default=0),

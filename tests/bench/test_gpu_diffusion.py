@@ -234,6 +234,7 @@ def test_another_run_is_not_mixed_with_this_one(trained: Path, data_root: Path, 
     assert not here
 
 
+@pytest.mark.slow
 def test_evaluation(trained: Path, data_root: Path, here: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(data_root, trained, "evaluate", "--minutes", "0") == campaign.UNFINISHED
     assert not list((trained / "results").glob("eval_*"))
@@ -345,6 +346,7 @@ def test_large_pictures_become_small(tmp_path: Path) -> None:
     assert not (tmp_path / "c.png").exists()
 
 
+@pytest.mark.slow
 def test_a_rehearsal_leaves_docs_alone(
     trained: Path, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: list[list[str]]
 ) -> None:

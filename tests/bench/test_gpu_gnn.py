@@ -136,6 +136,7 @@ def test_dropout_and_initial_weights_are_each_seeds_own():
     assert many.std() == pytest.approx(float(few.std()), rel=0.3)
 
 
+@pytest.mark.slow
 def test_spread_over_seeds_is_that_of_the_project():
     """60 seeds of the club together: as gcn_karate.yaml states for `gnn.train`; another chunk has other numbers of
     the same kind.
@@ -159,6 +160,7 @@ def test_what_cannot_be_trained_together_is_refused(word):
         train_together(task, 0, 2)
 
 
+@pytest.mark.slow
 def test_seeds_part(tmp_path, capsys):
     """Statistics, a row a seed, a picture, and the comparison; a second call trains no seed again, and nothing lands
     in docs/.
@@ -205,6 +207,7 @@ def test_seeds_that_are_there_are_not_trained_again(tmp_path, monkeypatch):
     assert trained == [(0, 12), (12, 12)]
 
 
+@pytest.mark.slow
 def test_sage_part(tmp_path):
     """One row, sane; what is there is not measured again; a size for which no time is left is not begun."""
     assert run(tmp_path, "sage") == 0

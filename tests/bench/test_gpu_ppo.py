@@ -30,6 +30,7 @@ def result(work, name):
     return json.loads((work / f"results/{name}.json").read_text())
 
 
+@pytest.mark.slow
 def test_speed(tmp_path):
     """A row for each number of environments; the shares make up the whole; the program is left as it was, its run
     folder gone.
@@ -54,6 +55,7 @@ def test_speed(tmp_path):
     assert run(tmp_path, "speed", "--minutes", "0", "--game", "breakout") == campaign.UNFINISHED
 
 
+@pytest.mark.slow
 def test_train_is_planned_once_goes_on_and_is_evaluated(tmp_path, monkeypatch):
     """No time: a plan and status 75. Stopped in its third update; then to its end, as planned; then the measurement,
     and nothing twice.

@@ -13,6 +13,7 @@ import random
 import signal
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ import torch
 from common import checkpoint
 from common.checkpoint import CheckpointError, Checkpoints, export_weights, verify
 from common.errors import ProjectError
-from common.files import TEMPORARY, atomic_open, write_text
+from common.files import TEMPORARY, atomic_open, sha256, write_text
 from tests.helpers import read_only, small_disk
 
 
@@ -353,5 +354,52 @@ def test_export_weights(tmp_path):
     weights = {"a": torch.randn(3, 4).t(), "b": torch.arange(5)}  # the first is not contiguous
     export_weights(tmp_path / "model.safetensors", weights, {"step": "7"})
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"step": "7"}
+        assert file.metadata()["step"] == "7" and len(file.metadata()["sha256"]) == 64
         assert all(torch.equal(file.get_tensor(name), weights[name]) for name in weights)
+
+
+# -- exported weights, bombs -------------------------------------------------------------------------------------------
+
+
+def test_damage_in_exported_weights_is_noticed(tmp_path):
+    path = tmp_path / "model.safetensors"
+    weights = {"b": torch.randn(40), "a": torch.randn(3, 4).to(torch.bfloat16), "n": torch.tensor(7)}
+    checkpoint.export_weights(path, weights, {"step": "3"})
+    read, metadata = checkpoint.read_weights(path)
+    assert metadata["step"] == "3" and all(torch.equal(read[name], weights[name]) for name in weights)
+    content = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(100):
+        place = rng.randrange(len(content))
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            read, metadata = checkpoint.read_weights(path)
+        except checkpoint.CheckpointError:
+            continue
+        # a flipped bit in the rest of the header, such as the note of the step, changes no weight
+        assert all(torch.equal(read[name], weights[name]) for name in weights), place
+
+
+def test_weights_of_others_have_no_hash(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors")
+    assert checkpoint.read_weights(tmp_path / "w.safetensors")[0]["w"].tolist() == [1, 1]
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be read"):
+        checkpoint.read_weights(tmp_path / "none.safetensors")
+
+
+def test_a_bomb_is_not_unpacked(tmp_path):
+    """A compressed archive, with a manifest that fits it."""
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    path = checkpoints.save(1, {"w": torch.zeros(1000, 1000)})
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as new:
+        for item in old.infolist():
+            new.writestr(item.filename, old.read(item))
+    (tmp_path / "bomb").replace(path)
+    manifest = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    path.with_suffix(".json").write_text(json.dumps(manifest | {"manifest_sha256": checkpoint._digest(manifest)}))
+    with pytest.raises(checkpoint.CheckpointError, match="compressed"):
+        checkpoints.load(path)

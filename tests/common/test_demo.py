@@ -138,6 +138,7 @@ def test_runner_reports_a_killed_program():
     assert Runner().run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == (137, "")
 
 
+@pytest.mark.xdist_group("timing")
 def test_runner_does_not_wait_for_grandchildren():
     started = time.monotonic()
     program = "import subprocess; subprocess.Popen(['sleep', '20'])"

@@ -18,7 +18,7 @@ from PIL import Image
 
 from common.config import Options
 from common.errors import ProjectError
-from common.images import FolderImages, MemoryImages, batch_indices, list_images
+from common.images import MemoryImages, batch_indices
 from diffusion.config import DataConfig
 from diffusion.data import load_images
 from diffusion.images import to_float, to_uint8
@@ -237,7 +237,7 @@ def test_digits_need_no_files():
 def test_max_images_and_resize():
     data = load_images(DataConfig(dataset="digits", image_size=16, max_images=10), "")
     assert data.images.shape == (10, 1, 16, 16) and data.images.dtype == torch.uint8
-    small = load_images(DataConfig(dataset="digits", image_size=8), "").head(10)
+    small = load_images(DataConfig(dataset="digits", image_size=8, max_images=10), "")
     enlarged = [Image.fromarray(image[0].numpy()).resize((16, 16), Image.Resampling.BILINEAR) for image in small.images]
     reference = np.stack([np.asarray(image) for image in enlarged])
     assert np.abs(data.images[:, 0].numpy().astype(int) - reference.astype(int)).max() <= 1
@@ -266,104 +266,3 @@ def test_no_network_and_no_data(dataset, file, tmp_path, monkeypatch):
     message = str(error.value)
     assert "\n" not in message
     assert file in message and str(tmp_path) in message and "configs/ddpm_digits.yaml" in message
-
-
-# -- folders of images -------------------------------------------------------------------------------------------------
-
-
-def write_images(folder: Path, count: int, classes: str = "ab") -> None:
-    for i, pixels in enumerate(RNG.integers(0, 256, (count, 6, 8, 3), dtype=np.uint8)):
-        path = folder / classes[i % len(classes)] / f"{i:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-
-
-def open_folder(root: Path, workers: int = 0, **options) -> FolderImages:
-    return load_images(DataConfig(dataset="folder", folder=str(root), image_size=4, workers=workers, **options), "")
-
-
-BAD = {
-    "a/zz_corrupt.png": b"\x89PNG\r\n\x1a\n" + b"not really" * 9,
-    "a/zz_empty.png": b"",
-    "b/zz_text.txt": b"a readme",
-}
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
-    """396 good images, and four files that cannot be used: exactly one percent."""
-    folder = tmp_path_factory.mktemp("mixed")
-    write_images(folder, 396)
-    for name, content in BAD.items():
-        (folder / name).write_bytes(content)
-    Image.new("RGB", (1, 1)).save(folder / "b/zz_dot.png")
-    (folder / ".hidden").write_bytes(b"not counted")
-    return folder
-
-
-def test_bad_files_are_named_once_and_skipped(mixed, capfd):
-    images = open_folder(mixed)
-    assert len(images) == 400
-    batches = list(itertools.islice(images.batches(1, 50, 0, CPU), 24))  # three epochs
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 4
-    for name in [*BAD, "b/zz_dot.png"]:
-        assert sum(str(mixed / name) in line for line in lines) == 1
-    assert all((pixels.flatten(1) > 0).any(1).all() for pixels, _ in batches), "a black stand-in got into a batch"
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
-def test_workers_make_no_difference(mixed, capfd):
-    none, two = (list(itertools.islice(open_folder(mixed, workers).batches(5, 64, 0, CPU), 8)) for workers in (0, 2))
-    for (a, a_labels), (b, b_labels) in zip(none, two, strict=True):
-        assert torch.equal(a, b) and torch.equal(a_labels, b_labels)
-
-
-@pytest.mark.parametrize("name", ["a/zz_one_more.png", "b/zz_notes.txt"])
-def test_more_than_one_percent_bad_aborts(name, tmp_path, capfd):
-    write_images(tmp_path, 98)
-    for extra in ("a/zz_first.png", name):
-        (tmp_path / extra).write_bytes(b"")
-    with pytest.raises(ProjectError, match="2 of 100 files"):
-        list(itertools.islice(open_folder(tmp_path).batches(1, 50, 0, CPU), 2))
-    assert capfd.readouterr().err.count("skipping") == 2
-
-
-def test_labels_follow_the_sub_folders(tmp_path):
-    for name, value in (("cat", 10), ("dog", 200), ("eel", 90)):
-        (tmp_path / name / "deeper").mkdir(parents=True)
-        Image.new("RGB", (6, 6), (value,) * 3).save(tmp_path / name / "deeper/1.png")
-    images = open_folder(tmp_path)
-    assert images.class_names == ("cat", "dog", "eel")
-    data = images.head(0)
-    assert data.labels.tolist() == [0, 1, 2] and data.images[:, 0, 0, 0].tolist() == [10, 200, 90]
-
-
-@pytest.mark.parametrize("layout", [["1.png", "2.png"], ["only/1.png", "only/2.png"], ["a/1.png", "2.png"]])
-def test_no_labels_without_classes(layout, tmp_path):
-    for name in layout:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (6, 6)).save(tmp_path / name)
-    images = open_folder(tmp_path)
-    assert images.class_names == () and images.head(0).labels is None
-    assert next(images.batches(1, 2, 0, CPU))[1] is None
-
-
-def test_centre_crop_and_modes(tmp_path):
-    wide = np.zeros((8, 16), dtype=np.uint8)
-    wide[:, 4:12] = 255  # the middle square is white, the sides are black
-    Image.fromarray(wide, "L").save(tmp_path / "grey.png")
-    Image.fromarray(wide, "L").convert("P").save(tmp_path / "palette.png")
-    Image.fromarray(wide.T.copy(), "L").convert("RGBA").save(tmp_path / "tall.png")
-    assert bool((open_folder(tmp_path).head(0).images == 255).all())
-
-
-def test_max_images_of_a_folder(tmp_path):
-    write_images(tmp_path, 10)
-    assert len(open_folder(tmp_path, max_images=4)) == 4
-
-
-def test_folder_that_is_not_there(tmp_path):
-    for folder in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(ProjectError, match=r"data\.folder"):
-            list_images(folder, "data.folder")

@@ -91,6 +91,7 @@ diffusion.train.train(*load(Config, "diffusion"))
 """
 
 
+@pytest.mark.xdist_group("timing")
 def test_second_signal_leaves_at_once(tmp_path):
     process = start_python("-c", SLOW_STEP, "--config", str(DIGITS), *TINY, f"run_dir={tmp_path / 'run'}")
     assert "in a long step" in process.stdout.readline()

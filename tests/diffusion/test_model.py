@@ -210,6 +210,7 @@ def test_bf16_autocast_is_close_to_float32(memory_format: torch.memory_format) -
     assert 1e-5 < error < 0.03
 
 
+@pytest.mark.xdist_group("timing")
 def test_tiny_forward_takes_under_a_second() -> None:
     start = time.process_time()
     net = UNet(SMALL, SIZE)

@@ -232,15 +232,8 @@ class Fixed(gym.Env):
         return np.zeros(6, dtype=np.float32), 0.0, False, False, {}
 
 
-@pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw"])
-@pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([3, 2]), spaces.Box(-1, 1, (2,))], ids=str)
-def test_an_update_equals_that_of_stable_baselines3(space, normalize, rows=48):
-    """Their own `train` on a buffer filled with our rows, weights copied: the loss, every gradient, and the weights
-    after Adam's step.
-    """
-    settings = TrainConfig(
-        value_weight=0.8, entropy_weight=0.02, lr=3e-3, clip=0.2, max_grad_norm=0.5, normalize_advantage=normalize
-    )
+def peer(space, settings: TrainConfig, rows: int) -> PPO:
+    """stable-baselines3's PPO with our settings, for one minibatch of so many rows."""
     theirs = PPO(
         "MlpPolicy",
         Fixed(space),
@@ -252,12 +245,46 @@ def test_an_update_equals_that_of_stable_baselines3(space, normalize, rows=48):
         ent_coef=settings.entropy_weight,
         vf_coef=settings.value_weight / 2,
         max_grad_norm=settings.max_grad_norm,
-        normalize_advantage=normalize,
+        normalize_advantage=settings.normalize_advantage,
         device="cpu",
         seed=0,
         policy_kwargs={"net_arch": [32, 16], "ortho_init": False},
     )
     theirs.set_logger(configure(None, []))
+    return theirs
+
+
+def same_figures(loss: torch.Tensor, terms, logged: dict[str, float]) -> None:
+    """Our loss and terms are what the peer has logged of its update."""
+    for ours, name in (
+        (loss, "loss"),
+        (terms.policy.mean(), "policy_gradient_loss"),
+        (2 * terms.value.mean(), "value_loss"),
+        (-terms.entropy.mean(), "entropy_loss"),
+        (terms.kl.mean(), "approx_kl"),
+        (terms.clipped.mean(), "clip_fraction"),
+    ):
+        assert float(ours.detach()) == pytest.approx(float(logged[f"train/{name}"]), rel=1e-5, abs=1e-6), name
+
+
+def fill(buffer, **columns: torch.Tensor) -> None:
+    """Put rows of our own into its rollout buffer, as if it had just played them."""
+    for name, value in columns.items():
+        array = getattr(buffer, name)
+        setattr(buffer, name, value.numpy().reshape(array.shape).astype(array.dtype))
+    buffer.pos, buffer.full, buffer.generator_ready = len(columns["values"]), True, False
+
+
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw"])
+@pytest.mark.parametrize("space", [spaces.Discrete(3), spaces.MultiDiscrete([3, 2]), spaces.Box(-1, 1, (2,))], ids=str)
+def test_an_update_equals_that_of_stable_baselines3(space, normalize, rows=48):
+    """Their own `train` on a buffer filled with our rows, weights copied: the loss, every gradient, and the weights
+    after Adam's step.
+    """
+    settings = TrainConfig(
+        value_weight=0.8, entropy_weight=0.02, lr=3e-3, clip=0.2, max_grad_norm=0.5, normalize_advantage=normalize
+    )
+    theirs = peer(space, settings, rows)
     distribution = distribution_for(space)
     model = ActorCritic(ModelConfig(hidden=(32, 16)), (6,), distribution)
     pairs, state = names(model, theirs.policy), theirs.policy.state_dict()
@@ -272,18 +299,15 @@ def test_an_update_equals_that_of_stable_baselines3(space, normalize, rows=48):
         actions = distribution.sample(parameters, distribution.noise((rows,), g))
         log_prob, _ = distribution.log_prob_entropy(parameters, actions)
         old_log_prob = log_prob + 0.3 * torch.randn(rows, generator=g)  # ratios on both sides of the clip
-    buffer = theirs.rollout_buffer
-    for name, value in (
-        ("observations", observations),
-        ("actions", actions.view(rows, -1)),
-        ("values", old_values),
-        ("log_probs", old_log_prob),
-        ("advantages", advantages),
-        ("returns", returns),
-    ):
-        array = getattr(buffer, name)
-        setattr(buffer, name, value.numpy().reshape(array.shape).astype(array.dtype))
-    buffer.pos, buffer.full, buffer.generator_ready = rows, True, False
+    fill(
+        theirs.rollout_buffer,
+        observations=observations,
+        actions=actions.view(rows, -1),
+        values=old_values,
+        log_probs=old_log_prob,
+        advantages=advantages,
+        returns=returns,
+    )
     theirs.train()
     logged = theirs.logger.name_to_value
 
@@ -300,15 +324,7 @@ def test_an_update_equals_that_of_stable_baselines3(space, normalize, rows=48):
     optimizer.step()
 
     assert 0.2 < float(terms.clipped.mean()) < 0.8
-    for ours, name in (
-        (loss, "loss"),
-        (terms.policy.mean(), "policy_gradient_loss"),
-        (2 * terms.value.mean(), "value_loss"),
-        (-terms.entropy.mean(), "entropy_loss"),
-        (terms.kl.mean(), "approx_kl"),
-        (terms.clipped.mean(), "clip_fraction"),
-    ):
-        assert float(ours.detach()) == pytest.approx(float(logged[f"train/{name}"]), rel=1e-5, abs=1e-6), name
+    same_figures(loss, terms, logged)
     gradients = {name: p.grad for name, p in theirs.policy.named_parameters()}
     for name, p in model.named_parameters():
         torch.testing.assert_close(

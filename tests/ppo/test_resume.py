@@ -126,19 +126,40 @@ class Forgetful(Counting):
         return observation + Forgetful.made, info
 
 
-def test_environment_that_does_not_repeat_itself_is_refused(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("backend", ["local", "processes"])
+def test_environment_that_does_not_repeat_itself_begins_new_episodes(backend, tmp_path, monkeypatch, capsys):
+    """It cannot be brought back to where it was; what was learned can, and a note says so. No return is logged that
+    mixes two episodes.
+    """
     import gymnasium as gym
 
     gym.register("Forgetful-v0", entry_point=Forgetful)
+    words = ("env.id=Forgetful-v0", "train.steps=640", f"env.backend={backend}")
     try:
         stop_in_check(monkeypatch, 3)
-        assert train(config(tmp_path / "run", "env.id=Forgetful-v0", "train.steps=640")) == 143
-        assert train(config(tmp_path / "run", "env.id=Forgetful-v0", "train.steps=640"), resume=True) == 1
-        (line,) = errors(capsys.readouterr().err)
-        assert "does not come back" in line
-        assert "env.backend=processes" in line
+        assert train(config(tmp_path / "run", *words)) == 143
+        assert train(config(tmp_path / "run", *words), resume=True) == 0
     finally:
         gym.registry.pop("Forgetful-v0")
+    said = capsys.readouterr().err
+    assert not errors(said)
+    assert said.count("note: Forgetful-v0 does not come back to where it was") == 1
+    assert [line["step"] for line in log(tmp_path / "run")] == [str(step) for step in range(1, 11)]
+
+
+@pytest.mark.parametrize("words", [("env.count=8",), ("train.rollout=64",)])
+def test_resume_with_other_rollouts_is_refused(words, tmp_path, monkeypatch, capsys):
+    """Updates are counted in rollouts: with longer ones nothing would be left to train, and nothing be said. The run
+    goes on as it was.
+    """
+    stop_in_check(monkeypatch, 3)
+    assert train(config(tmp_path / "run")) == 143
+    capsys.readouterr()
+    assert train(config(tmp_path / "run", *words), resume=True) == 1
+    (line,) = errors(capsys.readouterr().err)
+    assert "env.count=4 and train.rollout=16" in line
+    assert newest(tmp_path / "run")["step"] == 3
+    assert train(config(tmp_path / "run"), resume=True) == 0
 
 
 def test_two_processes_resume(tmp_path):
@@ -161,6 +182,27 @@ def test_two_processes_resume(tmp_path):
     assert log(tmp_path / "run") == log(tmp_path / "whole")
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
     assert same(newest(tmp_path / "run")["parts"], newest(tmp_path / "whole")["parts"])
+
+
+def test_a_kl_stop_and_a_signal_leave_no_process_waiting(tmp_path):
+    """Every update ends after its first step because of the KL; one process alone gets a stop signal. Both leave at the
+    same update, and go on together.
+    """
+    two_processes(
+        tmp_path,
+        f"""
+        folder, words = Path({str(tmp_path)!r}), ("env.backend=local", "train.target_kl=1e-9")
+        assert train(config(folder / "whole", *words)) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            stop_in_check(patch, 3 if os.environ["RANK"] == "1" else 99)
+            assert train(config(folder / "run", *words)) == (143 if os.environ["RANK"] == "1" else 0)
+        assert train(config(folder / "run", *words), resume=True) == 0
+    """,
+    )
+    lines = log(tmp_path / "whole")
+    assert len(lines) == 6 and float(lines[2]["epochs"]) == 1, "the KL stops the update in which the signal arrives"
+    assert log(tmp_path / "run") == lines
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
 def test_resume_with_another_number_of_processes_is_refused(tmp_path, monkeypatch, capsys):

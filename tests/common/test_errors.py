@@ -1,0 +1,47 @@
+"""Every program ends with one line and a status, and `--debug` shows the rest."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from common.config import ConfigError
+from common.errors import ProjectError, exits_cleanly
+
+
+def fail(error: BaseException):
+    @exits_cleanly
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ProjectError("no disk"), 1, "error: no disk"),
+        (ConfigError("train.lr", "too high"), 2, "error: train.lr: too high"),
+        (ZeroDivisionError("division by zero\nand more"), 1, "error: ZeroDivisionError: division by zero (--debug"),
+        (MemoryError(), 1, "error: MemoryError (--debug"),
+        (KeyboardInterrupt(), 130, "error: KeyboardInterrupt (--debug"),
+    ],
+)
+def test_one_line(error, status, line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        fail(error)()
+    err = capsys.readouterr().err
+    assert stop.value.code == status and err.startswith(line) and len(err.splitlines()) == 1
+
+
+def test_debug_lets_everything_through(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "--debug"])
+    with pytest.raises(ZeroDivisionError):
+        fail(ZeroDivisionError("x"))()
+
+
+def test_a_program_that_leaves_by_itself():
+    with pytest.raises(SystemExit) as stop:
+        fail(SystemExit(7))()
+    assert stop.value.code == 7
