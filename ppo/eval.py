@@ -71,7 +71,7 @@ def main(config: Config, options: Options) -> None:
             "seeds": [config.seed],
             "policy": main_policy,
             "weights_sha256": sha256(main_path),
-            "seconds": round(time.perf_counter() - started, 1),
+            "seconds": round(time.perf_counter() - started, 3),
         }
         write_json(run.folder / "eval.json", result)
         # results first: pictures may fail, with a note
