@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -162,8 +161,9 @@ def read_ogb(name: str, root: Path) -> dict[str, Any]:
     except ImportError:
         raise ProjectError("data.dataset=ogb needs: pip install ogb") from None
     folder = root / "ogb"
-    with torch.serialization.safe_globals(numpy_types()):  # it keeps what it has read as pickled arrays, and no more
-        dataset = fetch(lambda: NodePropPredDataset(name, root=str(folder)), f"{name} into {folder}/")
+    # its copy of what it has read is a pickle that PyTorch's safe loader refuses: it is made anew from the raw files
+    (folder / name.replace("-", "_") / "processed/data_processed").unlink(missing_ok=True)
+    dataset = fetch(lambda: NodePropPredDataset(name, root=str(folder)), f"{name} into {folder}/")
     graph, labels = dataset[0]
     splits = {
         new: torch.from_numpy(dataset.get_idx_split()[old])
@@ -176,15 +176,6 @@ def read_ogb(name: str, root: Path) -> dict[str, Any]:
         "y": torch.from_numpy(labels).flatten(),
         "splits": splits,
     }
-
-
-def numpy_types() -> list[Any]:
-    """What PyTorch's safe loader must know to read arrays of numbers."""
-    rebuild = np._core.multiarray._reconstruct
-    kinds = ("bool", "uint8", "int16", "int32", "int64", "float16", "float32", "float64")
-    # older files call it by its older name
-    old_name = (rebuild, "numpy.core.multiarray._reconstruct")
-    return [rebuild, old_name, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
 
 
 @contextlib.contextmanager

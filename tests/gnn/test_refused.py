@@ -89,17 +89,18 @@ def fake_ogb(monkeypatch, dataset):
 
 
 def test_ogb_is_read_a_second_time(tmp_path, monkeypatch):
-    """It keeps arrays with torch.save, and reads them with torch.load, which is careful since 2.6."""
+    """It keeps what it has read as a pickle, which torch.load refuses since 2.6."""
 
     class Dataset:
         def __init__(self, name, root):
-            path = tmp_path / "processed"
-            if not path.exists():
-                edges = np.array([[0, 1, 2], [1, 2, 3]])
-                graph = {"edge_index": edges, "num_nodes": 4, "node_feat": np.ones((4, 2), dtype=np.float32)}
-                torch.save({"graph": graph, "labels": np.array([[0], [1], [0], [1]])}, path, pickle_protocol=4)
-            kept = torch.load(path)  # nosec: as ogb does
-            self.item = (kept["graph"], kept["labels"])
+            path = tmp_path / "ogb/ogbn_toy/processed/data_processed"
+            if path.exists():
+                torch.load(path)  # as ogb does
+            edges = np.array([[0, 1, 2], [1, 2, 3]])
+            graph = {"edge_index": edges, "num_nodes": 4, "node_feat": np.ones((4, 2), dtype=np.float32)}
+            self.item = (graph, np.array([[0], [1], [0], [1]]))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(self.item, path, pickle_protocol=4)
 
         def __getitem__(self, index):
             return self.item
@@ -109,7 +110,7 @@ def test_ogb_is_read_a_second_time(tmp_path, monkeypatch):
 
     fake_ogb(monkeypatch, Dataset)
     for _ in range(2):
-        item = datasets.read_ogb("toy", tmp_path)
+        item = datasets.read_ogb("ogbn-toy", tmp_path)
         assert item["y"].tolist() == [0, 1, 0, 1] and item["splits"]["test"].tolist() == [2, 3]
 
 
