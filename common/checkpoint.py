@@ -37,7 +37,9 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep_last: int = 2, keep_every: int = 0) -> None:
-        self.folder, self.keep_last, self.keep_every = folder, max(1, keep_last), keep_every
+        self.folder = folder
+        self.keep_last = max(1, keep_last)
+        self.keep_every = keep_every
 
     def clean(self) -> None:
         """Delete what an interrupted save left behind. Call it when a run starts, while nobody else writes here."""

@@ -88,12 +88,14 @@ def load(schema: type[C], project: str, mode: Mode = "train", argv: list[str] | 
         if not args.config:
             known = ", ".join(list_configs(project)) or "none here; run from the repository's root"
             _fail(f"--config is required; {project} has: {known}")
-        path, run_dir = Path(args.config), f"runs/{Path(args.config).stem}"
+        path = Path(args.config)
+        run_dir = f"runs/{Path(args.config).stem}"
     else:
         if not args.run:
             example = Path((list_configs(project) or ["<name>"])[0]).stem
             _fail(f"--run is required, for example: python -m {project}.{mode} --run runs/{example}")
-        path, run_dir = Path(args.run) / "config.yaml", args.run
+        path = Path(args.run) / "config.yaml"
+        run_dir = args.run
     try:
         config = resolve(schema, path, args.overrides, run_dir)
     except UNUSABLE as error:

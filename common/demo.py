@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, 1 if a stage failed, 128 + signal number if stopped."""
     known = find_demos()
     args = parse(argv, [demo.project for demo in known])
-    console, runner, folder = Console(highlight=False), Runner(), args.folder
+    console = Console(highlight=False)
+    runner = Runner()
+    folder = args.folder
     demos = [demo for demo in known if not args.only or demo.project in args.only]
     expected = duration(sum(demo.seconds for demo in demos))
     console.print(

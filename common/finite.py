@@ -25,7 +25,9 @@ class FiniteCheck:
     """
 
     def __init__(self, device: torch.device, scaler: torch.amp.GradScaler, checkpoints: Checkpoints) -> None:
-        self.device, self.scaler, self.checkpoints = device, scaler, checkpoints
+        self.device = device
+        self.scaler = scaler
+        self.checkpoints = checkpoints
         self._bad = torch.zeros((), device=device)  # first non-finite step, kept on the device
 
     def gradients(self, step: int, optimizer: torch.optim.Optimizer, loss: Tensor, clip: float) -> Tensor:

@@ -85,7 +85,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     A null stands for a number that was not finite and becomes NaN again. A last line cut short by a crash is left out;
     so is any other that is damaged, with one warning that counts them.
     """
-    lines, bad = [], 0
+    lines = []
+    bad = 0
     texts = path.read_bytes().split(b"\n") if path.is_file() else []
     for i, text in enumerate(texts):
         try:
@@ -138,7 +139,8 @@ class Display:
                 TextColumn("{task.fields[note]}"),
             )
             with Progress(*columns, console=self.console, transient=True) as bar:
-                self.bar, self.task = bar, bar.add_task(label, total=total, completed=done, note="")
+                self.bar = bar
+                self.task = bar.add_task(label, total=total, completed=done, note="")
                 for item in items:
                     yield item
                     bar.advance(self.task)

@@ -40,15 +40,14 @@ class Run:
     """
 
     def __init__(self, config: BaseConfig, options: Options) -> None:
-        self.config, self.options = config, options
+        self.config = config
+        self.options = options
         self.folder = Path(config.run_dir)
         self.machine = runtime.start(config)
-        self.device, self.rank, self.world, self.is_main = (
-            self.machine.device,
-            self.machine.rank,
-            self.machine.world,
-            self.machine.is_main,
-        )
+        self.device = self.machine.device
+        self.rank = self.machine.rank
+        self.world = self.machine.world
+        self.is_main = self.machine.is_main
         self.signals = StopSignals()
         self.display = Display(self.is_main)
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_last, config.keep_every)
@@ -142,7 +141,9 @@ class Run:
         The global generators are seeded anew from (seed, step, process) before each step, so that dropout does not
         depend on history.
         """
-        self.total, self.step, self.saved_step = total, done, done
+        self.total = total
+        self.step = done
+        self.saved_step = done
         if self.is_main and self.log_file:  # what the report compares the last logged step with
             self._environment |= {"threads": torch.get_num_threads(), "total_steps": total}
             write_json(self.folder / "env.json", self._environment)

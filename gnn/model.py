@@ -154,7 +154,8 @@ class APPNP(nn.Module):
 
     def __init__(self, config: ModelConfig, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.config, self.mlp = config, MLP(config, in_features, out_features)
+        self.config = config
+        self.mlp = MLP(config, in_features, out_features)
 
     def weight_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Weights of the first layer, and all others."""
@@ -176,8 +177,10 @@ class GCNII(nn.Module):
 
     def __init__(self, config: ModelConfig, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.config, D = config, config.hidden
-        self.first, self.last = Dense(in_features, D), Dense(D, out_features)
+        self.config = config
+        D = config.hidden
+        self.first = Dense(in_features, D)
+        self.last = Dense(D, out_features)
         self.layers = nn.ModuleList(
             GCNIILayer(D, config.alpha, math.log(config.theta / i + 1)) for i in range(1, config.layers + 1)
         )
@@ -211,7 +214,8 @@ class GRAND(nn.Module):
 
     def __init__(self, config: ModelConfig, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.config, self.mlp = config, MLP(config, in_features, out_features)
+        self.config = config
+        self.mlp = MLP(config, in_features, out_features)
 
     def weight_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """All weights alike."""

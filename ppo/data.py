@@ -131,7 +131,8 @@ def gae(
     dead = ~valid
     delta = (rewards + gamma * next_values.masked_fill(terminated, 0) - values).masked_fill(dead, 0)
     carry = gamma * gae_lambda * (valid & ~done).to(rewards.dtype)
-    advantages, last = torch.empty_like(rewards), torch.zeros_like(rewards[0])
+    advantages = torch.empty_like(rewards)
+    last = torch.zeros_like(rewards[0])
     for t in range(len(rewards) - 1, -1, -1):
         last = torch.addcmul(delta[t], carry[t], last)
         advantages[t] = last

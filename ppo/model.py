@@ -93,7 +93,9 @@ class ActorCritic(nn.Module):
             features, shared = 512, True
         else:
             sizes = [math.prod(observation_shape), *config.hidden]
-            self.actor_trunk, features, shared = mlp(sizes, config.activation), sizes[-1], config.shared
+            self.actor_trunk = mlp(sizes, config.activation)
+            features = sizes[-1]
+            shared = config.shared
         self.critic_trunk = None if shared else mlp([math.prod(observation_shape), *config.hidden], config.activation)
         self.policy = PolicyHead(features, distribution, config.log_std)
         self.value = nn.Linear(features, 1)

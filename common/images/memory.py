@@ -75,7 +75,8 @@ class MemoryImages:
         """Endless batches from step `first_step` on: uint8 (B, C, H, W) and int64 (B,) or None, on the dataset's
         device.
         """
-        data, step = self.to(device), first_step
+        data = self.to(device)
+        step = first_step
         while True:
             index = batch_indices(step, batch_size, len(self), seed).to(device)
             yield data.images[index], None if data.labels is None else data.labels[index]

@@ -157,7 +157,9 @@ def moving_average(values: tuple[float, ...]) -> list[float]:
     2015, section 3).
     """
     decay = 1 - 1 / max(3.0, len(values) / 20)
-    total, weight, smooth = 0.0, 0.0, []
+    total = 0.0
+    weight = 0.0
+    smooth = []
     for value in values:
         total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
         smooth.append(total / weight)

@@ -70,10 +70,8 @@ def read_run(folder: Path) -> RunView:
         warnings.simplefilter("always")
         rows = read(folder / "metrics.jsonl", read_metrics, [], view)
     view.missing += [f"metrics.jsonl, which is damaged ({str(note.message).rsplit(': ', 1)[-1]})" for note in noted]
-    view.total, view.done = (
-        int(env.get("total_steps") or total_steps(view.settings)),
-        max((row["step"] for row in rows), default=0),
-    )
+    view.total = int(env.get("total_steps") or total_steps(view.settings))
+    view.done = max((row["step"] for row in rows), default=0)
     view.curves = draw_curves(rows)
     if rows and not view.curves:
         view.missing.append("metrics.jsonl holds no numbers to draw")
@@ -86,7 +84,8 @@ def read_run(folder: Path) -> RunView:
     view.figures = embed_all(pictures_in(folder / "figures"), view)
     if not view.samples and not view.figures:
         view.missing.append("pictures in samples/ and figures/")
-    view.environment, view.device = environment_rows(env), str(env.get("device_name") or env.get("device") or "")
+    view.environment = environment_rows(env)
+    view.device = str(env.get("device_name") or env.get("device") or "")
     view.times, view.failure = read_stages(folder, evaluation)
     return view
 

@@ -24,7 +24,8 @@ def metric_rows(values: dict[str, Any], project: str) -> tuple[list[Row], list[R
     """All metrics as rows, each beside its own `_std`; and the few that lead: the first ones where none is meant to."""
     metrics = metrics_of(project)
     order = list(metrics)
-    rows, leading = {}, []
+    rows = {}
+    leading = []
     for name, value in values.items():
         if number(value) is None or (name.endswith("_std") and name.removesuffix("_std") in values):
             continue

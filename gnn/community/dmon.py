@@ -30,7 +30,8 @@ class DMoN(nn.Module):
 
     def __init__(self, config: ModelConfig, community: CommunityConfig, in_features: int, num_communities: int) -> None:
         super().__init__()
-        self.community, self.activation = community, ACTIVATIONS[config.activation]
+        self.community = community
+        self.activation = ACTIVATIONS[config.activation]
         self.encoder = build_model(config, in_features, config.hidden)
         self.skip = Dense(in_features, config.hidden) if community.skip else None
         self.norm = nn.BatchNorm1d(config.hidden) if config.norm == "batch" else nn.Identity()

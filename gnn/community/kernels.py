@@ -25,7 +25,8 @@ def _communities(strength, labels):
     for v in range(n):
         total[labels[v]] += strength[v]
         size[labels[v]] += 1
-    empty, num_empty = np.empty(n, np.int64), 0
+    empty = np.empty(n, np.int64)
+    num_empty = 0
     for c in range(n):
         if size[c] == 0:
             empty[num_empty] = c
@@ -43,7 +44,8 @@ def _best_community(graph, strength, g, labels, total, v, scratch, margin):
     indptr, indices, weights = graph
     link, near = scratch
     old = labels[v]
-    near[0], num_near = old, 1
+    near[0] = old
+    num_near = 1
     for at in range(indptr[v], indptr[v + 1]):
         c = labels[indices[at]]
         if link[c] == 0.0 and c != old:
@@ -51,13 +53,16 @@ def _best_community(graph, strength, g, labels, total, v, scratch, margin):
             num_near += 1
         link[c] += weights[at]
     stay = link[old] - g * strength[v] * total[old]
-    best, best_gain = -1, 0.0  # alone
+    # alone
+    best = -1
+    best_gain = 0.0
     for i in range(num_near):
         c = near[i]
         gain = link[c] - g * strength[v] * total[c]
         link[c] = 0.0
         if gain > best_gain:
-            best, best_gain = c, gain
+            best = c
+            best_gain = gain
     return best if best_gain - stay > margin else old
 
 
@@ -74,8 +79,10 @@ def local_moving(graph, strength, g, labels, order, margin):
     n = len(labels)
     total, size, empty, num_empty = _communities(strength, labels)
     scratch = (np.zeros(n), np.empty(n, np.int64))
-    queue, waiting = order.copy(), np.ones(n, np.bool_)
-    head, length = 0, n
+    queue = order.copy()
+    waiting = np.ones(n, np.bool_)
+    head = 0
+    length = n
     moved = False
     while length > 0:
         v = queue[head]
@@ -124,9 +131,12 @@ def refine(graph, strength, g, labels, order, uniform, theta):
         for at in range(indptr[v], indptr[v + 1]):
             if labels[indices[at]] == labels[v]:
                 outward[v] += weights[at]
-    part, size = np.arange(n), np.ones(n, np.int64)
+    part = np.arange(n)
+    size = np.ones(n, np.int64)
     total, cut = strength.copy(), outward.copy()  # of each part P: S_P and w(P, C - P)
-    link, near, gain = np.zeros(n), np.empty(n, np.int64), np.empty(n)
+    link = np.zeros(n)
+    near = np.empty(n, np.int64)
+    gain = np.empty(n)
     for v in order:
         inside = whole[labels[v]]
         if size[part[v]] > 1 or outward[v] < g * strength[v] * (inside - strength[v]):
@@ -222,14 +232,16 @@ def aggregate(graph, strength, labels, k):
     for v in range(n):
         start[labels[v] + 1] += 1
     start = np.cumsum(start)
-    members, fill = np.empty(n, np.int64), start[:-1].copy()
+    members = np.empty(n, np.int64)
+    fill = start[:-1].copy()
     for v in range(n):
         members[fill[labels[v]]] = v
         fill[labels[v]] += 1
     new_indptr = np.zeros(k + 1, np.int64)
     new_indices, new_weights = np.empty(len(indices), np.int32), np.empty(len(indices), np.float64)
     new_strength = np.zeros(k)
-    seen, slot = np.full(k, -1, np.int64), np.empty(k, np.int64)
+    seen = np.full(k, -1, np.int64)
+    slot = np.empty(k, np.int64)
     used = 0
     for c in range(k):
         for i in range(start[c], start[c + 1]):
@@ -240,8 +252,10 @@ def aggregate(graph, strength, labels, k):
                 if d == c:
                     continue
                 if seen[d] != c:
-                    seen[d], slot[d] = c, used
-                    new_indices[used], new_weights[used] = d, 0.0
+                    seen[d] = c
+                    slot[d] = used
+                    new_indices[used] = d
+                    new_weights[used] = 0.0
                     used += 1
                 new_weights[slot[d]] += weights[at]
         new_indptr[c + 1] = used
@@ -260,7 +274,8 @@ def connected_parts(graph, labels):
         if part[root] >= 0:
             continue
         part[root] = k
-        stack[0], depth = root, 1
+        stack[0] = root
+        depth = 1
         while depth > 0:
             depth -= 1
             v = stack[depth]

@@ -116,7 +116,8 @@ def _best_of(results: list[Partition]) -> Partition:
 
 def _louvain_once(graph: Csr, resolution: float, rng: np.random.Generator) -> Partition:
     """One run: levels of moving and merging, until a level moves nothing."""
-    level, strength = tuple(graph), graph.strength()
+    level = tuple(graph)
+    strength = graph.strength()
     g, margin = _constants(graph, resolution)
     flat = np.arange(graph.num_nodes)  # the level's node of each original node, (N,)
     history = [kernels.quality(level, strength, flat, resolution)]
@@ -143,7 +144,8 @@ def _leiden_once(
     start: NDArray[np.int64],
 ) -> Partition:
     """One run of at most `iterations` iterations from the communities `start` (N,)."""
-    flat, history = start, [kernels.quality(tuple(graph), graph.strength(), start, resolution)]
+    flat = start
+    history = [kernels.quality(tuple(graph), graph.strength(), start, resolution)]
     g, margin = _constants(graph, resolution)
     theta = randomness * (graph.weights.mean() if len(graph.weights) else 1.0)
     for _ in range(iterations):
@@ -172,7 +174,8 @@ def _leiden_iteration(
     Appends each level's modularity to `history`.
     """
     g, margin, theta = constants
-    level, strength = tuple(graph), graph.strength()
+    level = tuple(graph)
+    strength = graph.strength()
     node = np.arange(graph.num_nodes)  # the level's node of each original node, (N,)
     labels = flat.copy()  # the community of each of the level's nodes, (n,)
     while len(strength):
@@ -189,7 +192,8 @@ def _leiden_iteration(
         level, strength = kernels.aggregate(level, strength, parts, k)
         merged = np.empty(k, np.int64)
         merged[parts] = labels  # all of a part lies in one community
-        node, labels = parts[node], merged
+        node = parts[node]
+        labels = merged
     return labels[node]
 
 

@@ -105,7 +105,8 @@ def draw_against_classes(path: Path, labels: NDArray[np.int64], classes: NDArray
     known = classes >= 0
     if not known.any():
         return
-    ranks, kinds = by_size(labels[known]), as_labels(classes[known])
+    ranks = by_size(labels[known])
+    kinds = as_labels(classes[known])
     table = np.zeros((ranks.max() + 1, kinds.max() + 1), int)  # (k, K)
     np.add.at(table, (ranks, kinds), 1)
     order = np.lexsort((-table.max(axis=0), table.argmax(axis=0)))  # classes by the community that holds most of them

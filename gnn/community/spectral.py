@@ -24,7 +24,8 @@ def spectral_communities(
     unless 1 <= k <= N.
     """
     graph, matrix = _matrix(indptr, indices, num_communities)
-    size, tau = graph.num_nodes, float(graph.weights.sum()) / max(graph.num_nodes, 1)
+    size = graph.num_nodes
+    tau = float(graph.weights.sum()) / max(graph.num_nodes, 1)
     if num_communities == 1 or tau == 0:
         return np.zeros(size, np.int64)
     scale = 1 / np.sqrt(graph.strength() + tau)

@@ -41,7 +41,8 @@ class GraphLayer(nn.Module):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features = in_features
+        self.out_features = out_features
 
     def propagate(self, matrix: Matrix, x: Features, weight: Tensor) -> Tensor:
         """matrix x weight, multiplied in the cheaper order: the product with the edges costs E times the width it is
@@ -121,7 +122,9 @@ class GAT(GraphLayer):
         self, in_features: int, out_features: int, heads: int = 1, concat: bool = True, attention_dropout: float = 0.0
     ) -> None:
         super().__init__(in_features, out_features)
-        self.heads, self.concat, self.attention_dropout = heads, concat, attention_dropout
+        self.heads = heads
+        self.concat = concat
+        self.attention_dropout = attention_dropout
         self.channels = C = out_features // heads if concat else out_features
         self.weight = glorot(in_features, heads * C)
         self.att_src = glorot(heads, C, fan=(C, 1))
@@ -191,7 +194,8 @@ class GCNIILayer(GraphLayer):
 
     def __init__(self, features: int, alpha: float, beta: float) -> None:
         super().__init__(features, features)
-        self.alpha, self.beta = alpha, beta
+        self.alpha = alpha
+        self.beta = beta
         self.weight = glorot(features, features)
 
     def forward(self, h: Tensor, h0: Tensor, structure: Structure) -> Tensor:
@@ -211,7 +215,8 @@ def personalized_pagerank(h: Tensor, matrix: Matrix, hops: int, alpha: float) ->
 
 def mean_of_powers(h: Tensor, matrix: Matrix, hops: int) -> Tensor:
     """(h + P h + ... + P^K h) / (K + 1) (Feng et al. 2020, section 3.1): (N, F)."""
-    total, power = h, h
+    total = h
+    power = h
     for _ in range(hops):
         power = matrix @ power
         total = total + power

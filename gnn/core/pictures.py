@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
-UNKNOWN, INK, PALE = "#B8BDC6", "#334155", "#E2E8F0"
+UNKNOWN = "#B8BDC6"
+INK = "#334155"
+PALE = "#E2E8F0"
 MAX_BYTES = 300_000
 MAX_POINTS = 3_000  # of a t-SNE, whose cost grows faster than their number
 MAX_LEGEND = 20  # classes; of more, a legend is longer than the picture
@@ -67,7 +69,9 @@ def canvas(path: Path, height: float = 5.6) -> Iterator[Figure]:
         file = io.BytesIO()
         figure.savefig(file, format="png")
     if len(file.getvalue()) > MAX_BYTES:  # 256 colours are enough for what is drawn here
-        image, file, note = Image.open(file).convert("RGB").quantize(256), io.BytesIO(), PngImagePlugin.PngInfo()
+        image = Image.open(file).convert("RGB").quantize(256)
+        file = io.BytesIO()
+        note = PngImagePlugin.PngInfo()
         note.add_text("Software", "Matplotlib")  # by which reports know a chart
         image.save(file, format="png", optimize=True, pnginfo=note)
     with atomic_open(path) as target:

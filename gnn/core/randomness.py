@@ -45,7 +45,8 @@ def unit(z: int) -> float:
 
 def make_key(*parts: int) -> np.uint64:
     """One uint64 key for a tuple of integers, such as (seed, step, layer): every part and its position count."""
-    mask, key = 2**64 - 1, 0
+    mask = 2**64 - 1
+    key = 0
     for part in parts:
         key = _mix_python(((key * 0x9E3779B97F4A7C15) + (part & mask) + 0x632BE59BD9B4E019) & mask)
     return np.uint64(key)

@@ -18,7 +18,8 @@ def macro_f1(logits: Tensor, labels: Tensor) -> float:
     """Mean over the classes of F1 = 2 TP / (2 TP + FP + FN); a class that neither occurs nor is predicted is left
     out.
     """
-    predicted, num_classes = logits.argmax(dim=1), logits.shape[1]
+    predicted = logits.argmax(dim=1)
+    num_classes = logits.shape[1]
     hits = torch.bincount(labels[predicted == labels], minlength=num_classes).double()
     # 2 TP + FP + FN
     total = torch.bincount(predicted, minlength=num_classes) + torch.bincount(labels, minlength=num_classes)

@@ -34,7 +34,9 @@ class Pattern:
     def __init__(self, indptr: Tensor, indices: Tensor, shape: tuple[int, int]) -> None:
         # half the memory traffic where it fits
         kind = torch.int32 if max(len(indices), *shape) <= INT32_MAX else torch.int64
-        self.indptr, self.indices, self.shape = indptr.to(kind), indices.to(kind), shape
+        self.indptr = indptr.to(kind)
+        self.indices = indices.to(kind)
+        self.shape = shape
 
     @cached_property
     def rows(self) -> Tensor:
@@ -128,7 +130,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, pattern: Pattern, end: int) -> Tensor:
-        ctx.pattern, ctx.end = pattern, end
+        ctx.pattern = pattern
+        ctx.end = end
         return x.index_select(0, pattern.indices if end else pattern.rows)
 
     @staticmethod
@@ -192,7 +195,9 @@ class Matrix:
     """
 
     def __init__(self, pattern: Pattern, values: Tensor, symmetric: bool = False) -> None:
-        self.pattern, self.values, self.symmetric = pattern, values, symmetric
+        self.pattern = pattern
+        self.values = values
+        self.symmetric = symmetric
 
     @cached_property
     def T(self) -> Matrix:

@@ -93,7 +93,8 @@ def _sort(values: NDArray) -> None:
         values.sort()
         return
     for i in range(1, len(values)):  # insertion sort: the fastest for a few values
-        value, j = values[i], i
+        value = values[i]
+        j = i
         while j > 0 and values[j - 1] > value:
             values[j] = values[j - 1]
             j -= 1

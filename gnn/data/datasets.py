@@ -234,10 +234,13 @@ def random_split(graph: Graph, data: DataConfig, seed: int) -> Graph:
     Raises:
         ProjectError: a class has too few nodes; the message says which.
     """
-    labels, rng = graph.labels, torch.Generator().manual_seed(mix_seed(seed, SPLIT_STREAM))
+    labels = graph.labels
+    rng = torch.Generator().manual_seed(mix_seed(seed, SPLIT_STREAM))
     if labels is None:
         raise ProjectError(f"{graph.name}: no labels, so there is nothing to classify; set data.labels")
-    train, val, taken = [], [], torch.zeros(graph.num_nodes, dtype=torch.bool)
+    train = []
+    val = []
+    taken = torch.zeros(graph.num_nodes, dtype=torch.bool)
     for c in range(graph.num_classes):
         nodes = (labels == c).nonzero().flatten()
         if len(nodes) <= data.train_per_class:

@@ -236,7 +236,8 @@ def read_features(path: Path) -> Known:
     table = as_table(content)
     if table is None:
         raise ProjectError(f"{path}: features have a row a node and a column a feature, this has {content.shape}")
-    columns, ids = table.columns, None
+    columns = table.columns
+    ids = None
     named = bool(table.names) and table.names[0].lower() in ID_NAMES
     if len(columns) > 1 and (named or columns[0].dtype.kind not in "iufb"):
         ids = as_ids(columns[0], path)

@@ -123,7 +123,8 @@ def _power_law(u: NDArray, mean: float, cap: float, exponent: float) -> NDArray:
         return (low**a + u * (cap**a - low**a)) ** (1 / a)
 
     grid = (np.arange(4096) + 0.5) / 4096
-    lower, upper = mean * 1e-6, mean
+    lower = mean * 1e-6
+    upper = mean
     for _ in range(60):
         low = (lower * upper) ** 0.5
         lower, upper = (low, upper) if quantile(low, grid).mean() < mean else (lower, low)
@@ -152,12 +153,15 @@ def _alias_tables(weights: NDArray, starts: NDArray) -> tuple[NDArray, NDArray]:
     position in the whole.
     """
     n = len(weights)
-    accept, alias = np.ones(n, np.float32), np.arange(n).astype(np.int32)
+    accept = np.ones(n, np.float32)
+    alias = np.arange(n).astype(np.int32)
     scaled, stack = np.empty(n, np.float64), np.empty(n, np.int32)
     for r in range(len(starts) - 1):
         a, b = starts[r], starts[r + 1]
         scale = (b - a) / max(weights[a:b].sum(), 1e-300)
-        small, large = a, b  # small entries fill the stack from the left, large ones from the right
+        # small entries fill the stack from the left, large ones from the right
+        small = a
+        large = b
         for k in range(a, b):
             scaled[k] = weights[k] * scale
             if scaled[k] < 1:
@@ -169,7 +173,8 @@ def _alias_tables(weights: NDArray, starts: NDArray) -> tuple[NDArray, NDArray]:
         while small > a and large < b:
             small -= 1
             k, big = stack[small], stack[large]
-            accept[k], alias[k] = scaled[k], big
+            accept[k] = scaled[k]
+            alias[k] = big
             scaled[big] -= 1 - scaled[k]
             if scaled[big] < 1:
                 large += 1
@@ -209,7 +214,8 @@ def _draw_blocks(
 @compiled(nogil=True)
 def _pick(bounds: NDArray, u: float) -> int:
     """First position whose cumulative share exceeds u: empty communities, of share 0, are never picked."""
-    low, high = 0, len(bounds) - 1
+    low = 0
+    high = len(bounds) - 1
     while low < high:
         middle = (low + high) // 2
         if bounds[middle] > u:
@@ -324,7 +330,8 @@ def load_social(config: Config) -> Graph:
     settings = config.synthetic
     if not settings.folder:
         return _as_graph(make_social(settings), settings)
-    folder, about = Path(settings.folder), repr(dataclasses.replace(settings, folder=""))
+    folder = Path(settings.folder)
+    about = repr(dataclasses.replace(settings, folder=""))
     if not (folder / "manifest.json").is_file():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         save_arrays(partial, make_social(settings), about, settings.communities)

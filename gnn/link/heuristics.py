@@ -107,7 +107,8 @@ class Heuristics:
 
     def _from_rows(self, name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         """(S,) scores of a heuristic that is computed by source, with a bounded number of rows in memory at a time."""
-        rows, found = self.rows(name), np.zeros(len(u))
+        rows = self.rows(name)
+        found = np.zeros(len(u))
         ends = [(u, v), (v, u)] if name == "ppr" else [(u, v)]  # Katz is symmetric
         nodes = np.unique(np.concatenate([a for a, _ in ends])) if len(u) else np.empty(0, dtype=np.int64)
         size = max(1, ROW_ENTRIES // self.num_nodes)
@@ -154,7 +155,8 @@ class Heuristics:
             new -= before
             new *= omega
             new += before
-            before, pi = pi, new
+            before = pi
+            pi = new
         return pi.T.round(9)  # nodes in equal positions tie, whatever the order of the sums
 
     def _check(self, name: str) -> None:

@@ -28,7 +28,9 @@ def auc(positive: Tensor, negative: Tensor) -> float:
     Args: scores `positive` (P,), `negative` any shape with Q > 0 entries. ValueError where either is empty or not
         finite.
     """
-    positive, negative = _scores(positive, "positive"), _scores(negative, "negative").sort().values  # (P,), (Q,)
+    # (P,), (Q,)
+    positive = _scores(positive, "positive")
+    negative = _scores(negative, "negative").sort().values
     below = torch.searchsorted(negative, positive)  # (P,) negatives that score lower
     not_above = torch.searchsorted(negative, positive, right=True)  # (P,) lower or equal
     return ((below + not_above).double().mean() / (2 * len(negative))).item()
@@ -66,7 +68,8 @@ def ranks(positive: Tensor, negative: Tensor) -> Tensor:
             f"ranks need one row of negatives for each of {len(positive)} positives, got shape {tuple(negative.shape)}"
         )
     shape = negative.shape
-    positive, negative = _scores(positive, "positive"), _scores(negative, "negative").view(shape)
+    positive = _scores(positive, "positive")
+    negative = _scores(negative, "negative").view(shape)
     above = (negative > positive[:, None]).sum(1)  # (P,)
     equal = (negative == positive[:, None]).sum(1)
     return 1 + above.double() + equal.double() / 2

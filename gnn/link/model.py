@@ -44,7 +44,8 @@ class LinkModel(nn.Module):
 
     def __init__(self, config: LinkConfig, model: ModelConfig, in_features: int) -> None:
         super().__init__()
-        self.config, self.variational = config, config.method == "vgae"
+        self.config = config
+        self.variational = config.method == "vgae"
         D = config.embedding
         # mean and log sigma come out of one last layer, side by side: two layers on a shared hidden one (Kipf & Welling
         # 2016, section 2)
@@ -122,7 +123,8 @@ class TrainingEdges:
     def __init__(self, pairs: Tensor, num_nodes: int, device: torch.device | str = "cpu") -> None:
         both = torch.cat([pairs, pairs.flip(0)], 1)  # (2, 2M): entry e and entry M + e are the two directions of pair e
         order = torch.argsort(both[0] * num_nodes + both[1])
-        self.pairs, self.num_nodes = pairs.to(device), num_nodes
+        self.pairs = pairs.to(device)
+        self.num_nodes = num_nodes
         self.rows, self.columns = both[:, order].to(device)  # (2M,) each, in the order of the CSR
         self.pair_of_entry = (order % max(1, pairs.shape[1])).to(device)  # (2M,)
         self.whole = self.without(torch.zeros(pairs.shape[1], dtype=torch.bool, device=device))
@@ -142,7 +144,8 @@ class TrainingEdges:
         """Pairs on random walks of `length` edges from a share of the nodes: bool (M,). Neighbouring edges are
         hidden together.
         """
-        device, indptr = self.pairs.device, self.whole.pattern.indptr.long()
+        device = self.pairs.device
+        indptr = self.whole.pattern.indptr.long()
         node = torch.randperm(self.num_nodes, device=device)[: round(share * self.num_nodes)]
         hidden = torch.zeros(self.pairs.shape[1], dtype=torch.bool, device=device)
         for _ in range(length):

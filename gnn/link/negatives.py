@@ -116,7 +116,8 @@ def corrupt_uniformly(positives: Tensor, edges: Tensor, num_nodes: int, count: i
     count), end kept first; within a row all pairs differ. ValueError where a node has too few strangers.
     """
     half = _half(count)
-    strangers, rng = Strangers(edges, num_nodes), np.random.default_rng(seed)
+    strangers = Strangers(edges, num_nodes)
+    rng = np.random.default_rng(seed)
     strangers.require(positives.numpy(), half)
     other = np.empty((*positives.shape, half), dtype=np.int64)  # (2 ends, P, K / 2)
     for end in range(2):
@@ -136,7 +137,8 @@ def corrupt_hard(positives: Tensor, edges: Tensor, num_nodes: int, count: int, s
         features only.
     """
     half = _half(count)
-    strangers, rng = Strangers(edges, num_nodes), np.random.default_rng(seed)
+    strangers = Strangers(edges, num_nodes)
+    rng = np.random.default_rng(seed)
     strangers.require(positives.numpy(), half)
     nodes, place = np.unique(positives.numpy(), return_inverse=True)
     chosen = np.empty((len(nodes), half), dtype=np.int64)

@@ -56,10 +56,8 @@ def draw_thresholds(path: Path, scores: dict[str, Tensor], title: str) -> None:
         for name in ("uniform", "hard"):
             negative = scores[name].double().flatten()
             caught, wrong = rates(positive, negative)
-            area, precision = (
-                auc(positive, negative),
-                average_precision(positive, negative, len(positive) / len(negative)),
-            )
+            area = auc(positive, negative)
+            precision = average_precision(positive, negative, len(positive) / len(negative))
             left.plot(wrong, caught, color=TINTS[name], linewidth=1.8, label=f"{NAMES[name]}, AUC {area:.3f}")
             right.plot(
                 caught,

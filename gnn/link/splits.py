@@ -57,7 +57,8 @@ def canonical(edges: Tensor, num_nodes: int) -> Tensor:
         raise ValueError(
             f"edges name nodes {int(edges.min())} to {int(edges.max())}, but the graph has nodes 0 to {num_nodes - 1}"
         )
-    low, high = edges.min(0).values, edges.max(0).values
+    low = edges.min(0).values
+    high = edges.max(0).values
     keep = low != high
     key = torch.unique(low[keep] * num_nodes + high[keep])  # sorted
     return torch.stack([key // max(1, num_nodes), key % max(1, num_nodes)])

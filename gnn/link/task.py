@@ -94,7 +94,9 @@ class LinkTrial:
     @cached_property
     def test_pairs(self) -> TestPairs:
         """The test edges and their negatives, made when they are first needed: training never asks for them."""
-        test, edges, num_nodes = self.split.test, self.split.all, self.graph.num_nodes
+        test = self.split.test
+        edges = self.split.all
+        num_nodes = self.graph.num_nodes
         seed = mix_seed(self.seed, NEGATIVE_STREAM, 2)
         rows = [self.heuristics.rows(name) for name in HARD if name in self.heuristics.names]
         return TestPairs(

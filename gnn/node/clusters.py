@@ -130,7 +130,8 @@ class ClusterBatches:
             raise ValueError(f"per_batch={per_batch} must be at least 1 and at most parts={parts}")
         self.subgraphs = InducedSubgraphs(indptr, indices)
         self.part = partition(self.subgraphs.indptr, self.subgraphs.indices, parts)
-        self.per_batch, self.seed = per_batch, seed
+        self.per_batch = per_batch
+        self.seed = seed
         self._members = np.argsort(self.part, kind="stable")
         self._ends = np.concatenate([[0], np.cumsum(np.bincount(self.part, minlength=parts))])
         self._parts = torch.arange(parts)

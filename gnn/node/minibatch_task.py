@@ -44,7 +44,9 @@ class Ahead(Generic[T]):
     """
 
     def __init__(self, make: Callable[[int], T], depth: int, last: int) -> None:
-        self.make, self.depth, self.last = make, depth, last
+        self.make = make
+        self.depth = depth
+        self.last = last
         self.waiting: dict[int, Future[T]] = {}
         self.thread = ThreadPoolExecutor(1, "batches") if depth else None
 
@@ -122,12 +124,14 @@ class SampledNodeTask(Task):
         graph = self.graph
         if self.ahead is not None:
             self.ahead.close()
-        self.ahead, self.seed = None, seed
+        self.ahead = None
+        self.seed = seed
         return build_model(self.config.model, graph.num_features, graph.num_classes).to(self.device)
 
     def start_batches(self) -> Ahead[Batch]:
         """Everything that training needs and evaluation does not."""
-        graph, sampling = self.graph, self.config.sampling
+        graph = self.graph
+        sampling = self.config.sampling
         if sampling.kind == "neighbors":
             self.sampler = NeighborSampler(graph.indptr, graph.indices, sampling.fanouts, self.seed)
             return Ahead(self.neighbor_batch, sampling.prefetch, self.config.train.steps)
@@ -185,22 +189,22 @@ class SampledNodeTask(Task):
         """Loss and accuracy on validation nodes: a fixed part with fixed sampled neighbours, or all of them with all
         neighbours.
         """
-        sampling, val = self.config.sampling, self.graph.val
+        sampling = self.config.sampling
+        val = self.graph.val
         if sampling.validate == "full":
             logits, labels = infer(model, self.graph, sampling.chunk_edges, self.device)[val], self.graph.labels[val]
         else:
             chosen = epoch_batch(val, sampling.validate_nodes, 0, 1)
             fanouts = sampling.fanouts if sampling.kind == "neighbors" else [10] * self.config.model.layers
-            logits, labels = self.sampled_logits(model, chosen, fanouts), self.graph.labels[chosen]
+            logits = self.sampled_logits(model, chosen, fanouts)
+            labels = self.graph.labels[chosen]
         loss = F.cross_entropy(logits, labels).item()
         return {"criterion": loss, "val_loss": loss, "val_accuracy": accuracy(logits, labels)}
 
     def sampled_logits(self, model: nn.Module, nodes: Tensor, fanouts: tuple[int, ...] | list[int]) -> Tensor:
         """(n, K) from sampled neighbourhoods that are the same at every call."""
-        sampler, size = (
-            NeighborSampler(self.graph.indptr, self.graph.indices, fanouts, mix_seed(0, 1)),
-            self.config.train.batch_size,
-        )
+        sampler = NeighborSampler(self.graph.indptr, self.graph.indices, fanouts, mix_seed(0, 1))
+        size = self.config.train.batch_size
         parts = [model(*self.around(sampler, part, 0)[:2]) for part in nodes.split(size)]
         return torch.cat(parts).cpu()
 
@@ -227,7 +231,9 @@ class SampledNodeTask(Task):
 
     def describe(self) -> list[str]:
         """Sizes, and what a batch is."""
-        graph, sampling, train = self.graph, self.config.sampling, self.config.train
+        graph = self.graph
+        sampling = self.config.sampling
+        train = self.config.train
         lines = [
             f"{graph.name}: {graph.num_nodes:,} nodes, {graph.num_edges:,} edges, {graph.num_features} features, "
             f"{graph.num_classes} classes; {len(graph.train):,} train, {len(graph.val):,} validation, "

@@ -25,7 +25,9 @@ from gnn.core.randomness import GOLDEN, below, make_key, mix64
 
 ALL = -1  # as a fanout: keep every neighbour
 _FLOYD = 64  # largest fanout for which Floyd's method, quadratic in the fanout, is used
-_OK, _OUTSIDE, _REPEATED = 0, 1, 2
+_OK = 0
+_OUTSIDE = 1
+_REPEATED = 2
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class NeighborSampler:
         if not fanouts or any(f != ALL and f < 1 for f in fanouts):
             raise ValueError(f"fanouts={list(fanouts)} must be a list of positive numbers, or -1 for all neighbours")
         self.indptr, self.indices = _as_csr(indptr, indices)
-        self.fanouts, self.seed = tuple(fanouts), seed
+        self.fanouts = tuple(fanouts)
+        self.seed = seed
         self.num_nodes = len(self.indptr) - 1
         self._position = np.full(self.num_nodes, -1, np.int32)  # local number of each node in the batch being made
 
@@ -152,7 +155,9 @@ def edge_chunks(indptr: Tensor | NDArray, max_edges: int) -> list[tuple[int, int
     """Ranges of rows that cover all N rows in order, each of at most `max_edges` edges (a single larger row stands
     alone).
     """
-    ends, ranges, start = np.asarray(indptr), [], 0
+    ends = np.asarray(indptr)
+    ranges = []
+    start = 0
     while start < len(ends) - 1:
         stop = int(np.searchsorted(ends, ends[start] + max_edges, side="right")) - 1
         stop = min(max(stop, start + 1), start + max_edges)  # rows cost memory, too
@@ -210,7 +215,9 @@ def _pick_edges(indptr: NDArray, nodes: NDArray, fanout: int, key: int) -> tuple
     overlap.
     """
     n = len(nodes)
-    first, degree, ends = np.empty(n, np.int64), np.empty(n, np.int64), np.zeros(n + 1, np.int64)
+    first = np.empty(n, np.int64)
+    degree = np.empty(n, np.int64)
+    ends = np.zeros(n + 1, np.int64)
     for i in range(n):
         first[i] = indptr[nodes[i]]
         degree[i] = indptr[nodes[i] + 1] - first[i]
@@ -287,7 +294,8 @@ def _induce(indptr: NDArray, indices: NDArray, nodes: NDArray, position: NDArray
         for e in range(indptr[nodes[i]], indptr[nodes[i] + 1]):
             count += position[indices[e]] >= 0
         ends[i + 1] = ends[i] + count
-    local, at = np.empty(ends[n], np.int32), 0
+    local = np.empty(ends[n], np.int32)
+    at = 0
     for i in range(n):
         for e in range(indptr[nodes[i]], indptr[nodes[i] + 1]):
             if position[indices[e]] >= 0:

@@ -37,21 +37,25 @@ class NodeTask(Task):
             "data.split",
             f"{graph.name} has no validation or test nodes; use data.split=random",
         )
-        self.whole, self.graph, self.structure = graph, graph.to(device), graph.to(device).structure()
+        self.whole = graph
+        self.graph = graph.to(device)
+        self.structure = graph.to(device).structure()
 
     def build(self, trial: int) -> nn.Module:
         """A network for this graph."""
         if self.random:
             self.graph = random_split(self.whole, self.config.data, self.seed_of(trial)).to(self.device)
         graph = self.graph
-        self.train_labels, self.val_labels = graph.labels[graph.train], graph.labels[graph.val]
+        self.train_labels = graph.labels[graph.train]
+        self.val_labels = graph.labels[graph.val]
         return build_model(self.config.model, graph.num_features, graph.num_classes).to(self.device)
 
     def loss(self, net: nn.Module, step: int) -> Tensor:
         """Cross-entropy on the training nodes; GRAND's mean over S augmentations, and their consistency on all
         nodes.
         """
-        graph, model = self.graph, self.config.model
+        graph = self.graph
+        model = self.config.model
         if model.layer != "grand":
             return F.cross_entropy(net(graph.features, self.structure).index_select(0, graph.train), self.train_labels)
         logits = torch.stack([net(graph.features, self.structure) for _ in range(model.samples)])  # (S, N, K)
@@ -88,7 +92,8 @@ class NodeTask(Task):
         from gnn.core import pictures
 
         graph = self.graph
-        hidden, logits = model.hidden(graph.features, self.structure), model(graph.features, self.structure)
+        hidden = model.hidden(graph.features, self.structure)
+        logits = model(graph.features, self.structure)
         pictures.draw_embedding(folder / "embedding.png", hidden, graph.labels, f"hidden layer on {graph.name}, t-SNE")
         pictures.draw_confusion(
             folder / "confusion.png", logits[graph.test].argmax(dim=1), graph.labels[graph.test], graph.num_classes

@@ -64,14 +64,13 @@ class GraphSet:
     def __init__(
         self, first: Tensor, indptr: Tensor, indices: Tensor, features: Tensor, labels: Tensor, name: str = "graphs"
     ) -> None:
-        self.first, self.indptr, self.indices, self.features, self.labels = (
-            first,
-            indptr,
-            indices.long(),
-            features,
-            labels,
-        )
-        self.name, self.num_classes = name, int(labels.max()) + 1
+        self.first = first
+        self.indptr = indptr
+        self.indices = indices.long()
+        self.features = features
+        self.labels = labels
+        self.name = name
+        self.num_classes = int(labels.max()) + 1
         self.degree = indptr.diff()  # (N,)
 
     def __len__(self) -> int:
@@ -146,7 +145,8 @@ def load_graphs(config: Config) -> GraphSet:
     Raises:
         ProjectError: files missing and not to be had, or labels that are not classes.
     """
-    name, root = config.data.name, Path(config.data_root) / "TUDataset"
+    name = config.data.name
+    root = Path(config.data_root) / "TUDataset"
     dataset = fetch(
         lambda: open_tu(root, name),
         f"{name}_A.txt, {name}_graph_indicator.txt, {name}_graph_labels.txt "

@@ -45,7 +45,8 @@ class GraphNet(nn.Module):
         super().__init__()
         kinds = {"gin": GIN, "gcn": GCN, "sage": SAGE, "mlp": Dense}
         require(config.layer in kinds, "model.layer", f"must be one of {', '.join(kinds)} when task=graph")
-        self.config, self.graph = config, graph
+        self.config = config
+        self.graph = graph
         widths = [in_features, *[config.hidden] * config.layers]
         inner = {"norm": config.norm == "batch"} if config.layer == "gin" else {}  # of the MLP inside a GIN layer
         self.layers = nn.ModuleList(kinds[config.layer](a, b, **inner) for a, b in pairwise(widths))
@@ -65,7 +66,8 @@ class GraphNet(nn.Module):
         """The readouts, which embed the graphs: the input's and every layer's side by side (B, F + L D), or the last
         layer's (B, D).
         """
-        h, states = batch.x, [batch.x]
+        h = batch.x
+        states = [batch.x]
         for layer, norm in zip(self.layers, self.norms, strict=True):
             out = norm(layer(h, batch.structure))
             h = ACTIVATIONS[self.config.activation](out + h if self.config.residual and out.shape == h.shape else out)

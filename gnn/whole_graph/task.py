@@ -81,7 +81,8 @@ class GraphTask(Task):
         """A network; the fold's graphs, and what is measured again and again as one ready batch."""
         self.trial = trial
         train, val, test = (ids.to(self.device) for ids in self.split(trial))
-        self.train_ids, self.test_ids = train, test
+        self.train_ids = train
+        self.test_ids = test
         # what `validate` measures; under `honest` never the held-out fold
         self.held = self.graphs.batch(test if self.gin else val)
         config = self.config
@@ -276,7 +277,8 @@ def draw_folds(path: Path, values: dict[int, float], usual: float, title: str) -
     """A bar for each trial's accuracy, their mean, and the share of the most frequent class."""
     from gnn.core.pictures import COLOURS, INK, canvas
 
-    trials, mean = sorted(values), statistics.fmean(values.values())
+    trials = sorted(values)
+    mean = statistics.fmean(values.values())
     low = max(0.0, min(0.4, usual, *values.values()) - 0.06)
     with canvas(path, 4.6) as figure:
         axes = figure.subplots()

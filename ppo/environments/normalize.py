@@ -24,7 +24,9 @@ class RunningMoments:
     """
 
     def __init__(self, shape: tuple[int, ...] = ()) -> None:
-        self.mean, self.var, self.count = np.zeros(shape), np.ones(shape), 0.0
+        self.mean = np.zeros(shape)
+        self.var = np.ones(shape)
+        self.count = 0.0
 
     def update(self, values: np.ndarray) -> None:
         """Add `values` (M, *shape)."""
@@ -36,7 +38,9 @@ class RunningMoments:
         squares = shared_sum(np.square(values - mean).sum(axis=0))
         delta, together = mean - self.mean, self.count + count
         scatter = (self.var * self.count if self.count else 0.0) + squares + delta**2 * (self.count * count / together)
-        self.mean, self.var, self.count = self.mean + delta * (count / together), scatter / together, together
+        self.mean = self.mean + delta * (count / together)
+        self.var = scatter / together
+        self.count = together
 
     @property
     def std(self) -> np.ndarray:
@@ -53,11 +57,9 @@ class RunningMoments:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint."""
-        self.mean, self.var, self.count = (
-            state["mean"].numpy().copy(),
-            state["var"].numpy().copy(),
-            float(state["count"]),
-        )
+        self.mean = state["mean"].numpy().copy()
+        self.var = state["var"].numpy().copy()
+        self.count = float(state["count"])
 
 
 def gather_states(state: dict[str, Any], world: int) -> list[dict[str, Any]]:
@@ -92,12 +94,15 @@ class ObservationNormalizer:
     """(x - mean) / std, clipped; the identity when switched off."""
 
     def __init__(self, shape: tuple[int, ...], enabled: bool, clip: float) -> None:
-        self.moments, self.enabled, self.clip = RunningMoments(shape), enabled, clip
+        self.moments = RunningMoments(shape)
+        self.enabled = enabled
+        self.clip = clip
         self.refresh()
 
     def refresh(self) -> None:
         """Use what has been learned."""
-        self.mean, self.scale = self.moments.mean.astype(np.float32), (1 / self.moments.std).astype(np.float32)
+        self.mean = self.moments.mean.astype(np.float32)
+        self.scale = (1 / self.moments.std).astype(np.float32)
 
     def __call__(self, observations: np.ndarray) -> np.ndarray:
         if not self.enabled:
@@ -128,7 +133,10 @@ class RewardNormalizer:
     """
 
     def __init__(self, count: int, gamma: float, enabled: bool, clip: float) -> None:
-        self.moments, self.enabled, self.gamma, self.clip = RunningMoments(), enabled, gamma, clip
+        self.moments = RunningMoments()
+        self.enabled = enabled
+        self.gamma = gamma
+        self.clip = clip
         self.returns = np.zeros(count)  # (N,) G of the running episodes
 
     def __call__(self, rewards: np.ndarray) -> np.ndarray:

@@ -174,7 +174,8 @@ def make_pool(config: EnvConfig, seed: int, count: int, first: int, training: bo
 
     envpool = attempt(config.id, load)
     refuse_arguments(config, "envpool", ("wrappers", "kwargs"))
-    task, atari = pool_task(config, envpool.list_all_envs()), config.atari
+    task = pool_task(config, envpool.list_all_envs())
+    atari = config.atari
     options: dict[str, Any] = {}
     if atari:
         if not config.noop_max:
@@ -277,7 +278,8 @@ def checked(vector: Vector, config: EnvConfig) -> Vector:
     """`ProjectError` for observations that the networks here cannot read, `ConfigError` for a setting that does not
     go with them.
     """
-    space, trouble = vector.observation_space, ""
+    space = vector.observation_space
+    trouble = ""
     numbers = isinstance(space, gym.spaces.Box) and space.dtype.kind in "fuib"
     if not (isinstance(space, gym.spaces.Discrete) or (numbers and 0 not in space.shape)):
         trouble = (

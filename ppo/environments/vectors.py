@@ -69,8 +69,10 @@ class LocalVector:
         self.environments = [e.unwrapped if bare(e) else e for e in environments]
         limit = max_episode_steps or (environments[0].spec.max_episode_steps if environments[0].spec else None) or 0
         self.limit = limit if bare(environments[0]) else 0
-        self.seed, self.first = seed, first
-        self.observation_space, self.action_space = environments[0].observation_space, environments[0].action_space
+        self.seed = seed
+        self.first = first
+        self.observation_space = environments[0].observation_space
+        self.action_space = environments[0].action_space
         self.episode = [0] * len(environments)
         self.looked = False  # whether each has played a step, and its answer was looked at
         self.actions: list[list[Any]] = [[] for _ in environments]
@@ -89,9 +91,13 @@ class LocalVector:
 
     def step(self, actions: np.ndarray) -> Step:
         """Play one action in each."""
-        count, limit = len(self), self.limit
-        observations, final = [None] * count, {}
-        rewards, terminated, truncated = np.empty(count), np.zeros(count, dtype=bool), np.zeros(count, dtype=bool)
+        count = len(self)
+        limit = self.limit
+        observations = [None] * count
+        final = {}
+        rewards = np.empty(count)
+        terminated = np.zeros(count, dtype=bool)
+        truncated = np.zeros(count, dtype=bool)
         discrete = actions.ndim == 1
         chosen = actions.tolist() if discrete else actions
         for n, environment in enumerate(self.environments):
@@ -103,7 +109,9 @@ class LocalVector:
             cut = cut or (limit > 0 and len(history) >= limit)
             if over or cut:
                 # a copy: resetting may overwrite it
-                terminated[n], truncated[n], final[n] = over, cut, np.array(observation)
+                terminated[n] = over
+                truncated[n] = cut
+                final[n] = np.array(observation)
                 self.episode[n] += 1
                 observation = self._begin(n)
             observations[n] = observation
@@ -122,7 +130,8 @@ class LocalVector:
         self.episode = [int(number) for number in state["episode"]]
         observations = []
         for n, saved in enumerate(state["actions"]):
-            observation, history = self._begin(n), list(saved.numpy()) if saved.ndim > 1 else saved.tolist()
+            observation = self._begin(n)
+            history = list(saved.numpy()) if saved.ndim > 1 else saved.tolist()
             for action in history:
                 observation, _, over, cut, _ = self.environments[n].step(action)
                 if over or cut:
@@ -163,16 +172,17 @@ class GymVector:
     NUMPY_STATE = ("state", "steps", "prev_done")
 
     def __init__(self, environment: gym.vector.VectorEnv, seed: int, first: int = 0) -> None:
-        self.environment, self.seed, self.first = environment, seed, first
+        self.environment = environment
+        self.seed = seed
+        self.first = first
         self.mode = AutoresetMode(environment.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
-        self.observation_space, self.action_space = (
-            environment.single_observation_space,
-            environment.single_action_space,
-        )
+        self.observation_space = environment.single_observation_space
+        self.action_space = environment.single_action_space
         # set where an episode ends with a life and the game goes on
         self.frame_limit = getattr(environment, "frame_limit", 0)
         self.before = np.zeros(len(self), dtype=bool)  # NEXT_STEP: whose episode ended in the last step
-        self.readable, self.numbers = True, ()
+        self.readable = True
+        self.numbers = ()
         self.actions: list[np.ndarray] = []
         self.end_workers = weakref.finalize(self, end, getattr(environment, "processes", []))
 
@@ -182,7 +192,8 @@ class GymVector:
     def reset(self, *numbers: int) -> np.ndarray:
         """The first observations (N, *O); a function of the seed and `numbers`."""
         self.before[:] = False
-        self.numbers, self.actions = numbers, []
+        self.numbers = numbers
+        self.actions = []
         try:
             observations, _ = self.environment.reset(seed=self.seeds(*numbers))
         except (OSError, EOFError) as error:
@@ -219,13 +230,17 @@ class GymVector:
         except (OSError, EOFError) as error:
             raise self._lost(error) from error
         terminated, truncated = np.array(terminated, dtype=bool), np.array(truncated, dtype=bool)
-        done, valid, final = terminated | truncated, np.ones(len(self), dtype=bool), {}
+        done = terminated | truncated
+        valid = np.ones(len(self), dtype=bool)
+        final = {}
         over = done
         # the vector resets where the game is over; a life lost in the last frame is not called truncated
         if self.frame_limit:
             over = done & (truncated | (infos["lives"] == 0) | (infos["episode_frame_number"] >= self.frame_limit))
         if self.mode == AutoresetMode.NEXT_STEP:
-            valid, self.before = ~self.before, over  # the final observation is the one returned, the dead row's own
+            # the final observation is the one returned, the dead row's own
+            valid = ~self.before
+            self.before = over
         elif done.any() and self.mode == AutoresetMode.SAME_STEP:
             final = {int(n): np.asarray(infos["final_obs"][n]) for n in done.nonzero()[0]}
         elif done.any():
@@ -290,7 +305,10 @@ class PoolVector(GymVector):
         limit: int = 0,
         by_lives: bool = False,
     ) -> None:
-        self.build, self.limit, self.by_lives, self.fresh = build, limit, by_lives, True
+        self.build = build
+        self.limit = limit
+        self.by_lives = by_lives
+        self.fresh = True
         super().__init__(build([mix_seed(seed, first + n) % 2**31 for n in range(count)]), seed, first)
         self.readable = False
         self.lives = np.zeros(count, dtype=np.int32)
@@ -301,7 +319,9 @@ class PoolVector(GymVector):
             self.environment = self.build(
                 [mix_seed(self.seed, self.first + n, *numbers) % 2**31 for n in range(len(self))]
             )
-        self.fresh, self.numbers, self.actions = False, numbers, []
+        self.fresh = False
+        self.numbers = numbers
+        self.actions = []
         observations, infos = self.environment.reset()
         self.lives = infos.get("lives", self.lives)
         return observations
@@ -312,7 +332,8 @@ class PoolVector(GymVector):
         observations, rewards, terminated, truncated, infos = self.environment.step(actions)
         if self.limit:
             truncated = truncated | (infos["elapsed_step"] >= self.limit)
-        over, final = terminated | truncated, {}
+        over = terminated | truncated
+        final = {}
         lives = infos.get("lives", self.lives)
         if self.by_lives:
             terminated = terminated | (lives < self.lives)
@@ -321,7 +342,8 @@ class PoolVector(GymVector):
             numbers = over.nonzero()[0]
             final = {int(n): observations[n].copy() for n in numbers}
             begun, infos = self.environment.reset(numbers.astype(np.int32))
-            numbers, observations = infos["env_id"], observations.copy()
+            numbers = infos["env_id"]
+            observations = observations.copy()
             observations[numbers] = begun
             if "lives" in infos:
                 self.lives = lives.copy()

@@ -108,11 +108,13 @@ class Backprop:
     """
 
     def __init__(self, model: ActorCritic, distribution: Distribution, settings: TrainConfig) -> None:
-        self.settings, self.gaussian = settings, isinstance(distribution, Gaussian)
+        self.settings = settings
+        self.gaussian = isinstance(distribution, Gaussian)
         parameters = list(model.parameters())
         self.weights = nn.Parameter(nn.utils.parameters_to_vector(parameters).detach())
         self.weights.grad = torch.zeros_like(self.weights)
-        arrays, start = {}, 0
+        arrays = {}
+        start = 0
         for parameter in parameters:
             part = slice(start, start := start + parameter.numel())
             parameter.data = self.weights.data[part].view_as(parameter)
@@ -203,7 +205,8 @@ class Backprop:
         """
         log_p = logits - np.maximum.reduce(logits, axis=1, keepdims=True)
         log_p -= np.log(np.add.reduce(np.exp(log_p), axis=1, keepdims=True))
-        p, each = np.exp(log_p), np.arange(len(actions))
+        p = np.exp(log_p)
+        each = np.arange(len(actions))
         entropy = -np.add.reduce(p * log_p, axis=1)
 
         def score(d_log_prob: np.ndarray, d_entropy: float) -> np.ndarray:

@@ -27,8 +27,11 @@ class Categorical:
     """One of A actions, from logits (B, A). Actions are int64 (B,)."""
 
     def __init__(self, space: gym.spaces.Discrete) -> None:
-        self.num_parameters, self.start = int(space.n), int(space.start)
-        self.noise_shape, self.action_shape, self.discrete = (self.num_parameters,), (), True
+        self.num_parameters = int(space.n)
+        self.start = int(space.start)
+        self.noise_shape = (self.num_parameters,)
+        self.action_shape = ()
+        self.discrete = True
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Gumbel noise (*shape, A): the largest of logit plus noise is a draw from the softmax (Gumbel 1954)."""
@@ -64,9 +67,13 @@ class MultiCategorical:
             if isinstance(space, gym.spaces.MultiBinary)
             else [int(n) for n in space.nvec.flatten()]
         )
-        self.sizes, self.start = sizes, np.asarray(getattr(space, "start", 0)).flatten()
-        self.num_parameters, self.action_shape, self.discrete = sum(sizes), (len(sizes),), True
-        self.noise_shape, self.shape = (self.num_parameters,), space.shape
+        self.sizes = sizes
+        self.start = np.asarray(getattr(space, "start", 0)).flatten()
+        self.num_parameters = sum(sizes)
+        self.action_shape = (len(sizes),)
+        self.discrete = True
+        self.noise_shape = (self.num_parameters,)
+        self.shape = space.shape
         self.parts = [Categorical(gym.spaces.Discrete(n)) for n in sizes]
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -103,10 +110,15 @@ class Gaussian:
     """
 
     def __init__(self, space: gym.spaces.Box) -> None:
-        self.low, self.high = space.low.flatten(), space.high.flatten()
+        self.low = space.low.flatten()
+        self.high = space.high.flatten()
         D = len(self.low)
-        self.num_parameters, self.noise_shape, self.action_shape, self.discrete = 2 * D, (D,), (D,), False
-        self.shape, self.dtype = space.shape, space.dtype
+        self.num_parameters = 2 * D
+        self.noise_shape = (D,)
+        self.action_shape = (D,)
+        self.discrete = False
+        self.shape = space.shape
+        self.dtype = space.dtype
 
     def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Standard normal (*shape, D)."""

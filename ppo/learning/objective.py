@@ -54,7 +54,8 @@ def ppo_terms(
         near = old_values + (values - old_values).clamp(-clip_value, clip_value)
         value = torch.maximum(value, 0.5 * (near - returns).square())
     with torch.no_grad():
-        kl, clipped = log_ratio.expm1() - log_ratio, ((ratio - 1).abs() > clip).to(ratio.dtype)
+        kl = log_ratio.expm1() - log_ratio
+        clipped = ((ratio - 1).abs() > clip).to(ratio.dtype)
     return Terms(policy, value, entropy, kl, clipped)
 
 

@@ -40,9 +40,16 @@ class Collector:
     def __init__(
         self, config: Config, vector: Vector, distribution: Distribution, rank: int = 0, world: int = 1
     ) -> None:
-        self.config, self.vector, self.distribution, self.rank, self.world = config, vector, distribution, rank, world
+        self.config = config
+        self.vector = vector
+        self.distribution = distribution
+        self.rank = rank
+        self.world = world
         self.space = vector.observation_space
-        shape, count, train, env = observation_shape(self.space), len(vector), config.train, config.env
+        shape = observation_shape(self.space)
+        count = len(vector)
+        train = config.train
+        env = config.env
         self.observations = observation_normalizer(self.space, env)
         self.rewards = RewardNormalizer(count, train.gamma, env.normalize_rewards, env.clip_rewards)
         stays = len(shape) == 3 and self.space.dtype == np.uint8 and not self.observations.enabled
@@ -56,7 +63,9 @@ class Collector:
         self.num_episodes = self.num_steps = 0
         self.notes: list[str] = []
         self.current = as_input(self.space, vector.reset())  # (N, *O)
-        self.returns, self.lengths = np.zeros(count), np.zeros(count, dtype=np.int64)  # of the running games
+        # of the running games
+        self.returns = np.zeros(count)
+        self.lengths = np.zeros(count, dtype=np.int64)
 
     @torch.inference_mode()
     def collect(self, act: Act, generator: torch.Generator, look: Look | None = None) -> Rollout:
@@ -103,7 +112,9 @@ class Collector:
         step = self.vector.step(actions)
         check_finite(step, self.num_steps)
         done = step.terminated | step.truncated
-        rollout.terminated[t], rollout.done[t], rollout.valid[t] = step.terminated, done, step.valid
+        rollout.terminated[t] = step.terminated
+        rollout.done[t] = done
+        rollout.valid[t] = step.valid
         self.raw_rewards[t] = np.sign(step.rewards) if self.signs else step.rewards
         for n, observation in step.final.items():
             rollout.final_at.append((t, n))
@@ -199,8 +210,10 @@ class Collector:
         self.observations.load_state_dict(state["observations"])
         self.rewards.load_state_dict(state["rewards"])
         self.recent = deque(((float(a), int(b)) for a, b in state["recent"]), maxlen=RECENT)
-        self.num_episodes, self.num_steps = int(state["num_episodes"]), int(state["num_steps"])
-        self.returns, self.lengths = state["returns"].numpy().copy(), state["lengths"].numpy().copy()
+        self.num_episodes = int(state["num_episodes"])
+        self.num_steps = int(state["num_steps"])
+        self.returns = state["returns"].numpy().copy()
+        self.lengths = state["lengths"].numpy().copy()
         self.current = as_input(self.space, self.vector.load_state_dict(state["vector"]))
         if np.array_equal(self.current, state["current"].numpy()):
             return
