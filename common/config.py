@@ -25,6 +25,11 @@ from common.settings import explain_settings
 Mode = Literal["train", "eval", "sample"]
 
 
+# what may differ between a run and its --resume without a word
+FREE_KEYS = ("run_dir", "data_root", "device", "compile", "keep_last", "keep_every", "tensorboard", "wandb")
+FREE_SECTIONS = ("sample", "eval")
+
+
 class ConfigError(ValueError):
     """A value that a config must not have. `key` is its dotted name."""
 

@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from common.checkpoint import CheckpointError, Checkpoints
-from common.config import UNUSABLE, BaseConfig, Options, explain, flatten, resolve, to_yaml
+from common.config import FREE_KEYS, FREE_SECTIONS, UNUSABLE, BaseConfig, Options, explain, flatten, resolve, to_yaml
 from common.errors import ProjectError
 from common.files import TEMPORARY, read_json, write_json, write_text
 from common.lock import NAME as LOCK
 from common.lock import FolderLock
-
-# may differ on resume
-FREE_KEYS = ("run_dir", "data_root", "device", "compile", "keep_last", "keep_every", "tensorboard", "wandb")
-FREE_SECTIONS = ("sample", "eval")
 
 
 def open_folder(

@@ -98,12 +98,27 @@ class FeatureStatistics:
         return statistics
 
 
+def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (D,) ascending and vectors (D, D) of a symmetric matrix.
+
+    PyTorch divides and conquers, which is fast and now and then does not converge on a matrix of very low rank, such as
+    the covariance of a few images in 2,048 dimensions; the slower algorithm of Dhillon & Parlett 2004 then does.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except RuntimeError:  # torch.linalg.LinAlgError
+        from scipy.linalg import eigh
+
+        values, vectors = (torch.from_numpy(part) for part in eigh(matrix.numpy(), driver="evr"))
+    return values, vectors
+
+
 def matrix_sqrt(matrix: Tensor) -> Tensor:
     """The symmetric square root of a symmetric positive semi-definite matrix (D, D), by its eigenvalues.
 
     Rounding leaves the zero eigenvalues of a singular matrix slightly negative; they are set to zero.
     """
-    eigenvalues, vectors = torch.linalg.eigh(matrix)  # (D,), (D, D)
+    eigenvalues, vectors = symmetric_eigen(matrix)
     return (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
 
 
@@ -125,7 +140,7 @@ def frechet_distance(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -
         )
     root = matrix_sqrt(cov1)
     product = root @ cov2 @ root
-    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)  # (D,)
+    eigenvalues, _ = symmetric_eigen((product + product.T) / 2)  # (D,)
     trace_of_root = eigenvalues.clamp(min=0).sqrt().sum()
     distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace_of_root
     return max(0.0, distance.item())

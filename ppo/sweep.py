@@ -19,10 +19,9 @@ import sys
 import time
 from pathlib import Path
 
-from common.config import UNUSABLE, explain, flatten, resolve
+from common.config import FREE_KEYS, FREE_SECTIONS, UNUSABLE, explain, flatten, resolve
 from common.errors import ProjectError, exits_cleanly
 from common.files import sha256, write_csv, write_json
-from common.folder import FREE_KEYS, FREE_SECTIONS
 from common.logging import read_metrics
 from common.settings import explain_settings
 from ppo.config import Config

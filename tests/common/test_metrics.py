@@ -15,6 +15,7 @@ from common.metrics import (
     frechet_distance,
     interquartile_mean,
     matrix_sqrt,
+    symmetric_eigen,
 )
 
 
@@ -194,3 +195,18 @@ def test_bootstrap_interval_of_another_statistic():
     values = np.r_[np.random.default_rng(0).normal(size=40), 1e6]  # an outlier that only the mean sees
     low, high = bootstrap_interval(values, statistic=interquartile_mean, num_resamples=2000)
     assert -0.5 < low < interquartile_mean(values) < high < 0.5
+
+
+def test_eigenvalues_where_the_fast_algorithm_gives_up(monkeypatch):
+    """The covariance of five samples in forty dimensions: the other algorithm finds the same."""
+    samples = torch.randn(5, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    covariance = samples.T @ samples
+    expected, _ = symmetric_eigen(covariance)
+
+    def gives_up(matrix):
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", gives_up)
+    values, vectors = symmetric_eigen(covariance)
+    torch.testing.assert_close(values, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close((vectors * values) @ vectors.T, covariance, rtol=1e-9, atol=1e-9)
