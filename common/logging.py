@@ -112,13 +112,22 @@ def strict_json(line: dict[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False)
 
 
+class LastingConsole(Console):
+    """A console whose reader may go away: it falls silent, where rich would end the program and lose a checkpoint."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich when nobody reads any more."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 class Display:
     """A `rich` progress bar on a terminal; one plain line a logged step, or every few seconds, where output goes to
     a file.
     """
 
     def __init__(self, enabled: bool) -> None:
-        self.console = Console(file=sys.stderr, quiet=not enabled)
+        self.console = LastingConsole(file=sys.stderr, quiet=not enabled)
         self.live = enabled and self.console.is_terminal
         self.enabled = enabled
 

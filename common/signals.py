@@ -1,14 +1,17 @@
-"""A clean exit on SIGTERM and SIGINT: the first one asks the loop to stop, a second one leaves at once."""
+"""A clean exit on SIGTERM, SIGINT and SIGHUP: the first one asks the loop to stop, a second one leaves at once."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
 
 T = TypeVar("T")
+SAME_REQUEST = 0.5  # seconds: a shell, a parent and a cluster may each pass on one and the same wish to stop
 
 
 class Stopped(Exception):
@@ -24,14 +27,22 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+        self._when = 0.0
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):  # the last is sent where a connection drops; Windows has none
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received:
-            os._exit(128 + number)  # no clean-up: the person asked twice
+            if time.monotonic() - self._when > SAME_REQUEST:
+                os._exit(128 + number)  # no clean-up: the person asked twice
+            return
         self.received = signal.Signals(number).name
-        os.write(2, f"\n{self.received}: finishing this step (send it again to leave at once)\n".encode())
+        self._when = time.monotonic()
+        with contextlib.suppress(
+            OSError
+        ):  # whoever read our messages may be gone: `2>&1 | tee` dies of the same Ctrl-C
+            os.write(2, f"\n{self.received}: finishing this step (send it again to leave at once)\n".encode())
 
     @property
     def exit_code(self) -> int:
