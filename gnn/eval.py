@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError, safe_open
+from common.checkpoint import CheckpointError, read_weights
 
 from common.errors import ProjectError, exits_cleanly
 from common.files import write_csv, write_json
@@ -83,10 +83,9 @@ def load_trial(task: Task, path: Path) -> tuple[torch.nn.Module, dict[str, str]]
     """
     model = start_trial(task, int(path.stem))
     try:
-        with safe_open(path, "pt") as file:
-            facts = file.metadata()
-            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a dict)
-    except (SafetensorError, RuntimeError, OSError) as error:
+        weights, facts = read_weights(path)
+        model.load_state_dict(weights)
+    except (CheckpointError, RuntimeError) as error:
         raise ProjectError(f"{path}: not the weights of this config's model ({str(error).splitlines()[0]})") from None
     return model.eval(), facts
 

@@ -15,10 +15,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common.checkpoint import Checkpoints
+from common.checkpoint import CheckpointError, Checkpoints, read_weights
 from common.config import ConfigError
 from common.errors import ProjectError
 from common.runtime import mix_seed
@@ -73,7 +72,7 @@ class Policy:
                 if name.startswith("observations.")
             }
             self.scale.load_state_dict(moments)
-        except (OSError, SafetensorError, RuntimeError, KeyError, ConfigError) as error:
+        except (CheckpointError, RuntimeError, KeyError, ConfigError) as error:
             raise ProjectError(
                 f"{weights}: no policy for this config ({(str(error).splitlines() or ['unreadable'])[0][:150]}); "
                 "train first, or give another --run"
@@ -102,8 +101,7 @@ def read_policy(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         state = Checkpoints.load(path)
         parts = state["parts"]
         return named_weights(parts["model"], parts["collector"][0]["observations"]), {"update": str(state["step"])}
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (not a dict)
+    return read_weights(path)
 
 
 def policy_weights(model: ActorCritic, collector: Collector) -> dict[str, Tensor]:
