@@ -15,7 +15,7 @@ from scipy import stats
 from common.errors import ProjectError
 from common.images import read_digits
 from vae.config import DataConfig
-from vae.data import Dsprites, binarize, binarize_static, bits_per_dimension, dequantize, load_images
+from vae.data import Dsprites, binarize, binarize_static, bits_per_dimension, datasets, dequantize, load_images
 from vae.data.dsprites import NUM_IMAGES
 
 CPU = torch.device("cpu")
@@ -99,12 +99,12 @@ def test_images_are_resized():
 
 
 def test_absent_files_are_named_with_the_config_that_needs_none(tmp_path, monkeypatch):
-    from torchvision import datasets
+    from torchvision.datasets import MNIST
 
     def offline(*_, **__):
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(datasets.MNIST, "download", offline)
+    monkeypatch.setattr(MNIST, "download", offline)
     with pytest.raises(ProjectError, match=r"(?s)train-images-idx3-ubyte.*configs/vae_digits\.yaml"):
         load_images(settings(dataset="mnist", image_size=28), str(tmp_path))
 
@@ -140,6 +140,18 @@ def test_a_folder_without_held_out_images_has_no_test_split(pictures):
     config = settings(dataset="folder", folder="pictures", held_out=0.0)
     assert load_images(config, str(pictures), "test") is None
     assert len(load_images(config, str(pictures), "train")) == 40
+
+
+def test_celeba_has_validation_images_of_its_training_partition(pictures, monkeypatch):
+    files = sorted((pictures / "pictures").rglob("*.png"))
+    partition = {"train": files[:30], "test": files[30:]}
+    monkeypatch.setattr(datasets, "celeba_files", lambda root, split, _: (root, partition[split]))
+    config = settings(dataset="celeba", validation=6, max_images=20)
+    parts = {split: load_images(config, "nowhere", split) for split in SPLITS}
+    assert [len(data) for data in parts.values()] == [20, 6, 10]
+    assert len({path for data in parts.values() for path in data.files}) == 36
+    assert set(parts["validation"].files) <= set(files[:30]) and parts["test"].files == files[30:]
+    assert parts["train"].shape == (3, 8, 8) and parts["train"].crop == 148
 
 
 def test_static_bits_of_a_folder_are_refused(pictures):
@@ -182,6 +194,13 @@ def test_bits_have_the_grey_values_as_their_means():
     p_values = [stats.binomtest(ones[level], draws, level / 255).pvalue for level in range(1, 255)]
     assert min(p_values) > 0.001 / 254
     assert 0.4 < np.mean(p_values) < 0.65  # neither too far from the means nor too near
+
+
+def test_black_is_never_white_whatever_the_noise(monkeypatch):
+    images = torch.tensor([0, 1, 255], dtype=torch.uint8)
+    for noise, bits in ((0.0, [0, 1, 1]), (1 - 2**-24, [0, 0, 1])):
+        monkeypatch.setattr(torch, "rand", lambda shape, noise=noise, **_: torch.full(shape, noise))
+        assert binarize(images, generator()).tolist() == bits
 
 
 def test_dynamic_bits_are_drawn_anew_and_follow_the_seed():

@@ -372,12 +372,12 @@ def test_ordered_factors_are_scored_by_a_line():
 
 def test_two_classes_are_scored_as_by_a_support_vector_machine():
     generator = np.random.default_rng(0)
-    factor = (np.arange(3000) % 4 == 0).astype(np.int64)  # one in four: not balanced
-    latent = factor * 1.5 + generator.normal(size=3000)
+    factor = (np.arange(8000) % 20 == 0).astype(np.int64)  # one in twenty: not balanced
+    latent = factor * 1.5 + generator.normal(size=8000)
     machine = LinearSVC(C=1.0, class_weight="balanced").fit(latent[:, None], factor)
     expected = balanced_accuracy_score(factor, machine.predict(latent[:, None]), adjusted=True)
     assert 0.4 < expected < 0.7
-    assert threshold_accuracy(latent, factor) == pytest.approx(expected, abs=0.02)
+    assert threshold_accuracy(latent, factor) == pytest.approx(expected, abs=0.03)
 
 
 def test_thresholds_name_the_middle_class_whatever_the_scale():

@@ -208,7 +208,7 @@ def factor_vae_score(
     A latent's variance in the group is taken relative to its variance over all images. Latents whose variance is below
     0.05 of the prior's have collapsed and take no part; without any other the score is 0. The majority is found on
     `votes` groups and scored on as many others. Guessing scores 1 / F, so that noise is near 0.2 on dSprites, not 0;
-    and the score is generous: a random rotation of the five factors reaches about 0.9.
+    and the score is generous: random rotations of the five factors reach 0.7 to 1, where their MIG is 0.06 to 0.28.
 
     Args:
         encode: posterior means of images by number, int64 (N,) -> float (N, Z); as many as 64 groups at once.
