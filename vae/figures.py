@@ -16,7 +16,7 @@ from common.files import atomic_open
 from common.run import Run
 from vae.config import Config
 from vae.images import to_bytes
-from vae.load import Model
+from vae.model import Autoencoder
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:
@@ -36,13 +36,13 @@ def save_grid(images: Tensor, path: Path, columns: int) -> None:
 
 
 @torch.no_grad()
-def reconstruct(model: Model, x: Tensor) -> Tensor:
+def reconstruct(model: Autoencoder, x: Tensor) -> Tensor:
     """The expected image at the mean of q(z | x). (B, C, H, W) in [0, 1]"""
     return model.likelihood.mean(model.decode(model.codes(x)))
 
 
 @torch.no_grad()
-def save_progress(model: Model, x: Tensor, config: Config, run: Run) -> None:
+def save_progress(model: Autoencoder, x: Tensor, config: Config, run: Run) -> None:
     """In training: a sheet of images beside their reconstructions, and one of draws from the prior."""
     shown = x[:32]
     pairs = torch.stack([shown, reconstruct(model, shown)], 1).flatten(0, 1)

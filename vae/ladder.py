@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vae.config import ModelConfig
 from vae.likelihoods import Likelihood
-from vae.model import ACTIVATIONS, Draw, Gaussian, build_decoder, build_encoder, log_likelihood
+from vae.model import ACTIVATIONS, Autoencoder, Draw, Gaussian, build_decoder, build_encoder, log_likelihood, zeros
 
 
 class ResidualLinear(nn.Module):
@@ -29,13 +29,6 @@ class ResidualLinear(nn.Module):
         return h + self.layers(h)
 
 
-def zeros(layer: nn.Linear) -> nn.Linear:
-    """The layer, with weights and biases zero."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class Layer(nn.Module):
     """One layer of latents on the way down: a prior that reads the state, a correction that reads the image as well,
     and the next state.
@@ -49,14 +42,14 @@ class Layer(nn.Module):
         self.join = nn.Linear(2 * config.width, config.width)
         self.correction = nn.Sequential(ResidualLinear(config), act(), zeros(nn.Linear(config.width, 2 * latents)))
         self.read = nn.Linear(latents, config.width)
-        self.next = ResidualLinear(config)
+        self.onward = ResidualLinear(config)
 
-    def forward(self, h: Tensor, z: Tensor) -> Tensor:
+    def step(self, h: Tensor, z: Tensor) -> Tensor:
         """The state after the layer's latents are known. (S, W), (S, Z_l) -> (S, W)"""
-        return self.next(h + self.read(z))
+        return self.onward(h + self.read(z))
 
 
-class Ladder(nn.Module):
+class Ladder(Autoencoder):
     """The hierarchy. Its code is all layers' latents one after the other, from the top.
 
     Args:
@@ -77,9 +70,10 @@ class Ladder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, latents) for latents in config.ladder)
         self.decoder = build_decoder(config.network, config, image_size, config.width, likelihood.outputs)
 
-    def noise(self, count: int, samples: int, rng: torch.Generator) -> Tensor:
-        """What `draw` and `prior` turn into latents: standard normal (B, K, Z)."""
-        return torch.randn(count, samples, self.size, generator=rng, device=rng.device)
+    @property
+    def levels(self) -> list[Layer]:
+        """The layers, from the top."""
+        return list(self.layers)  # type: ignore[arg-type]  # what a ModuleList holds is known to us only
 
     def infer(self, x: Tensor) -> list[Tensor]:
         """What each layer is told about images in [0, 1], from the top: L tensors (B, W)."""
@@ -96,14 +90,14 @@ class Ladder(nn.Module):
         h = self.start.expand(count * samples, -1)  # (S, W)
         latents, divergences = [], []
         log_q = log_p = torch.zeros((), device=x.device)
-        for layer, d, e in zip(self.layers, told, noise.flatten(0, 1).split(self.sizes, 1), strict=True):
+        for layer, d, e in zip(self.levels, told, noise.flatten(0, 1).split(self.sizes, 1), strict=True):
             prior = Gaussian.from_network(layer.prior(h))  # (S, Z_l)
             seen = torch.cat([h, d.repeat_interleave(samples, 0)], 1)  # (S, 2 W)
             correction = Gaussian.from_network(layer.correction(layer.join(seen)))
             # a mean in units of the prior's standard deviation, a factor on its variance (Vahdat & Kautz 2020, eq. 2)
             posterior = Gaussian(prior.sample(correction.mean), prior.log_variance + correction.log_variance)
             z = posterior.sample(e)
-            h = layer(h, z)
+            h = layer.step(h, z)
             latents.append(z)
             # in those units the KL divergence from the prior is that of the correction from N(0, I)
             divergences.append(correction.kl().sum(1))
@@ -119,10 +113,6 @@ class Ladder(nn.Module):
             None,
         )
 
-    def forward(self, x: Tensor, noise: Tensor) -> Draw:
-        """What a training step calls: infer, draw, decode, compare."""
-        return self.draw(x, self.infer(x), noise)
-
     def codes(self, x: Tensor) -> Tensor:
         """The mean of each layer's posterior, given the means of the layers above. (B, Z)"""
         silent = torch.zeros(len(x), 1, self.size, device=x.device)
@@ -131,16 +121,16 @@ class Ladder(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """What the likelihood reads. (S, Z) -> (S, P, H, W)"""
         h = self.start.expand(len(z), -1)
-        for layer, part in zip(self.layers, z.split(self.sizes, 1), strict=True):
-            h = layer(h, part)
+        for layer, part in zip(self.levels, z.split(self.sizes, 1), strict=True):
+            h = layer.step(h, part)
         return self.decoder(h)
 
     def prior(self, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """Latents from the prior, layer by layer, given standard normal noise. (S, Z)"""
         h = self.start.expand(len(noise), -1)
         latents = []
-        for layer, e in zip(self.layers, noise.split(self.sizes, 1), strict=True):
+        for layer, e in zip(self.levels, noise.split(self.sizes, 1), strict=True):
             z = Gaussian.from_network(layer.prior(h)).sample(temperature * e)
-            h = layer(h, z)
+            h = layer.step(h, z)
             latents.append(z)
         return torch.cat(latents, 1)

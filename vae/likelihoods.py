@@ -9,7 +9,6 @@ Legend: S decodings, C channels, H = W pixels, P numbers the decoder puts out fo
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +20,11 @@ SMALLEST_LOG_SIGMA = math.log(1 / 256)  # a grey level: finer than the data, a d
 LEVELS = 256
 
 
-class Likelihood(Protocol):
-    """What the objectives and the evaluation need of a likelihood.
+class Likelihood(nn.Module):
+    """What the objectives and the evaluation need of a likelihood. A module, for it may have something to learn.
 
     Attributes:
-        outputs: numbers a decoder must put out for each pixel of an image of C channels.
+        outputs: numbers a decoder must put out for each pixel of an image.
         dimension_bits: bits a pixel and channel to add to -log2 p(x) to make it bits per dimension of the 8-bit image;
             None where the images are not 8-bit ones.
     """
@@ -33,9 +32,17 @@ class Likelihood(Protocol):
     outputs: int
     dimension_bits: float | None
 
-    def log_prob(self, x: Tensor, output: Tensor) -> Tensor: ...
-    def mean(self, output: Tensor) -> Tensor: ...
-    def draw(self, output: Tensor, rng: torch.Generator) -> Tensor: ...
+    def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
+        """log p(x | z), summed over pixels and channels. (S, C, H, W), (S, P, H, W) -> (S,)"""
+        raise NotImplementedError
+
+    def mean(self, output: Tensor) -> Tensor:
+        """The expected image, in [0, 1]. (S, P, H, W) -> (S, C, H, W)"""
+        raise NotImplementedError
+
+    def draw(self, output: Tensor, rng: torch.Generator) -> Tensor:
+        """An image drawn from p(x | z), in [0, 1]. (S, P, H, W) -> (S, C, H, W)"""
+        raise NotImplementedError
 
 
 def sum_pixels(values: Tensor) -> Tensor:
@@ -43,7 +50,7 @@ def sum_pixels(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1)
 
 
-class Bernoulli(nn.Module):
+class Bernoulli(Likelihood):
     """Black and white pixels; the decoder puts out logits.
 
     The same formula can be evaluated for grey values, as many programs do, but is then no log-likelihood of anything:
@@ -71,7 +78,7 @@ class Bernoulli(nn.Module):
         return torch.bernoulli(self.mean(output), generator=rng)
 
 
-class Gaussian(nn.Module):
+class Gaussian(Likelihood):
     """Grey values in [0, 1] as a density, around the mean that the decoder puts out.
 
     An 8-bit image v becomes x = (v + u) / 256 with u uniform on [0, 1): without that noise a density may grow without
@@ -87,6 +94,7 @@ class Gaussian(nn.Module):
 
     def __init__(self, channels: int, config: LikelihoodConfig) -> None:
         super().__init__()
+        self.log_sigma: Tensor
         self.sigma_from = config.sigma_from
         self.channels = channels
         self.outputs = 2 * channels if config.sigma_from == "decoder" else channels
@@ -136,7 +144,7 @@ def soft_floor(value: Tensor, floor: float) -> Tensor:
     return floor + F.softplus(value - floor)
 
 
-class LogisticMixture(nn.Module):
+class LogisticMixture(Likelihood):
     """The 256 grey values themselves: a mixture of logistic distributions, cut into bins of a grey level (Salimans et
     al. 2017, PixelCNN++, section 2.1).
 
@@ -218,7 +226,7 @@ def uniform(shape: torch.Size, rng: torch.Generator, device: torch.device) -> Te
     return torch.rand(shape, generator=rng, device=device).clamp(1e-6, 1 - 1e-6)
 
 
-def build_likelihood(config: LikelihoodConfig, channels: int) -> Bernoulli | Gaussian | LogisticMixture:
+def build_likelihood(config: LikelihoodConfig, channels: int) -> Likelihood:
     """The likelihood that a config names, for images of that many channels."""
     if config.kind == "bernoulli":
         return Bernoulli(channels)

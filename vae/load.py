@@ -10,19 +10,17 @@ from common.run import Run
 from vae.config import Config
 from vae.ladder import Ladder
 from vae.likelihoods import build_likelihood
-from vae.model import VAE
-
-Model = VAE | Ladder
+from vae.model import VAE, Autoencoder
 
 
-def build_model(config: Config) -> Model:
+def build_model(config: Config) -> Autoencoder:
     """A new model with its likelihood."""
     likelihood = build_likelihood(config.likelihood, config.model.image_channels)
     kind = Ladder if config.model.kind == "ladder" else VAE
     return kind(config.model, config.data.image_size, likelihood)
 
 
-def load_model(config: Config, options: Options, run: Run) -> tuple[Model, int]:
+def load_model(config: Config, options: Options, run: Run) -> tuple[Autoencoder, int]:
     """The model of a run's newest whole checkpoint (or of `--checkpoint`), with its averaged weights, which are those
     of the last step where train.ema is 0; and the number of updates it has seen.
     """

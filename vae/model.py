@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from vae.config import ModelConfig
 from vae.likelihoods import Likelihood
 
+L = TypeVar("L", bound=nn.Module)
 LOG_VARIANCE_RANGE = (-20.0, 10.0)  # exp() of what an untrained or a half-precision network says stays finite
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "gelu": nn.GELU}
 
@@ -90,7 +91,49 @@ def log_likelihood(likelihood: Likelihood, x: Tensor, output: Tensor) -> Tensor:
     return likelihood.log_prob(repeated, output).view(-1, samples)
 
 
-class VAE(nn.Module):
+class Autoencoder(nn.Module):
+    """What both kinds of model, one layer of latents (`VAE`) and a hierarchy (`vae.ladder`), can do.
+
+    Attributes:
+        size: Z.
+        likelihood: what the decoder's output means.
+    """
+
+    size: int
+    likelihood: Likelihood
+
+    def noise(self, count: int, samples: int, rng: torch.Generator) -> Tensor:
+        """What `draw` and `prior` turn into latents: standard normal (B, K, Z)."""
+        return torch.randn(count, samples, self.size, generator=rng, device=rng.device)
+
+    def forward(self, x: Tensor, noise: Tensor) -> Draw:
+        """What a training step calls: infer, draw, decode, compare. (B, C, H, W) in [0, 1], (B, K, Z)"""
+        return self.draw(x, self.infer(x), noise)
+
+    def infer(self, x: Tensor) -> Any:
+        """What `draw` needs to know of images (B, C, H, W) in [0, 1]; made once, however many draws follow."""
+        raise NotImplementedError
+
+    def draw(self, x: Tensor, inferred: Any, noise: Tensor) -> Draw:
+        """Latents from q(z | x), decoded and compared with the images. (B, C, H, W), what was inferred, (B, K, Z)"""
+        raise NotImplementedError
+
+    def codes(self, x: Tensor) -> Tensor:
+        """The code of an image, as it is written out: means of the posterior. (B, C, H, W) -> (B, Z)"""
+        raise NotImplementedError
+
+    def decode(self, z: Tensor) -> Tensor:
+        """What the likelihood reads. (S, Z) -> (S, P, H, W)"""
+        raise NotImplementedError
+
+    def prior(self, noise: Tensor, temperature: float = 1.0) -> Tensor:
+        """Latents from the prior, given standard normal noise; its deviations are multiplied by the temperature.
+        (S, Z)
+        """
+        raise NotImplementedError
+
+
+class VAE(Autoencoder):
     """One layer of latents.
 
     Args:
@@ -109,10 +152,6 @@ class VAE(nn.Module):
         nn.init.normal_(self.posterior.weight, std=0.01)
         nn.init.zeros_(self.posterior.bias)
         self.decoder = build_decoder(config.kind, config, image_size, self.size, likelihood.outputs)
-
-    def noise(self, count: int, samples: int, rng: torch.Generator) -> Tensor:
-        """What `draw` turns into latents: standard normal (B, K, Z)."""
-        return torch.randn(count, samples, self.size, generator=rng, device=rng.device)
 
     def infer(self, x: Tensor) -> Gaussian:
         """q(z | x) of images in [0, 1]. (B, C, H, W) -> (B, Z)"""
@@ -137,10 +176,6 @@ class VAE(nn.Module):
         output = self.decode(z.flatten(0, 1))  # (B, K, Z) -> (S, Z)
         log_p_x = log_likelihood(self.likelihood, x, output)
         return Draw(z, log_p_x, each.kl(), each.log_prob(z), standard_log_prob(z), posterior)
-
-    def forward(self, x: Tensor, noise: Tensor) -> Draw:
-        """What a training step calls: infer, draw, decode, compare."""
-        return self.draw(x, self.infer(x), noise)
 
 
 # -- two kinds of network ----------------------------------------------------------------------------------------------
@@ -184,6 +219,13 @@ def build_decoder(kind: str, config: ModelConfig, image_size: int, latents: int,
     return nn.Sequential(*layers)
 
 
+def zeros(layer: L) -> L:
+    """The layer, its weights and biases set to zero."""
+    for part in layer.parameters():
+        nn.init.zeros_(part)
+    return layer
+
+
 def linear_layers(widths: tuple[int, ...], config: ModelConfig) -> list[nn.Module]:
     """Linear, activation and dropout for each pair of neighbouring widths."""
     layers: list[nn.Module] = []
@@ -213,9 +255,7 @@ class Residual(nn.Module):
         super().__init__()
         act = ACTIVATIONS[config.activation]
         first = nn.Conv2d(channels, channels, 3, padding=1)
-        second = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(second.weight)
-        nn.init.zeros_(second.bias)
+        second = zeros(nn.Conv2d(channels, channels, 3, padding=1))
         self.layers = nn.Sequential(act(), first, act(), nn.Dropout(config.dropout), second)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from vae.config import Config
 if __name__ == "__main__":
     CONFIG, OPTIONS = load(Config, "vae")
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,9 +28,9 @@ from common.runtime import count_parameters
 from vae.data import load_images
 from vae.figures import save_progress
 from vae.images import prepare, random_flip
-from vae.load import Model, build_model
+from vae.load import build_model
 from vae.metrics.likelihood import Bounds, active_units, estimate_bounds
-from vae.model import Draw
+from vae.model import Autoencoder, Draw
 from vae.objectives import Critic, Losses, critic_loss, objective
 
 VALIDATION_SAMPLES = 10  # draws of z for the bound of validation images
@@ -38,6 +40,7 @@ VALIDATION_SAMPLES = 10  # draws of z for the bound of validation images
 def train(config: Config, options: Options) -> None:
     """Run one experiment, from its config to its last checkpoint and `model.safetensors`."""
     images = load_images(config.data, config.data_root)
+    assert images is not None  # something to train on, or an error
     check_fit(config, images)
     if options.dry_run:
         return describe(config, images)
@@ -53,7 +56,7 @@ def train(config: Config, options: Options) -> None:
             fused=run.device.type != "mps",
         )
         ema = EMA(model, config.train.ema)
-        parts = {"model": model, "optimizer": optimizer, "ema": ema}
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "ema": ema}
         critic = None
         if config.objective.kind == "factor":
             critic = Critic(config.objective, config.model.latents).to(run.device)
@@ -116,13 +119,13 @@ def shown_terms(losses: Losses, draw: Draw) -> dict[str, Tensor]:
     }
 
 
-def validate(model: Model, images: Images, config: Config, run: Run) -> dict[str, float]:
+def validate(model: Autoencoder, images: Images, config: Config, run: Run) -> dict[str, float]:
     """The ELBO and a tighter bound of the validation images: what choices are made on."""
     bounds: Bounds = estimate_bounds(model, images, config, run, VALIDATION_SAMPLES)
     return {"val_elbo": bounds.elbo, f"val_bound_{VALIDATION_SAMPLES}": bounds.log_likelihood}
 
 
-def export(run: Run, config: Config, ema: EMA) -> None:
+def export(run: Run, config: Config, ema: EMA[Autoencoder]) -> None:
     """`model.safetensors`: the weights that sampling and evaluation use."""
     facts = {"project": "vae", "step": str(run.step), "config": to_yaml(config)}
     export_weights(run.folder / "model.safetensors", ema.state_dict(), facts)

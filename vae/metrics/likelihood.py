@@ -17,8 +17,7 @@ from common.run import Run
 from common.runtime import mix_seed
 from vae.config import Config
 from vae.images import prepare
-from vae.load import Model
-from vae.model import Draw
+from vae.model import Autoencoder, Draw
 
 EVALUATION_STREAM = 5_000_011  # keeps evaluation's random numbers apart from those of training
 ACTIVE = 0.01  # variance of a latent's posterior mean from which on it is in use (Burda et al. 2016, section 5.2)
@@ -52,7 +51,9 @@ def active_units(draw: Draw) -> Tensor:
 
 
 @torch.no_grad()
-def estimate_bounds(model: Model, images: Images, config: Config, run: Run, samples: int, count: int = 0) -> Bounds:
+def estimate_bounds(
+    model: Autoencoder, images: Images, config: Config, run: Run, samples: int, count: int = 0
+) -> Bounds:
     """The ELBO and the importance-weighted bound.
 
     At most `eval.chunk` decodings are held at once: the draws of a few images are made in several passes, whose weights
@@ -73,7 +74,8 @@ def estimate_bounds(model: Model, images: Images, config: Config, run: Run, samp
         x = prepare(data.images[i : i + size].to(run.device), config, rng)
         with run.autocast():
             inferred = model.infer(x)
-        elbo, kl = torch.zeros(len(x), device=run.device), 0.0
+        elbo = torch.zeros(len(x), device=run.device)
+        kl = torch.zeros((), device=run.device)
         log_weight = torch.full((len(x),), -math.inf, device=run.device)
         for part in passes(samples, config.eval.chunk // len(x)):
             with run.autocast():
