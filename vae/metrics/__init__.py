@@ -1,1 +1,1 @@
-"""How well a variational autoencoder does: as a density, as a code, as a picture."""
+"""What a trained model is worth: likelihoods, and how far its code separates known factors."""
