@@ -33,13 +33,15 @@ from common.judges.features import Labelled, build_extractor, extract, reference
 from common.metrics import FeatureStatistics, frechet_between
 from common.run import Run
 from vae import figures
-from vae.data import load_images
+from vae.data import Dsprites, load_images
+from vae.data.dsprites import CATEGORICAL
 from vae.images import prepare
 from vae.ladder import Ladder
 from vae.load import load_model
+from vae.metrics.disentanglement import score_codes
 from vae.metrics.likelihood import Bounds, estimate_bounds
 from vae.metrics.pictures import reconstruction_quality
-from vae.model import VAE, Autoencoder
+from vae.model import Autoencoder
 
 BATCH = 500  # images encoded or decoded at once
 PICTURE_STREAM = 6_000_003  # keeps the random numbers of pictures apart
@@ -62,7 +64,7 @@ def main(config: Config, options: Options) -> None:
         metrics |= reconstruction_quality(model, held_out, codes, config, run)
         metrics |= sample_metrics(model, held_out, codes, config, run)
         if config.eval.disentanglement:
-            metrics |= factor_metrics(model, config, run)
+            metrics |= factor_metrics(codes, held_out, config)
         draw_figures(model, held_out, codes, bounds, config, run)
         write_likelihoods(bounds, held_out, run.folder / "likelihoods.csv")
         result = {
@@ -180,12 +182,10 @@ def labelled(train: Images, test: Images | None):  # type: ignore[no-untyped-def
     return both
 
 
-def factor_metrics(model: Autoencoder, config: Config, run: Run) -> dict[str, float]:
+def factor_metrics(codes: Tensor, images: MemoryImages, config: Config) -> dict[str, float]:
     """How well single latents stand for single factors of dSprites."""
-    from vae.metrics.disentanglement import measure_disentanglement
-
-    assert isinstance(model, VAE)
-    return measure_disentanglement(model, config, run)
+    assert isinstance(images, Dsprites)
+    return score_codes(codes, images.factors, CATEGORICAL, config.seed, config.eval.bins)
 
 
 def draw_figures(
