@@ -196,8 +196,8 @@ def test_a_folder_of_odd_images(tmp_path):
         image.save(folder / f"{i:02d}.png")
     words = [
         "data.dataset=folder", f"data.folder={folder}", "data.image_size=13", "model.image_channels=3",
-        "data.workers=0", "data.max_images=0", "data.validation=4", "data.held_out=0.3", "data.binarize=none", "data.flip=true",
-        "likelihood.kind=gaussian", "train.batch_size=1",
+        "data.workers=0", "data.max_images=0", "data.validation=4", "data.held_out=0.3", "data.binarize=none",
+        "data.flip=true", "likelihood.kind=gaussian", "train.batch_size=1",
     ]  # fmt: skip
     assert train(tiny(tmp_path / "run", *words)) == 0
     metrics = evaluate(tmp_path / "run")["metrics"]
