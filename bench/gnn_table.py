@@ -3,10 +3,10 @@
     python -m bench.gnn_table [--only gcn_cora] [--quick] [--write]
 
 Each row is `python -m gnn.train --config ... train.seeds=N` and `python -m gnn.eval`, in a run folder of its own under
-runs/gnn_table. A row that is finished is not repeated, one that was stopped goes on (delete its folder to start
-afresh). Writes docs/results/gnn/<config>.json (the evaluation with machine, versions, commit and seconds) and
-<config>.csv (a line a seed), and with --write puts the tables between the markers in docs/results/gnn/README.md,
-and their main columns as one table in gnn/README.md.
+runs/gnn_table. A row that is finished is not repeated, one that was stopped, or evaluated with other settings, goes on
+(delete its folder to start afresh). Writes docs/results/gnn/<config>.json (the evaluation with machine, versions,
+commit and seconds) and <config>.csv (a line a seed), and with --write puts the tables between the markers in
+docs/results/gnn/README.md, and their main columns as one table in gnn/README.md.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from common.config import resolve
+from common.files import read_json
+from common.provenance import config_hash
+from gnn.config import Config
 
 RESULTS = Path("docs/results/gnn")
 RUNS = Path("runs/gnn_table")
@@ -112,16 +117,19 @@ def run_row(row: Row, quick: bool) -> bool:
     """Train, evaluate and record one row; whether it worked."""
     folder = Path("runs/gnn_quick" if quick else RUNS) / row.config
     short = ["train.steps=2", "eval.figures=false", "eval.tables=false"] if quick else []
-    if not (folder / "eval.json").exists():
+    path = Path(f"configs/{row.config}.yaml")
+    seeds = f"train.seeds={min(row.seeds, 2) if quick else row.seeds}"
+    wanted = config_hash(resolve(Config, path, [seeds, *short]))
+    if read_json(folder / "eval.json").get("config_sha256") != wanted:  # missing, or of another config
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         train = [
             sys.executable,
             "-m",
             "gnn.train",
             "--config",
-            f"configs/{row.config}.yaml",
+            str(path),
             f"run_dir={folder}",
-            f"train.seeds={min(row.seeds, 2) if quick else row.seeds}",
+            seeds,
             *short,
             "--overwrite" if quick else "--resume",
         ]
