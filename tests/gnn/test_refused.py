@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import sys
 import types
 
@@ -207,3 +208,16 @@ def test_a_checkpoint_that_evaluation_would_not_use_is_refused(tmp_path, capsys)
     assert train(made) == 0
     assert status(gnn.eval.main, made, Options("eval", checkpoint="nonsense")) == 1
     assert "takes no --checkpoint" in capsys.readouterr().err
+
+
+def test_results_of_an_earlier_run_are_not_taken_over(tmp_path, capsys):
+    """Its checkpoints are gone, its seeds and tables are not: a new run beside them would be reported with them."""
+    run = tmp_path / "run"
+    assert train(config(run, *SMALL)) == 0
+    shutil.rmtree(run / "checkpoints")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert train(config(run, *SMALL, "train.seeds=1", "train.lr=0.5")) == 1
+    assert "holds 0000.safetensors of an earlier run: add --overwrite" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert train(config(run, *SMALL, "train.seeds=1", "train.lr=0.5"), overwrite=True) == 0
+    assert [path.name for path in (run / "models").iterdir()] == ["0000.safetensors"]
