@@ -15,7 +15,8 @@ from common.files import TEMPORARY, read_json, write_json, write_text
 from common.lock import NAME as LOCK
 from common.lock import FolderLock
 
-RESULTS = ("eval.json", "[!.]*.safetensors", "models/[!.]*.safetensors")  # of a run, whose checkpoints may have been deleted
+# of a run, whose checkpoints may have been deleted
+RESULTS = ("eval.json", "[!.]*.safetensors", "models/[!.]*.safetensors")
 
 
 def open_folder(

@@ -134,7 +134,7 @@ def generate_batch(
     """
     settings = config.sample
     sampler = resolve_sampler(config.objective.kind, settings.sampler)
-    rng = torch.Generator(run.device).manual_seed(runtime.mix_seed(seed, NOISE_STREAM, index))
+    rng = torch.Generator(run.device).manual_seed(runtime.indexed_seed(seed, NOISE_STREAM, index))
     labels = None if labels is None else labels.to(run.device)
     denoise = guided(
         objective, lambda x, time, y: _call(model, run, x, time, y), labels, model.null_label, settings.guidance

@@ -24,7 +24,7 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from common.errors import ProjectError
-from common.runtime import mix_seed
+from common.runtime import indexed_seed, mix_seed
 from ppo.checks import first_reset, first_step
 
 
@@ -85,7 +85,7 @@ class LocalVector:
 
     def _begin(self, n: int) -> np.ndarray:
         self.actions[n] = []
-        seed = mix_seed(self.seed, self.first + n, self.episode[n]) % 2**31
+        seed = indexed_seed(self.seed, self.first + n, self.episode[n]) % 2**31
         return first_reset(self.environments[n], seed, self.observation_space)
 
     def step(self, actions: np.ndarray) -> Step:
