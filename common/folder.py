@@ -122,6 +122,17 @@ def nothing_to_resume(folder: Path, checkpoints: Checkpoints, say: Callable[[str
     say(f"nothing to resume in {folder}: starting at step 1")
 
 
+def other_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a resumed run does not share with the process that did its earlier steps, from their two env.json: its
+    numbers may differ in the last digits from those of a run that was never stopped.
+    """
+    return [
+        f"note: {what} was {before[what]}, is now {now[what]}"
+        for what in ("processes", "threads", "precision", "device_name")
+        if before.get(what, now[what]) != now[what]
+    ]
+
+
 def remember_environments(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
     """Write env.json anew for a resumed run and return it: the present process, then those that did earlier steps."""
     before = read_json(folder / "env.json")

@@ -45,7 +45,7 @@ def train(config: Config, options: Options) -> None:
         model = start_trial(task, 0)
         optimizer = task.optimizer(model)
         best = Best()
-        begun = Settings(config, run.display.say)
+        begun = Settings(config, task.fingerprint(), run.display.say)
         # 0 when fresh; counts the steps of all trials
         done = run.resume(model=model, optimizer=optimizer, kept=best, settings=begun)
         for line in [*task.describe(), f"{runtime.count_parameters(model):,} parameters"]:
@@ -133,7 +133,7 @@ class Settings:
     """The settings that a run began with, kept in its checkpoints and compared when it goes on.
 
     Seeds that are done stay as they are. With other steps, data or splits they could not stand beside the seeds still
-    to come: refused. Another learning rate, say, may be meant: said.
+    to come: refused; so are other data behind the same settings. Another learning rate, say, may be meant: said.
     """
 
     FIXED = ("task", "seed", "train.steps", "data.", "synthetic.", "graph.", "link.val_share", "link.test_share")
@@ -147,8 +147,8 @@ class Settings:
         *("sampling.validate", "sampling.chunk_edges", "sampling.prefetch"),
     )
 
-    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
-        self.now = flatten(config)
+    def __init__(self, config: Config, fingerprint: str, say: Callable[[str], None]) -> None:
+        self.now = flatten(config) | {"data.content": fingerprint[:12]}
         self.say = say
 
     @classmethod

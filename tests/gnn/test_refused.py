@@ -79,6 +79,19 @@ def test_what_would_make_seeds_unlike_is_refused_on_resume(word, tmp_path, capsy
     assert len(list((run / "models").iterdir())) == 4
 
 
+def test_other_data_under_the_same_name_are_refused_on_resume(tmp_path, capsys):
+    """Own files that have changed since the run began."""
+    graph = nx.gnp_random_graph(40, 0.15, seed=0)
+    words = ("task=link", "link.num_negatives=10", *write_edges(tmp_path, graph), "train.seeds=1")
+    assert train(config(tmp_path / "run", *words)) == 0
+    assert train(config(tmp_path / "run", *words, "train.seeds=2"), resume=True) == 0
+    graph.add_edge(*next(nx.non_edges(graph)))
+    write_edges(tmp_path, graph)
+    assert train(config(tmp_path / "run", *words, "train.seeds=3"), resume=True) == 1
+    assert "data.content: was" in capsys.readouterr().err
+    assert len(list((tmp_path / "run/models").iterdir())) == 2
+
+
 def test_compiled_without_a_place_for_the_cache(monkeypatch):
     """A read-only home: no cache, the same function."""
     monkeypatch.setattr(numba.core.caching.CompileResultCacheImpl, "_locator_classes", [])
