@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -188,13 +189,19 @@ def table_of(name: str) -> str:
 
 
 def summary() -> str:
-    """The main columns of all tables as one table in Markdown."""
-    lines = ["| config | seeds | measured | here | published | CPU-s each |", "|---" * 6 + "|"]
+    """The main columns of all tables as one table in Markdown, whose figures stand with authors and costs in the
+    evidence.
+    """
+    lines = ["| config | seeds | here | published |", "|---" * 4 + "|"]
     for name, columns in SUMMARY.items():
         for row in TABLES[name][1]:
-            metrics, count, cost = recorded(row)
-            here = ", ".join(filter(None, (cell(metrics, column) for column in columns)))
-            lines.append(f"| {row.config} | {count or ''} | {', '.join(columns)} | {here} | {row.published} | {cost} |")
+            metrics, count, _ = recorded(row)
+            cells = [(column, cell(metrics, column)) for column in columns]
+            here = ", ".join(
+                text if column == "test_accuracy" else f"{column} {text}" for column, text in cells if text
+            )
+            published = re.sub(r" \([^)]*\)", "", row.published)  # without the authors
+            lines.append(f"| {row.config} | {count or ''} | {here} | {published} |")
     return "\n".join(lines)
 
 
