@@ -18,22 +18,28 @@ from common.logging import read_metrics
 from common.run import Run
 from diffusion.config import Config, TrainConfig
 from diffusion.train import drop_labels, learning_rate, random_flip
-from tests.helpers import DIGITS, STEPS, TINY, assert_same_run, checkpoint, errors, log, python, same, tiny, train
+from tests.helpers import (
+    DIGITS,
+    STEPS,
+    TINY,
+    assert_same_run,
+    checkpoint,
+    errors,
+    log,
+    same,
+    tiny,
+    train,
+    two_processes,
+)
 
 # -- two processes -----------------------------------------------------------------------------------------------------
-
-
-def train_two(*words: str) -> None:
-    """A tiny training in two processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = python(*torchrun, "-m", "diffusion.train", "--config", str(DIGITS), *TINY, *words)
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("microbatch", [0, 3])
 def test_two_processes_equal_one(microbatch, tmp_path):
     words = ["precision=fp64", "model.dropout=0.0", "train.steps=5", "model.multipliers=[1,2]", "model.attention=[4]"]
-    train_two(*words, f"train.microbatch={microbatch}", f"run_dir={tmp_path / 'two'}")
+    tiny_words = ["--config", str(DIGITS), *TINY, *words, f"train.microbatch={microbatch}"]
+    two_processes("diffusion.train", *tiny_words, f"run_dir={tmp_path / 'two'}")
     assert json.loads((tmp_path / "two/env.json").read_text())["processes"] == 2
     assert train(tiny(tmp_path / "one", *words)) == 0
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
