@@ -34,7 +34,8 @@ class DataConfig:
     max_images: int = 0  # train on only N images, drawn by seed; 0 = all
     # dynamic: a pixel is white with a probability equal to its grey value, drawn anew each time (Burda et al. 2016);
     # static: drawn once for the whole dataset; none: the grey values themselves, for a likelihood of grey values
-    binarize: Literal["none", "dynamic", "static"] = "none"
+    # (black and white ones, dsprites, stay as they are)
+    binarize: Literal["none", "dynamic", "static"] = "dynamic"
     validation: int = 0  # training images set apart, by seed, to choose on; 0 = none
 
     def __post_init__(self) -> None:
@@ -51,12 +52,7 @@ class DataConfig:
             "data.image_size",
             "must be 32 or 64 for data.dataset=dsprites",
         )
-        for name in ("binarize", "flip"):
-            require(
-                self.dataset != "dsprites" or getattr(self, name) in ("none", False),
-                f"data.{name}",
-                "is not for dsprites, which are black and white and whose place is a factor",
-            )
+        require(not self.flip or self.dataset != "dsprites", "data.flip", "would change a factor of dsprites")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vae.config import ModelConfig
 from vae.likelihoods import Likelihood
-from vae.model import ACTIVATIONS, Autoencoder, Draw, Gaussian, build_decoder, build_encoder, log_likelihood, zeros
+from vae.model import ACTIVATIONS, Autoencoder, Draw, Gaussian, build_decoder, build_encoder, zeros
 
 
 class ResidualLinear(nn.Module):
@@ -103,7 +103,7 @@ class Ladder(Autoencoder):
             divergences.append(correction.kl().sum(1))
             log_q = log_q + posterior.log_prob(z)
             log_p = log_p + prior.log_prob(z)
-        log_p_x = log_likelihood(self.likelihood, x, self.decoder(h))
+        log_p_x = self.likelihood.log_prob(x, self.decoder(h)).view(count, samples)  # (S,) -> (B, K)
         return Draw(
             torch.cat(latents, 1).view(count, samples, -1),
             log_p_x,

@@ -3,7 +3,8 @@
 Every likelihood turns an image and the decoder's output into log p(x | z) in nats, summed over pixels and channels,
 and knows which numbers an image must consist of.
 
-Legend: S decodings, C channels, H = W pixels, P numbers the decoder puts out for a channel, M mixture components.
+Legend: B images, K decodings of each (neighbours), S = B K of all, C channels, H = W pixels, D of them with all
+channels, P numbers the decoder puts out for a pixel, M mixture components.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Likelihood(nn.Module):
     dimension_bits: float | None
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        """log p(x | z), summed over pixels and channels. (S, C, H, W), (S, P, H, W) -> (S,)"""
+        """log p(x | z), summed over pixels and channels, of each decoding with its image.
+        (B, C, H, W), (S, P, H, W) -> (S,)
+        """
         raise NotImplementedError
 
     def mean(self, output: Tensor) -> Tensor:
@@ -48,6 +51,12 @@ class Likelihood(nn.Module):
 def at_least_fp32(values: Tensor) -> Tensor:
     """What a network computed in half precision, in fp32: a sum over a thousand pixels needs the digits."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def for_each_decoding(x: Tensor, output: Tensor) -> Tensor:
+    """Images as often as they have been decoded. (B, C, H, W) -> (S, C, H, W)"""
+    times = len(output) // len(x)
+    return x.repeat_interleave(times, 0) if times > 1 else x
 
 
 def sum_pixels(values: Tensor) -> Tensor:
@@ -69,10 +78,16 @@ class Bernoulli(Likelihood):
         self.outputs = channels
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        """log p(x | z) for x in {0, 1}. (S, C, H, W), (S, C, H, W) -> (S,)"""
-        logits = at_least_fp32(output)
-        # log Bernoulli(x; sigmoid(l)) = x l - log(1 + exp(l)): no sigmoid, hence no log of zero
-        return sum_pixels(x * logits - F.softplus(logits))
+        """log p(x | z) for x in {0, 1}. (B, C, H, W), (S, C, H, W) -> (S,)
+
+        log Bernoulli(x; sigmoid(l)) = x l - log(1 + exp(l)): no sigmoid, hence no log of zero. The sum of x l over
+        pixels is a product of a matrix and a vector for each image, which spares a copy of the image for each decoding.
+        """
+        logits = at_least_fp32(output).flatten(1)  # (S, C, H, W) -> (S, D)
+        with torch.autocast(output.device.type, enabled=False):  # in fp32: it is a sum over a thousand pixels
+            each = logits.view(len(x), -1, logits.shape[1])  # (S, D) -> (B, K, D)
+            fits = torch.bmm(each, x.flatten(1).to(logits.dtype)[:, :, None])  # (B, K, D), (B, D, 1) -> (B, K, 1)
+        return fits.flatten() - F.softplus(logits).sum(1)
 
     def mean(self, output: Tensor) -> Tensor:
         """Probability of white, in [0, 1]. (S, C, H, W)"""
@@ -120,7 +135,8 @@ class Gaussian(Likelihood):
         return mean + 0.5, soft_floor(log_sigma, SMALLEST_LOG_SIGMA)
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        """log density of x at z. (S, C, H, W), (S, P, H, W) -> (S,)"""
+        """log density of x at z. (B, C, H, W), (S, P, H, W) -> (S,)"""
+        x = for_each_decoding(x, output)
         mean, log_sigma = self.split(output)
         if self.sigma_from == "optimal" and self.training:
             log_sigma = self.best_log_sigma(x, mean)
@@ -187,7 +203,8 @@ class LogisticMixture(Likelihood):
         return torch.stack(shifted, 2)
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
-        """log probability of grey values x = v / 255 in [0, 1]. (S, C, H, W), (S, P, H, W) -> (S,)"""
+        """log probability of grey values x = v / 255 in [0, 1]. (B, C, H, W), (S, P, H, W) -> (S,)"""
+        x = for_each_decoding(x, output)
         log_weight, mean, log_scale, slope = self.split(output)
         x = (2 * x - 1)[:, None]  # (S, 1, C, H, W) in [-1, 1]
         mean = self.shifted(mean, slope, x)

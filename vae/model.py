@@ -84,13 +84,6 @@ class Draw(NamedTuple):
         return self.log_likelihood + self.log_p - self.log_q
 
 
-def log_likelihood(likelihood: Likelihood, x: Tensor, output: Tensor) -> Tensor:
-    """log p(x | z) of images (B, C, H, W), each compared with its own K decodings (S, P, H, W). (B, K)"""
-    samples = len(output) // len(x)
-    repeated = x.repeat_interleave(samples, 0) if samples > 1 else x
-    return likelihood.log_prob(repeated, output).view(-1, samples)
-
-
 class Autoencoder(nn.Module):
     """What both kinds of model, one layer of latents (`VAE`) and a hierarchy (`vae.ladder`), can do.
 
@@ -174,7 +167,7 @@ class VAE(Autoencoder):
         each = Gaussian(posterior.mean[:, None], posterior.log_variance[:, None])  # (B, 1, Z)
         z = each.sample(noise)  # (B, K, Z)
         output = self.decode(z.flatten(0, 1))  # (B, K, Z) -> (S, Z)
-        log_p_x = log_likelihood(self.likelihood, x, output)
+        log_p_x = self.likelihood.log_prob(x, output).view(noise.shape[:2])  # (S,) -> (B, K)
         return Draw(z, log_p_x, each.kl(), each.log_prob(z), standard_log_prob(z), posterior)
 
 

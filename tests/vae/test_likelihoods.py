@@ -33,7 +33,7 @@ def test_cross_entropy_of_grey_pixels_is_no_likelihood():
     grid = torch.linspace(0, 1, 1001)[:, None, None, None]
     density = likelihood.log_prob(grid, torch.full_like(grid, 3.0)).exp()
     assert abs(torch.trapezoid(density.flatten(), dx=0.001).item() - 1) > 0.3
-    for data in (DataConfig(), DataConfig(dataset="cifar10", image_size=32)):
+    for data in (DataConfig(binarize="none"), DataConfig(dataset="cifar10", image_size=32, binarize="none")):
         with pytest.raises(ConfigError, match="black and white"):
             Config(data=data)
     with pytest.raises(ConfigError, match="black and white pixels take bernoulli"):
