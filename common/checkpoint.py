@@ -104,7 +104,7 @@ class Checkpoints:
 
     def list(self) -> list[Path]:
         """All checkpoint files, oldest first, whole or not."""
-        return sorted((p for p in self.folder.glob("*.pt") if p.stem.isdigit()), key=lambda p: int(p.stem))
+        return sorted((p for p in self.folder.glob("*.pt") if p.stem.isdecimal()), key=lambda p: int(p.stem))
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` is or would be."""

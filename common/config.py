@@ -252,7 +252,7 @@ def list_configs(project: str, folder: Path = Path("configs")) -> list[str]:
     return [
         str(path)
         for path in sorted(folder.glob("*.yaml"))
-        if command in path.read_text(encoding="utf-8", errors="replace")
+        if path.name[0] != "." and path.is_file() and command in path.read_text(encoding="utf-8", errors="replace")
     ]
 
 

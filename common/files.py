@@ -61,6 +61,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that fit a pattern, sorted by name; none that are hidden, as unfinished ones are."""
+    return sorted(path for path in folder.glob(pattern) if path.name[0] != "." and path.is_file())
+
+
 def sync_folder(folder: Path) -> None:
     """Put a folder's own entries (a rename, a deletion) on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

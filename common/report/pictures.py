@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from common.files import visible
 from common.report.text import number, words
 
 # shown after everything else
@@ -45,9 +46,7 @@ def pictures_in(folder: Path) -> list[Path]:
     def natural(path: Path) -> list[Any]:
         return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
-    return sorted(
-        (p for p in folder.glob("*") if p.suffix.lower() in PICTURES and p.is_file() and p.name[0] != "."), key=natural
-    )
+    return sorted((path for path in visible(folder, "*") if path.suffix.lower() in PICTURES), key=natural)
 
 
 def spread(items: list[Path], count: int) -> list[Path]:
