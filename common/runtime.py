@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from common.config import BaseConfig, ConfigError
+from common.signals import end_with_parent
 
 PEAK_BF16_FLOPS = {  # dense bf16 tensor-core peak, FLOP/s, from NVIDIA's data sheets (SXM variants)
     "H200": 989e12,
@@ -69,6 +70,7 @@ def start(config: BaseConfig) -> Runtime:
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     control = None
     if world > 1:
+        end_with_parent()  # torchrun's agent
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         control = dist.new_group(backend="gloo")
