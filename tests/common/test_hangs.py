@@ -1,4 +1,4 @@
-"""Where something runs out or somebody is killed, a program with helpers ends: one line, at once, nobody left behind."""
+"""Where something runs out or somebody is killed, a program with helpers ends: one line, at once, nobody stays."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def end_of(words: list[str], handles: int = 0) -> tuple[int, str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=limit,
+        preexec_fn=limit,  # noqa: PLW1509 (one thread)
     )
     try:
         _, text = process.communicate(timeout=AT_ONCE)  # the pipe ends with the last process that holds it
@@ -94,7 +94,7 @@ def test_too_few_file_handles_in_a_worker(pictures, monkeypatch, capfd):
 
     monkeypatch.setattr("common.images.folder.read_image", fail)
     images = FolderImages("mine", list_images(pictures, "data.folder"), size=16, workers=1)
-    with pytest.raises(ProjectError, match="has died.* data.workers.*Too many open files"):
+    with pytest.raises(ProjectError, match=r"has died.* data\.workers.*Too many open files"):
         next(images.batches(1, 8, 0, torch.device("cpu")))
     assert "skipping" not in capfd.readouterr().err
 
