@@ -203,7 +203,7 @@ def _manifest(path: Path) -> Path:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(_manifest(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
 

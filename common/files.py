@@ -56,7 +56,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where that is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -103,7 +103,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for i, text in enumerate(texts):
         try:
             line = json.loads(text.decode())
-        except UnicodeDecodeError:  # nothing that we write, whole or cut
+        except (UnicodeDecodeError, RecursionError):  # nothing that we write, whole or cut
             bad += 1
             continue
         except ValueError:
