@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import time
 import warnings
 import zipfile
@@ -21,6 +20,9 @@ import torch
 
 from common.errors import ProjectError
 from common.files import TEMPORARY, atomic_open, sha256, sync_folder, write_text
+
+
+UNFIT = (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError)  # what foreign states make us raise
 
 
 class CheckpointError(ProjectError):
@@ -97,10 +99,13 @@ class Checkpoints:
         verify(path)
         refuse_compressed(path)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).split("\n")[0]
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a forged file makes PyTorch's reader raise anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"checkpoint {path} cannot be read as plain tensors: {reason}") from None
+        if not isinstance(state, dict):
+            raise CheckpointError(f"checkpoint {path} holds a {type(state).__name__} and no run")
+        return state
 
     def list(self) -> list[Path]:
         """All checkpoint files, oldest first, whole or not."""
@@ -141,7 +146,7 @@ def verify(path: Path) -> None:
     if manifest.pop("manifest_sha256", None) != _digest(manifest):
         raise CheckpointError(f"manifest {_manifest(path)} is damaged")
     try:
-        whole = path.stat().st_size == manifest["bytes"] and sha256(path) == manifest["sha256"]
+        whole = path.stat().st_size == manifest.get("bytes") and sha256(path) == manifest.get("sha256")
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
     if not whole:

@@ -75,8 +75,8 @@ class Options:
 
 
 C = TypeVar("C", bound=BaseConfig)
-# what the readers of YAML and of numbers raise on nonsense, such as 900 nested maps or an integer of 10,000 digits
-UNREADABLE = (ValueError, TypeError, RecursionError, OverflowError)
+# what the readers of YAML and of numbers raise on nonsense: 900 nested maps, an integer of 10,000 digits, `!!bool maybe`
+UNREADABLE = (ValueError, TypeError, RecursionError, OverflowError, KeyError, AttributeError, AssertionError)
 _REFERENCES: dict[tuple[str, object], str] = {}  # (key, value) -> the reference to the environment that gave it
 # `resolve` raises these
 UNUSABLE = (ConfigError, OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError, TypeError)
@@ -198,19 +198,20 @@ def _merge(merged: DictConfig, node: DictConfig) -> DictConfig:
     """
     try:
         return OmegaConf.merge(merged, node)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:
         if getattr(error, "full_key", None):
             raise
+        whole = error
     for key, value in _leaves(OmegaConf.to_container(node)):
         alone: object = value
         for name in reversed(key.split(".")):
             alone = {name: alone}
         try:
             OmegaConf.merge(merged, alone)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, OverflowError) as error:
             reason = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "an item")
-            raise ConfigError(key, f"{value} does not fit: {reason}") from None
-    raise AssertionError("every key fits alone, but not all of them together")
+            raise ConfigError(key, f"{str(value)[:80]} does not fit: {reason}") from None
+    raise ConfigError(str(next(iter(node))), str(whole).splitlines()[0])
 
 
 def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -21,7 +21,6 @@ from common.report.pictures import Picture, draw_curves, embed, pictures_in, spr
 from common.report.rows import Row, metric_rows
 from common.report.text import amount, number, plain, words
 
-
 MAX_TEXT = 2**18  # bytes of a settings or results file
 # what readers and the steps after them raise on damaged or absurd content
 DAMAGED = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
