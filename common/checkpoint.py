@@ -21,7 +21,6 @@ import torch
 from common.errors import ProjectError
 from common.files import TEMPORARY, atomic_open, sha256, sync_folder, write_text
 
-
 UNFIT = (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError)  # what foreign states make us raise
 
 

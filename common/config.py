@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.settings import explain_settings
+from common.terminal import accept_any_letter
 
 Mode = Literal["train", "eval", "sample"]
 
@@ -75,7 +76,7 @@ class Options:
 
 
 C = TypeVar("C", bound=BaseConfig)
-# what the readers of YAML and of numbers raise on nonsense: 900 nested maps, an integer of 10,000 digits, `!!bool maybe`
+# what the readers of YAML and of numbers raise on nonsense: 900 nested maps, 10,000 digits, `!!bool maybe`
 UNREADABLE = (ValueError, TypeError, RecursionError, OverflowError, KeyError, AttributeError, AssertionError)
 _REFERENCES: dict[tuple[str, object], str] = {}  # (key, value) -> the reference to the environment that gave it
 # `resolve` raises these
@@ -88,6 +89,7 @@ def load(schema: type[C], project: str, mode: Mode = "train", argv: list[str] | 
     mode "train" takes `--config FILE`; "eval" and "sample" take `--run DIR` and read the config that the run was
     started with. Any mistake prints one line on stderr and exits with status 2.
     """
+    accept_any_letter()  # --help ends the program
     args = _parse(schema, project, mode, sys.argv[1:] if argv is None else argv)
     if mode == "train":
         if not args.config:

@@ -259,7 +259,7 @@ class Run:
 
     @contextlib.contextmanager
     def fitting(self, what: str) -> Iterator[None]:
-        """Whatever a foreign or forged state raises in a part that loads it becomes a `CheckpointError` that names it."""
+        """What a foreign or forged state raises in the part that loads it becomes a `CheckpointError` with its name."""
         try:
             yield
         except UNFIT as error:

@@ -126,6 +126,11 @@ def cpu_has_bf16() -> bool:
     )
 
 
+def check_machine(config: BaseConfig) -> None:
+    """`ConfigError` where this machine lacks the config's device or precision; for --dry-run, which starts no run."""
+    choose_precision(config.precision, choose_device(config.device))
+
+
 def use_threads(count: int) -> None:
     """Compute with so many CPU threads; 0 leaves PyTorch's own choice."""
     if count:
@@ -236,7 +241,9 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        # no lock on the index: somebody may be committing
+        command = ["git", "--no-optional-locks", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")

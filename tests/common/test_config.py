@@ -279,6 +279,7 @@ def test_nonsense_in_an_override_is_one_line(item, capsys):
         load(Config, "diffusion", "train", ["--config", "configs/ddpm_digits.yaml", item])
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
+
 NONSENSE = ["!!bool maybe", "!!timestamp nope", "!!int abc", "9" * 5000, "9" * 400, "[" * 900 + "]" * 900, "&x [*x]"]
 
 

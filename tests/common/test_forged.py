@@ -1,4 +1,4 @@
-"""Checkpoints that are whole by their hash, and not what a run has written: one line each, in resuming and evaluating."""
+"""Checkpoints that are whole by their hash, and not what a run writes: one line each, in resuming and evaluating."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def test_nor_can_it_be_evaluated(state, tmp_path):
         load_model(config, Options("eval", checkpoint="00000005.pt"), Run(config, Options("eval")))
 
 
-@pytest.mark.parametrize("error", [KeyError("storages"), ValueError("odd"), AssertionError(), IndexError("x"), OSError()])
+@pytest.mark.parametrize(
+    "error", [KeyError("storages"), ValueError("odd"), AssertionError(), IndexError("x"), OSError()]
+)
 def test_whatever_the_reader_raises(error, tmp_path, monkeypatch):
     path = Checkpoints(tmp_path).save(1, {"a": 1})
 
