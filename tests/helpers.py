@@ -18,10 +18,10 @@ import torch
 
 from common.checkpoint import Checkpoints
 from common.config import BaseConfig, Options, resolve
+from common.ema import EMA
 from common.logging import read_metrics
 from common.run import Run
 from diffusion.config import Config
-from diffusion.ema import EMA
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "configs/ddpm_digits.yaml"
@@ -80,6 +80,12 @@ def python(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=250, check=False
     )
+
+
+def two_processes(module: str, *words: str) -> None:
+    """Run a program by torchrun in two processes, to its good end."""
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", module, *words)
+    assert done.returncode == 0, done.stderr
 
 
 def start_python(*words: str) -> subprocess.Popen[str]:

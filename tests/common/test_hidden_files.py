@@ -9,8 +9,9 @@ from common.checkpoint import Checkpoints
 from common.config import BaseConfig, Options, list_configs
 from common.errors import ProjectError
 from common.files import visible
+from common.judges.inception import TruncatedInception
+from common.provenance import output_hashes
 from common.run import Run
-from diffusion.inception import TruncatedInception
 
 
 def test_visible(tmp_path):
@@ -44,6 +45,19 @@ def test_a_hidden_manifest_is_no_lost_run(tmp_path):
     (tmp_path / "run/checkpoints/.00000005.json").write_text("{}")
     with Run.start(config, Options("train", resume=True)) as run:
         assert run.resume() == 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "models/0000.safetensors", "eval.json"])
+def test_a_result_that_was_cut_short_is_none(name, tmp_path):
+    """The rest of an interrupted export must not stand in the way of the run that starts anew."""
+    half = tmp_path / "run" / name
+    half = half.with_name(f".tmp-9-{half.name}")
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    with Run.start(BaseConfig(run_dir=str(tmp_path / "run"), device="cpu", precision="fp32"), Options("train")):
+        assert not half.exists()
+    half.write_bytes(b"half")
+    assert output_hashes(tmp_path / "run", ["*", "models/*"]).keys() <= {"config.yaml", "env.json"}
 
 
 def test_names_that_only_look_like_steps(tmp_path):
