@@ -152,7 +152,9 @@ def read_override(schema: type, item: str) -> DictConfig:
     except yaml.MarkedYAMLError as error:
         raise ConfigError(key, str(error.problem)) from None
     except UNREADABLE as error:
-        raise ConfigError(key, f"cannot be read: {str(error).splitlines()[0][:100]}") from None
+        raise ConfigError(
+            key, f"cannot be read: {(str(error) or type(error).__name__).splitlines()[0][:100]}"
+        ) from None
 
 
 def is_text(schema: type, key: str) -> bool:
@@ -187,7 +189,9 @@ def read_yaml(path: Path) -> DictConfig:
     except yaml.YAMLError:
         raise
     except UNREADABLE as error:
-        raise ConfigError(name, f"cannot be read as YAML: {str(error).splitlines()[0][:100]}") from None
+        raise ConfigError(
+            name, f"cannot be read as YAML: {(str(error) or type(error).__name__).splitlines()[0][:100]}"
+        ) from None
     require(len(node) > 0, name, "is empty")
     if not isinstance(node, DictConfig):
         raise ConfigError(name, "must hold `key: value` lines")

@@ -17,6 +17,7 @@ from diffusion.config import Config
 from tests.helpers import DIGITS, ROOT, TINY, environment, errors, python, status
 
 PROGRAMS = ["diffusion.train", "gnn.train", "ppo.train", "ppo.sweep", "gnn.eval", "common.report", "common.demo"]
+CONFIGS = {"diffusion": "ddpm_digits", "gnn": "gcn_karate", "ppo": "ppo_cartpole_tiny", "vae": "vae_digits"}
 KARATE = ["-m", "gnn.train", "--config", str(ROOT / "configs/gcn_karate.yaml"), "train.steps=3", "train.seeds=2"]
 
 
@@ -132,7 +133,7 @@ def test_git_is_asked_without_a_lock(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("project", "setting"),
     [
-        *((project, f"device={name}") for project in ("diffusion", "gnn", "ppo") for name in ("cuda:97", "nonsense")),
+        *((project, f"device={name}") for project in CONFIGS for name in ("cuda:97", "nonsense")),
         ("diffusion", "precision=fp16"),
     ],
 )
@@ -142,9 +143,8 @@ def test_a_dry_run_looks_for_the_device(project, setting, capsys):
     if setting == "precision=fp16" and torch.cuda.is_available():
         pytest.skip("a GPU has fp16")
     module = importlib.import_module(f"{project}.train")
-    config = {"diffusion": "ddpm_digits", "gnn": "gcn_karate", "ppo": "ppo_cartpole_tiny"}[project]
     schema = importlib.import_module(f"{project}.config").Config
-    resolved = resolve(schema, ROOT / f"configs/{config}.yaml", [setting])
+    resolved = resolve(schema, ROOT / f"configs/{CONFIGS[project]}.yaml", [setting])
     assert status(module.train, resolved, Options("train", dry_run=True)) == 2
     assert capsys.readouterr().err.startswith(f"error: {setting.partition('=')[0]}: ")
 
