@@ -21,6 +21,8 @@ import torch
 from common.errors import ProjectError, first_line
 from common.files import TEMPORARY, atomic_open, sha256, sync_folder, write_text
 
+UNFIT = (KeyError, ValueError, RuntimeError, TypeError, AttributeError, IndexError)  # what foreign states make us raise
+
 
 class CheckpointError(ProjectError):
     """A checkpoint is missing, damaged, or does not fit."""
@@ -96,14 +98,17 @@ class Checkpoints:
         verify(path)
         refuse_compressed(path)
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # of rubbish torch's reader raises whatever it comes upon, a KeyError for one
             reason = first_line(error)
             raise CheckpointError(f"checkpoint {path} cannot be read as plain tensors: {reason}") from None
+        if not isinstance(state, dict):
+            raise CheckpointError(f"checkpoint {path} holds a {type(state).__name__} and no run")
+        return state
 
     def list(self) -> list[Path]:
         """All checkpoint files, oldest first, whole or not."""
-        return sorted((p for p in self.folder.glob("*.pt") if p.stem.isdigit()), key=lambda p: int(p.stem))
+        return sorted((p for p in self.folder.glob("*.pt") if p.stem.isdecimal()), key=lambda p: int(p.stem))
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` is or would be."""
@@ -140,7 +145,7 @@ def verify(path: Path) -> None:
     if manifest.pop("manifest_sha256", None) != _digest(manifest):
         raise CheckpointError(f"manifest {_manifest(path)} is damaged")
     try:
-        whole = path.stat().st_size == manifest["bytes"] and sha256(path) == manifest["sha256"]
+        whole = path.stat().st_size == manifest.get("bytes") and sha256(path) == manifest.get("sha256")
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
     if not whole:
@@ -210,7 +215,7 @@ def _manifest(path: Path) -> Path:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(_manifest(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
 

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from common.settings import explain_settings
+from common.terminal import accept_any_letter
 
 Mode = Literal["train", "eval", "sample"]
 
@@ -75,8 +76,8 @@ class Options:
 
 
 C = TypeVar("C", bound=BaseConfig)
-# what the readers of YAML and of numbers raise on nonsense, such as 900 nested maps or an integer of 10,000 digits
-UNREADABLE = (ValueError, TypeError, RecursionError, OverflowError)
+# what the readers of YAML and of numbers raise on nonsense: 900 nested maps, 10,000 digits, `!!bool maybe`
+UNREADABLE = (ValueError, TypeError, RecursionError, OverflowError, KeyError, AttributeError, AssertionError)
 _REFERENCES: dict[tuple[str, object], str] = {}  # (key, value) -> the reference to the environment that gave it
 # `resolve` raises these
 UNUSABLE = (ConfigError, OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError, TypeError)
@@ -88,6 +89,7 @@ def load(schema: type[C], project: str, mode: Mode = "train", argv: list[str] | 
     mode "train" takes `--config FILE`; "eval" and "sample" take `--run DIR` and read the config that the run was
     started with. Any mistake prints one line on stderr and exits with status 2.
     """
+    accept_any_letter()  # --help ends the program
     args = _parse(schema, project, mode, sys.argv[1:] if argv is None else argv)
     if mode == "train":
         if not args.config:
@@ -150,7 +152,9 @@ def read_override(schema: type, item: str) -> DictConfig:
     except yaml.MarkedYAMLError as error:
         raise ConfigError(key, str(error.problem)) from None
     except UNREADABLE as error:
-        raise ConfigError(key, f"cannot be read: {str(error).splitlines()[0][:100]}") from None
+        raise ConfigError(
+            key, f"cannot be read: {(str(error) or type(error).__name__).splitlines()[0][:100]}"
+        ) from None
 
 
 def is_text(schema: type, key: str) -> bool:
@@ -185,7 +189,9 @@ def read_yaml(path: Path) -> DictConfig:
     except yaml.YAMLError:
         raise
     except UNREADABLE as error:
-        raise ConfigError(name, f"cannot be read as YAML: {str(error).splitlines()[0][:100]}") from None
+        raise ConfigError(
+            name, f"cannot be read as YAML: {(str(error) or type(error).__name__).splitlines()[0][:100]}"
+        ) from None
     require(len(node) > 0, name, "is empty")
     if not isinstance(node, DictConfig):
         raise ConfigError(name, "must hold `key: value` lines")
@@ -198,19 +204,20 @@ def _merge(merged: DictConfig, node: DictConfig) -> DictConfig:
     """
     try:
         return OmegaConf.merge(merged, node)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:
         if getattr(error, "full_key", None):
             raise
+        whole = error
     for key, value in _leaves(OmegaConf.to_container(node)):
         alone: object = value
         for name in reversed(key.split(".")):
             alone = {name: alone}
         try:
             OmegaConf.merge(merged, alone)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, OverflowError) as error:
             reason = str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "an item")
-            raise ConfigError(key, f"{value} does not fit: {reason}") from None
-    raise AssertionError("every key fits alone, but not all of them together")
+            raise ConfigError(key, f"{str(value)[:80]} does not fit: {reason}") from None
+    raise ConfigError(str(next(iter(node))), str(whole).splitlines()[0])
 
 
 def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -252,7 +259,7 @@ def list_configs(project: str, folder: Path = Path("configs")) -> list[str]:
     return [
         str(path)
         for path in sorted(folder.glob("*.yaml"))
-        if command in path.read_text(encoding="utf-8", errors="replace")
+        if path.name[0] != "." and path.is_file() and command in path.read_text(encoding="utf-8", errors="replace")
     ]
 
 

@@ -34,6 +34,7 @@ from common.files import write_json
 from common.projects import Demo, find_demos
 from common.report import build
 from common.report.text import duration
+from common.signals import end_with_parent
 
 TAIL = 4000  # characters of a failed stage's messages that the report shows
 
@@ -149,7 +150,14 @@ class Runner:
         source, sink = pty.openpty() if sys.stderr.isatty() else os.pipe()
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         sys.stdout.flush()
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=sink, process_group=0, env=environment)
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stderr=sink,
+            process_group=0,
+            env=environment,
+            preexec_fn=end_with_parent,  # noqa: PLW1509 (one thread)
+        )
         self.child = child
         os.close(sink)
         if self.received:  # between the last look and the start

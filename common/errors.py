@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from common.config import ConfigError
+from common.remedies import remedy
+from common.terminal import accept_any_letter, imports_are_done, reader_gone
 
 P = ParamSpec("P")
 
@@ -23,16 +25,23 @@ def exits_cleanly(function: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        imports_are_done()
+        accept_any_letter()
         if "--debug" in sys.argv:
             function(*args, **kwargs)
             return
         try:
             function(*args, **kwargs)
+            if sys.stdout:
+                sys.stdout.flush()
         except (ProjectError, ConfigError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2 if isinstance(error, ConfigError) else 1)
         except (Exception, KeyboardInterrupt) as error:
-            print(f"error: {first_line(error)} (--debug shows the traceback)", file=sys.stderr)
+            if isinstance(error, BrokenPipeError) and reader_gone():
+                sys.exit(1)  # results are printed last, when their files are whole
+            hint = remedy(error, args)
+            print(f"error: {hint}{first_line(error)} (--debug shows the traceback)", file=sys.stderr)
             sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
 
     return wrapped

@@ -56,9 +56,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where that is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def visible(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that fit a pattern, sorted by name; none that are hidden, as unfinished ones are."""
+    return sorted(path for path in folder.glob(pattern) if path.name[0] != "." and path.is_file())
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from common.checkpoint import CheckpointError, Checkpoints
 from common.config import FREE_KEYS, FREE_SECTIONS, UNUSABLE, BaseConfig, Options, explain, flatten, resolve, to_yaml
 from common.errors import ProjectError
-from common.files import TEMPORARY, read_json, write_json, write_text
+from common.files import TEMPORARY, read_json, visible, write_json, write_text
 from common.lock import NAME as LOCK
 from common.lock import FolderLock
 
@@ -43,7 +43,7 @@ def open_folder(
             raise ProjectError(
                 f"{folder} holds a run at step {step}: add --resume to go on, --overwrite to delete it, or run_dir=..."
             )
-        results = [path.name for pattern in RESULTS for path in sorted(folder.glob(pattern))]
+        results = [path.name for pattern in RESULTS for path in visible(folder, pattern)]
         if results and step is None and not options.resume:
             raise ProjectError(
                 f"{folder} holds {results[0]} of an earlier run: add --overwrite to delete that run, or run_dir=..."
@@ -53,7 +53,8 @@ def open_folder(
         try:
             checkpoints.folder.mkdir(parents=True, exist_ok=True)
             for path in folder.rglob(f"{TEMPORARY}*"):  # what an interrupted save left, of whatever file
-                path.unlink(missing_ok=True)
+                if path.is_symlink() or not path.is_dir():
+                    path.unlink(missing_ok=True)
         except OSError as error:
             raise ProjectError(f"cannot write to {folder}: {error.strerror}") from error
         if not options.resume:
@@ -114,7 +115,7 @@ def nothing_to_resume(folder: Path, checkpoints: Checkpoints, say: Callable[[str
     """Say so where no checkpoint was ever finished; `CheckpointError` where there was one and it is lost."""
     if checkpoints.newest_step() is not None:
         raise CheckpointError(f"no whole checkpoint in {checkpoints.folder}")
-    if read_json(folder / "env.json").get("first_saved") or any(checkpoints.folder.glob("*.json")):
+    if read_json(folder / "env.json").get("first_saved") or visible(checkpoints.folder, "*.json"):
         raise CheckpointError(
             f"the checkpoints of this run are gone from {checkpoints.folder}; add --overwrite instead of --resume to "
             "start anew"

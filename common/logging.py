@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 import time
 import warnings
@@ -49,7 +50,8 @@ class MetricLog:
                 import wandb as client
             except ImportError:
                 raise ProjectError("wandb=... needs: pip install wandb") from None
-            self.wandb = client.init(project=wandb, name=folder.name, dir=str(folder), id=folder.name, resume="allow")
+            name = wandb_id(folder, fresh=first_step == 1)
+            self.wandb = client.init(project=wandb, name=folder.name, dir=str(folder), id=name, resume="allow")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line."""
@@ -79,6 +81,16 @@ class MetricLog:
             self.wandb.finish()
 
 
+def wandb_id(folder: Path, fresh: bool) -> str:
+    """The identity of a run at Weights & Biases: random, for folders of one name are many, and kept in the folder, so
+    that a resumed run goes on where it was.
+    """
+    path = folder / "wandb_id.txt"
+    if fresh or not path.is_file():
+        write_text(path, secrets.token_hex(8) + "\n")
+    return path.read_text(encoding="utf-8").strip()
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a `metrics.jsonl`; a missing file has none.
 
@@ -91,7 +103,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for i, text in enumerate(texts):
         try:
             line = json.loads(text.decode())
-        except UnicodeDecodeError:  # nothing that we write, whole or cut
+        except (UnicodeDecodeError, RecursionError):  # nothing that we write, whole or cut
             bad += 1
             continue
         except ValueError:

@@ -41,7 +41,11 @@ class Demo:
 
 def find_projects() -> list[str]:
     """Names of the packages beside this one that have a training program, sorted."""
-    return sorted(path.parent.name for path in ROOT.glob("*/train.py") if (path.parent / "__init__.py").is_file())
+    return sorted(
+        path.parent.name
+        for path in ROOT.glob("*/train.py")
+        if path.parent.name[0] != "." and (path.parent / "__init__.py").is_file()
+    )
 
 
 def find_demos() -> tuple[Demo, ...]:

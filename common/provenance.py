@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from common.config import FREE_KEYS, BaseConfig, flatten, to_yaml
 from common.errors import ProjectError
-from common.files import sha256
+from common.files import sha256, visible
 
 
 def config_hash(config: BaseConfig) -> str:
@@ -61,5 +61,5 @@ def discard(folder: Path, patterns: Iterable[str]) -> None:
 
 def output_hashes(folder: Path, patterns: Iterable[str]) -> dict[str, str]:
     """File -> SHA-256 of the outputs that are there, for `eval.json`: a table of numbers has no room for it itself."""
-    paths = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    paths = [path for pattern in patterns for path in visible(folder, pattern)]
     return {str(path.relative_to(folder)): sha256(path) for path in paths}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common import runtime
-from common.checkpoint import CheckpointError, Checkpoints
+from common.checkpoint import UNFIT, CheckpointError, Checkpoints
 from common.config import BaseConfig, ConfigError, Options, to_yaml
 from common.errors import ProjectError
 from common.files import read_json, write_json, write_text
@@ -257,6 +257,15 @@ class Run:
                 self._environment["first_saved"] = step
                 write_json(self.folder / "env.json", self._environment)
 
+    @contextlib.contextmanager
+    def fitting(self, what: str) -> Iterator[None]:
+        """What a foreign or forged state raises in the part that loads it becomes a `CheckpointError` with its name."""
+        try:
+            yield
+        except UNFIT as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"{self.checkpoints.folder}: {what} does not fit: {reason}") from None
+
     def resume(self, **parts: Any) -> int:
         """With --resume, load the newest whole checkpoint into `parts`; returns the number of steps done, 0 for a fresh
         start.
@@ -267,22 +276,20 @@ class Run:
         state = self.checkpoints.load_newest() if self.options.resume else None
         if self.options.resume and state is None:
             nothing_to_resume(self.folder, self.checkpoints, self.display.say)
+        done = 0
         if state is not None:
             for name, part in parts.items():
-                try:
+                with self.fitting(name):
                     saved = state["parts"][name]
                     if isinstance(part, torch.optim.Optimizer):
                         saved = {**saved, "param_groups": part.state_dict()["param_groups"]}
                     part.load_state_dict(saved)
-                except (KeyError, ValueError, RuntimeError) as error:
-                    raise CheckpointError(
-                        f"{self.checkpoints.folder}: {name} does not fit: {str(error).splitlines()[0]}"
-                    ) from None
-            if state["scaler"]:  # empty unless the run was in fp16
-                self.scaler.load_state_dict(state["scaler"])
-            runtime.set_rng_state(state["rng"])
-            self.display.say(f"resumed after step {state['step']}")
-        done = int(state["step"]) if state else 0
+            with self.fitting("what it holds beside these"):
+                if state["scaler"]:  # empty unless the run was in fp16
+                    self.scaler.load_state_dict(state["scaler"])
+                runtime.set_rng_state(state["rng"])
+                done = int(state["step"])
+            self.display.say(f"resumed after step {done}")
         if self.is_main:
             if self.options.resume:  # only now: a run that could not be loaded is left as it was
                 self._environment["threads"] = torch.get_num_threads()

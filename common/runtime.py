@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from common.config import BaseConfig, ConfigError
+from common.signals import end_with_parent
 
 PEAK_BF16_FLOPS = {  # dense bf16 tensor-core peak, FLOP/s, from NVIDIA's data sheets (SXM variants)
     "H200": 989e12,
@@ -69,6 +70,7 @@ def start(config: BaseConfig) -> Runtime:
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     control = None
     if world > 1:
+        end_with_parent()  # torchrun's agent
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         control = dist.new_group(backend="gloo")
@@ -122,6 +124,11 @@ def cpu_has_bf16() -> bool:
     return any(
         getattr(torch.cpu, name, lambda: False)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     )
+
+
+def check_machine(config: BaseConfig) -> None:
+    """`ConfigError` where this machine lacks the config's device or precision; for --dry-run, which starts no run."""
+    choose_precision(config.precision, choose_device(config.device))
 
 
 def use_threads(count: int) -> None:
@@ -249,7 +256,9 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        # no lock on the index: somebody may be committing
+        command = ["git", "--no-optional-locks", *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")

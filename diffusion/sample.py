@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import runtime
-from common.checkpoint import CheckpointError, Checkpoints
+from common.checkpoint import UNFIT, CheckpointError, Checkpoints
 from common.errors import exits_cleanly
 from common.files import atomic_open
 from common.provenance import trained_otherwise
@@ -80,12 +80,14 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Object
     model = UNet(config.model, config.data.image_size)
     try:
         model.load_state_dict(state["parts"]["ema" if config.sample.weights == "ema" else "model"])
-    except (RuntimeError, KeyError, TypeError):
+        sigma_data = float(state["parts"]["measured"]["sigma_data"])
+        step = int(state["step"])
+    except UNFIT:
         raise CheckpointError(
             f"the checkpoint in {folder} is of another model than the config's model section"
         ) from None
     model = model.to(run.device, memory_format=run.memory_format).eval().requires_grad_(False)
-    return model, build_objective(config.objective, state["parts"]["measured"]["sigma_data"]), int(state["step"])
+    return model, build_objective(config.objective, sigma_data), step
 
 
 def generate(

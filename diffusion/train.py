@@ -21,7 +21,7 @@ from common.ema import EMA
 from common.errors import exits_cleanly
 from common.rates import learning_rate
 from common.run import Run
-from common.runtime import count_parameters
+from common.runtime import check_machine, count_parameters
 from diffusion.data import load_images
 from diffusion.images import Images, to_float
 from diffusion.measured import Measured
@@ -165,6 +165,7 @@ def training_flops(config: Config) -> float:
 
 def describe(config: Config, images: Images) -> None:
     """What --dry-run prints: the resolved config, then sizes and shapes."""
+    check_machine(config)
     model = UNet(config.model, config.data.image_size)
     print(to_yaml(config), end="")
     print(f"# {count_parameters(model):,} parameters, {training_flops(config) / 1e9:.2f} GFLOP to train on one image")

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from common.checkpoint import CheckpointError, read_weights
 from common.errors import ProjectError, exits_cleanly
-from common.files import sha256, write_csv, write_json
+from common.files import sha256, visible, write_csv, write_json
 from common.logging import read_metrics
 from common.provenance import discard, made_by, output_hashes
 from common.run import Run
@@ -87,7 +87,7 @@ def trained_here(config: Config, options: Options, run: Run) -> list[Path]:
     """
     if options.checkpoint:
         raise ProjectError("gnn.eval tests the kept weights of every seed, in models/, and takes no --checkpoint")
-    paths = sorted((run.folder / "models").glob("*.safetensors"))
+    paths = visible(run.folder / "models", "*.safetensors")
     if not paths:
         raise ProjectError(
             f"no trained weights in {run.folder / 'models'}; train first (or --resume), or give another --run"

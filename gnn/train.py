@@ -218,6 +218,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def describe(config: Config) -> None:
     """What --dry-run prints: the resolved config, then sizes."""
+    runtime.check_machine(config)
     task = build_task(config, torch.device("cpu"))
     model = start_trial(task, 0)
     print(to_yaml(config), end="")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import signal
@@ -14,8 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from common.errors import ProjectError
-
-SET_PARENT_DEATH_SIGNAL = 1  # Linux's prctl(2)
+from common.signals import end_with_parent
 
 
 @dataclass
@@ -111,14 +109,6 @@ def end_all(jobs: list[Job]) -> None:
     for job in jobs:
         if job.process:
             job.process.wait()
-
-
-def end_with_parent() -> None:
-    """Called in a new process before its program begins: where the sweep dies, even by kill -9, Linux sends it SIGTERM,
-    and it saves.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def lock_folder(folder: Path) -> int:

@@ -16,7 +16,7 @@ import torch
 from common.checkpoint import export_weights
 from common.errors import exits_cleanly
 from common.run import Run
-from common.runtime import count_parameters, mix_seed, use_threads
+from common.runtime import check_machine, count_parameters, mix_seed, use_threads
 from ppo.learning.advice import Advice, idle_settings
 from ppo.playing.collect import Collector
 from ppo.data import epochs, learning_batch, valid_rows
@@ -131,6 +131,7 @@ def num_updates(config: Config) -> int:
 
 def describe(config: Config) -> None:
     """What --dry-run prints: the resolved config, then sizes and shapes."""
+    check_machine(config)
     vector = make_vector(config.env, config.seed, 1)
     distribution = distribution_for(vector.action_space, config.model.squash)
     model = ActorCritic(config.model, observation_shape(vector.observation_space), distribution)

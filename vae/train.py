@@ -24,7 +24,7 @@ from common.errors import exits_cleanly
 from common.images import Images
 from common.rates import learning_rate
 from common.run import Run
-from common.runtime import count_parameters
+from common.runtime import check_machine, count_parameters
 from vae.data import load_images
 from vae.figures import save_progress
 from vae.images import prepare, random_flip
@@ -154,6 +154,7 @@ def check_fit(config: Config, images: Images) -> None:
 
 def describe(config: Config, images: Images) -> None:
     """What --dry-run prints: the resolved config, then sizes and shapes."""
+    check_machine(config)
     model = build_model(config)
     print(to_yaml(config), end="")
     print(f"# {count_parameters(model):,} parameters, a code of {model.size} numbers")

@@ -7,9 +7,13 @@ the run stops, because by then something is wrong with the folder and not with a
 from __future__ import annotations
 
 import atexit
+import contextlib
+import errno
+import io
 import multiprocessing
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ from common.images.memory import MemoryImages, batch_indices, draw_indices
 from common.images.reading import read_image
 
 MOST_BAD = 0.01
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine's fault, not the file's
 FORGIVEN = 3  # bad files that never stop a run: one percent of a small folder is less than a file
 
 
@@ -96,41 +101,54 @@ class FolderImages:
             batch_sampler=order,
             num_workers=self.workers,
             collate_fn=_collate,
-            pin_memory=device.type == "cuda",
             generator=apart,
             worker_init_fn=_ignore_signals if self.workers else None,
         )
-        for images, index, faults in alive(loader):
+        for arrays, numbers, faults in alive(loader):
+            images = torch.from_numpy(arrays)
+            index = torch.from_numpy(numbers)
             for i, fault in enumerate(faults):
                 if fault:
                     self.reject(int(index[i]), fault)
                     images[i], index[i] = self._stand_in(decoder, int(index[i]))
-            yield images.to(device, non_blocking=True), None if self.labels is None else self.labels[index].to(device)
+            yield images.to(device), None if self.labels is None else self.labels[index].to(device)
 
     def _stand_in(self, decoder: _Decoder, index: int) -> tuple[Tensor, int]:
         """The next usable image after a bad one: the same with any batch size and any number of workers."""
         for step in range(1, len(self.files)):
             image, other, fault = decoder[(index + step) % len(self.files)]
             if not fault:
-                return torch.from_numpy(image), other
+                return torch.tensor(image), other
             self.reject(other, fault)
         raise ProjectError(f"no usable image among {len(self.files)} files, the first is {self.files[0]}")
 
 
 def alive(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's batches; `ProjectError` where one of its processes has died."""
-    batches = iter(loader)
+    """The loader's batches; `ProjectError` where its processes cannot be started, or one of them has died."""
+    if not loader.num_workers:
+        yield from loader
+        return
+    try:
+        batches = iter(loader)
+    except OSError as error:  # no handle, no process or no semaphore left
+        end_workers()
+        with contextlib.redirect_stderr(io.StringIO()):  # the half-made iterator complains when it is deleted: here
+            error.__traceback__ = None
+        raise ProjectError(
+            f"cannot start {loader.num_workers} processes that decode images ({error.strerror or error}); "
+            "try a smaller data.workers, 0 for none"
+        ) from None
     while True:
         try:
             batch = next(batches)
         except StopIteration:
             return
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            if not loader.num_workers:
-                raise
+        except (RuntimeError, OSError, EOFError) as error:
+            end_workers()  # else each is waited for
+            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ProjectError(
-                "a process that decodes images has died: killed, or no memory left for it; try a smaller data.workers, "
-                f"0 for none ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+                "a process that decodes images has died: killed, or no memory or file handle left for it; try a "
+                f"smaller data.workers, 0 for none ({lines[-1][:200]})"
             ) from None
         yield batch
 
@@ -146,6 +164,8 @@ class _Decoder(Dataset[tuple[np.ndarray, int, str]]):
         try:
             return read_image(self.files[index], self.size, self.crop, self.grey), index, ""
         except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            if getattr(error, "errno", None) in EXHAUSTED:
+                raise
             reason = "not a readable image" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0]
             return (
                 np.zeros((1 if self.grey else 3, self.size, self.size), np.uint8),
@@ -154,9 +174,12 @@ class _Decoder(Dataset[tuple[np.ndarray, int, str]]):
             )
 
 
-def _collate(items: list[tuple[np.ndarray, int, str]]) -> tuple[Tensor, Tensor, list[str]]:
+def _collate(items: list[tuple[np.ndarray, int, str]]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """A batch in arrays, which go through a pipe. Tensors would go through /dev/shm, of which a container has 64 MB,
+    and take a file handle each: where either runs out, a worker falls silent and the training waits for ever.
+    """
     images, index, faults = zip(*items, strict=True)
-    return torch.from_numpy(np.stack(images)), torch.tensor(index), list(faults)
+    return np.stack(images), np.array(index), list(faults)
 
 
 def _ignore_signals(worker: int) -> None:
@@ -172,5 +195,7 @@ def end_workers() -> None:
     They ignore the polite signals, and Python would wait for them for ever at its exit after an error. Registered after
     multiprocessing's own handler, so it comes before that.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises an error for each that dies
     for process in multiprocessing.active_children():
         process.kill()

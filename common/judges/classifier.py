@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import export_weights
 from common.errors import ProjectError
+from common.files import visible
 from common.runtime import choose_precision
 
 logger = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ def load_resnet20(path: Path) -> ResNet20:
     github.com/akamaster/pytorch_resnet_cifar10, whose keys carry the prefix "module." of a data-parallel wrapper.
     `ProjectError` when it is missing or something else.
     """
-    files = sorted(path.glob("resnet20*.th")) if path.is_dir() else [path]
+    files = visible(path, "resnet20*.th") if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise ProjectError(
             f"no ResNet-20 weights at {path}: put resnet20-12fca82f.th of github.com/akamaster/pytorch_resnet_cifar10 "

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import ProjectError
-from common.files import sha256
+from common.files import sha256, visible
 from common.judges.classifier import load_tensors
 
 INCEPTION_URL = (
@@ -130,7 +130,7 @@ class TruncatedInception(nn.Module):
 
     def _load(self, path: Path) -> None:
         """Weights by name, from either kind of file."""
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        files = visible(path, "*.safetensors") if path.is_dir() else [path]
         if not files or not files[0].is_file():
             raise ProjectError(f"no Inception weights at {path}")
         if files[0].suffix == ".safetensors":

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from common.errors import ProjectError, exits_cleanly
-from common.report.page import build
+from common.report.page import MOST_RUNS, build
 
 
 @exits_cleanly
@@ -20,11 +20,14 @@ def main() -> None:
         "--out", type=Path, default=Path("runs/report.html"), help="where to write (default: %(default)s)"
     )
     parser.add_argument("--title", default="Training report")
+    parser.add_argument("--most", type=int, default=MOST_RUNS, help="runs shown, the newest (default: %(default)s)")
     args = parser.parse_args()
+    if args.most < 1:
+        parser.error("--most must be at least 1")
     folders = [path for path in args.runs if not path.is_file()]
     if not any(path.is_dir() for path in folders):
         raise ProjectError(f"no run folder among {' '.join(map(str, args.runs))}")
-    print(build(folders, args.out, args.title))
+    print(build(folders, args.out, args.title, args.most))
 
 
 if __name__ == "__main__":

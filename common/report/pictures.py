@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from common.files import visible
 from common.report.text import number, words
 
 # shown after everything else
@@ -23,9 +24,11 @@ PICTURES = {
     ".jpeg": "image/jpeg",
     ".webp": "image/webp",
 }
-MAX_PICTURE = 12 * 2**20  # bytes; a larger file would make the page slow to open
+MAX_PICTURE = 2**20  # bytes; of a larger file a smaller copy is shown, of a film nothing
+WIDEST = 1240  # pixels a side of such a copy; a page shows half of them
 THEMES = {"light": ("#2563eb", "#475569", "#e2e8f0"), "dark": ("#7dabff", "#a8b3c7", "#2a3446")}  # line, text, grid
-MAX_POINTS = 600  # of a curve; a screen shows no more
+MAX_POINTS = 300  # of a curve; so small, a screen shows no more
+MAX_CURVES = 24  # of a run
 
 
 @dataclass
@@ -45,9 +48,7 @@ def pictures_in(folder: Path) -> list[Path]:
     def natural(path: Path) -> list[Any]:
         return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", path.name)]
 
-    return sorted(
-        (p for p in folder.glob("*") if p.suffix.lower() in PICTURES and p.is_file() and p.name[0] != "."), key=natural
-    )
+    return sorted((path for path in visible(folder, "*") if path.suffix.lower() in PICTURES), key=natural)
 
 
 def spread(items: list[Path], count: int) -> list[Path]:
@@ -58,19 +59,36 @@ def spread(items: list[Path], count: int) -> list[Path]:
 
 
 def embed(path: Path) -> Picture:
-    """A picture file as it is. `ValueError` for one that is damaged or very large."""
+    """A picture file as it is, or a smaller copy of a large one. `ValueError` for one that is damaged, or a large
+    film.
+    """
+    kind = PICTURES[path.suffix.lower()]
     try:
+        if path.stat().st_size > 64 * MAX_PICTURE:
+            raise ValueError(f"{path.stat().st_size / 2**20:.0f} MB")
         data = path.read_bytes()
-        if len(data) > MAX_PICTURE:
-            raise ValueError(f"{len(data) / 2**20:.0f} MB is too large to embed")
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             chart = str(image.info.get("Software", "")).startswith("Matplotlib")
             image.load()
+            if len(data) > MAX_PICTURE:
+                if getattr(image, "n_frames", 1) > 1:
+                    raise ValueError(f"a film of {len(data) / 2**20:.0f} MB")
+                data = smaller(image)
+                kind = "image/webp"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error).splitlines()[0]) from None
     caption = f"Step {int(path.stem):,}" if path.stem.isdigit() else words(path.stem)
-    return Picture(data_uri(data, PICTURES[path.suffix.lower()]), caption, width, height, chart)
+    return Picture(data_uri(data, kind), caption, width, height, chart)
+
+
+def smaller(image: Image.Image) -> bytes:
+    """A copy of at most `WIDEST` pixels a side, as WebP."""
+    copy = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    copy.thumbnail((WIDEST, WIDEST))
+    file = io.BytesIO()
+    copy.save(file, "WEBP", quality=80)
+    return file.getvalue()
 
 
 def data_uri(data: bytes, kind: str) -> str:
@@ -98,16 +116,17 @@ def draw_curves(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
         return 4 if name.endswith("_per_second") else 2
 
     curves = []
-    for name in sorted(columns, key=order):
-        light, dark = (draw(columns[name], THEMES[theme], noisy=name != "lr") for theme in ("light", "dark"))
+    for name in sorted(columns, key=order)[:MAX_CURVES]:
+        light = dark = draw(columns[name], THEMES["light"], noisy=name != "lr")
+        for colour, other in zip(THEMES["light"], THEMES["dark"], strict=True):
+            dark = dark.replace(colour, other)
+        light, dark = (data_uri(text.encode(), "image/svg+xml") for text in (light, dark))
         curves.append((COLUMNS.get(name, words(name)), light, dark))
     return curves
 
 
 def draw(points: list[tuple[int, float]], theme: tuple[str, str, str], noisy: bool) -> str:
-    """A curve as an SVG data URI: raw values faint, their moving average strong; a log axis where values span
-    decades.
-    """
+    """A curve as SVG: raw values faint, their moving average strong; a log axis where values span decades."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,6 +137,8 @@ def draw(points: list[tuple[int, float]], theme: tuple[str, str, str], noisy: bo
     with matplotlib.rc_context(
         {
             "svg.hashsalt": "report",
+            "svg.fonttype": "none",  # the reader's own font: outlines of letters would be most of the file
+            "font.family": "sans-serif",
             "font.size": 9,
             "text.color": text,
             "axes.edgecolor": grid,
@@ -149,7 +170,7 @@ def draw(points: list[tuple[int, float]], theme: tuple[str, str, str], noisy: bo
         axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
         file = io.BytesIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return data_uri(file.getvalue(), "image/svg+xml")
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", file.getvalue().decode())  # hundredths of a point are enough
 
 
 def moving_average(values: tuple[float, ...]) -> list[float]:

@@ -19,7 +19,11 @@ import yaml
 from common.logging import read_metrics
 from common.report.pictures import Picture, draw_curves, embed, pictures_in, spread
 from common.report.rows import Row, metric_rows
-from common.report.text import number, plain, words
+from common.report.text import amount, number, plain, words
+
+MAX_TEXT = 2**18  # bytes of a settings or results file
+# what readers and the steps after them raise on damaged or absurd content
+DAMAGED = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass
@@ -65,46 +69,73 @@ def read_run(folder: Path) -> RunView:
         view.missing.append("the run folder: nothing was written")
     evaluation, env = read_json(folder / "eval.json", view), read_json(folder / "env.json", view)
     view.project, view.config = identify(folder, evaluation, env)
-    view.settings = read(folder / "config.yaml", lambda path: path.read_text(encoding="utf-8"), "", view)
+    view.settings = read(folder / "config.yaml", read_text, "", view)
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("always")
         rows = read(folder / "metrics.jsonl", read_metrics, [], view)
     view.missing += [f"metrics.jsonl, which is damaged ({str(note.message).rsplit(': ', 1)[-1]})" for note in noted]
-    view.total = int(env.get("total_steps") or total_steps(view.settings))
+    rows = [row for row in rows if number(row["step"]) is not None]
+    view.total = int(amount(env.get("total_steps"))) or total_steps(view.settings)
     view.done = max((row["step"] for row in rows), default=0)
-    view.curves = draw_curves(rows)
+    view.curves = attempt("curves", lambda: draw_curves(rows), [], view)
     if rows and not view.curves:
         view.missing.append("metrics.jsonl holds no numbers to draw")
     values = evaluation.get("metrics")
     view.metrics, view.headlines = metric_rows(values if isinstance(values, dict) else {}, view.project)
-    view.evaluation = [
-        (words(key), plain(value)) for key, value in evaluation.items() if key not in ("project", "config", "metrics")
-    ]
+    others = {key: value for key, value in evaluation.items() if key not in ("project", "config", "metrics")}
+    view.evaluation = attempt("eval.json", lambda: text_rows(others), [], view)
     view.samples = embed_all(spread(pictures_in(folder / "samples"), 7), view)
     view.figures = embed_all(pictures_in(folder / "figures"), view)
     if not view.samples and not view.figures:
         view.missing.append("pictures in samples/ and figures/")
-    view.environment = environment_rows(env)
+    view.environment = attempt("env.json", lambda: environment_rows(env), [], view)
     view.device = str(env.get("device_name") or env.get("device") or "")
     view.times, view.failure = read_stages(folder, evaluation)
     return view
 
 
 def read(path: Path, reader: Callable[[Path], Any], default: Any, view: RunView) -> Any:
-    """What `reader` makes of a file; `default`, and a note on the page, where it is missing or damaged."""
-    try:
-        if path.is_file():
-            return reader(path)
+    """What `reader` makes of a file; `default`, and a note on the page, where it is missing or damaged, or a link that
+    leads out of its folder: a page that is passed on must not hold somebody's other files.
+    """
+    if not path.is_file():
         view.missing.append(path.name)
-    except (OSError, ValueError) as error:
-        view.missing.append(f"{path.name}, which is damaged ({str(error).splitlines()[0][:100]})")
+    elif leads_out(path, path.parent):
+        view.missing.append(f"{path.name}, which is a link out of the run folder")
+    else:
+        return attempt(path.name, lambda: reader(path), default, view)
     return default
+
+
+def attempt(what: str, make: Callable[[], Any], default: Any, view: RunView) -> Any:
+    """What `make` returns; `default`, and a note on the page, where it cannot."""
+    try:
+        return make()
+    except DAMAGED as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        view.missing.append(f"{what}, which is damaged ({reason[0][:100]})")
+        return default
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a link, of the file itself or on the way from the folder to it, ends outside the folder."""
+    return not path.resolve().is_relative_to(folder.resolve())
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. `ValueError` for one far longer than those that a run writes."""
+    if path.stat().st_size > MAX_TEXT:
+        raise ValueError(f"{path.stat().st_size:,} bytes")
+    return path.read_text(encoding="utf-8")
 
 
 def embed_all(paths: list[Path], view: RunView) -> list[Picture]:
     """Picture files for the page; a note there for each one that cannot be shown."""
     pictures = []
     for path in paths:
+        if leads_out(path, path.parent.parent):
+            view.missing.append(f"{path.parent.name}/{path.name}, which is a link out of the run folder")
+            continue
         try:
             pictures.append(embed(path))
         except ValueError as error:
@@ -116,7 +147,7 @@ def read_json(path: Path, view: RunView) -> dict[str, Any]:
     """A JSON object, or an empty one where it is missing or damaged."""
 
     def parse(path: Path) -> dict[str, Any]:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         return value
@@ -136,8 +167,8 @@ def identify(folder: Path, evaluation: dict[str, Any], env: dict[str, Any]) -> t
 def total_steps(settings: str) -> int:
     """`train.steps` of a config, 0 where it says nothing: for a run whose env.json does not tell."""
     try:
-        return int(yaml.safe_load(settings)["train"]["steps"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        return int(amount(yaml.safe_load(settings)["train"]["steps"]))
+    except (yaml.YAMLError, *DAMAGED):
         return 0
 
 
@@ -147,19 +178,24 @@ def read_stages(folder: Path, evaluation: dict[str, Any]) -> tuple[list[tuple[st
     """
     noted = read_json(folder.parent / "demo.json", RunView("")).get(folder.name)
     if isinstance(noted, list) and all(isinstance(stage, dict) for stage in noted):
-        times = [(str(stage.get("stage")), float(number(stage.get("seconds")) or 0)) for stage in noted]
+        times = [(str(stage.get("stage")), amount(stage.get("seconds"))) for stage in noted]
         return times, next((stage for stage in noted if stage.get("status") != 0), None)
     times = []
     with contextlib.suppress(OSError):
         times.append(("train", (folder / "metrics.jsonl").stat().st_mtime - (folder / "env.json").stat().st_mtime))
-    times.append(("eval", number(evaluation.get("seconds")) or 0.0))
+    times.append(("eval", amount(evaluation.get("seconds"))))
     return [(stage, seconds) for stage, seconds in times if seconds > 0], None
 
 
 def environment_rows(env: dict[str, Any]) -> list[tuple[str, str]]:
     """env.json as rows of text; the versions of packages become one row each."""
     versions = env.get("versions")
-    rows = [(words(key), plain(value)) for key, value in env.items() if key != "versions" and value is not None]
+    rows = text_rows({key: value for key, value in env.items() if key != "versions" and value is not None})
     if isinstance(versions, dict):
         rows += [(str(key), plain(value)) for key, value in versions.items()]
     return rows
+
+
+def text_rows(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """A JSON object as rows of text."""
+    return [(words(key), plain(value)) for key, value in values.items()]

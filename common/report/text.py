@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+LARGEST = 2**63  # of the integers that are shown
+LONGEST = 2000  # characters of one value
+
 
 def numeral(value: float, percent: bool = False) -> str:
     """A number for people: four digits that count, thousands separated; a fraction as a percentage if asked."""
@@ -21,7 +24,7 @@ def plain(value: Any) -> str:
     """A value of a JSON file as text."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
-    return ", ".join(map(plain, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(plain, value)) if isinstance(value, list) else str(value)[:LONGEST]
 
 
 def duration(seconds: float) -> str:
@@ -34,8 +37,16 @@ def duration(seconds: float) -> str:
 
 
 def number(value: object) -> float | None:
-    """`value` if it is a number (and not a truth value), else None."""
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """`value` if it is a number (no truth value, and none beyond what a float holds), else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if isinstance(value, float) or abs(value) < LARGEST else None
+
+
+def amount(value: object) -> float:
+    """`value` if it is a finite number above zero, such as a duration or a count can be, else 0."""
+    found = number(value)
+    return found if found is not None and math.isfinite(found) and found > 0 else 0
 
 
 def words(name: str) -> str:

@@ -20,7 +20,7 @@ from ppo.config import EnvConfig
 from ppo.environments.custom import nearest, spec_of, wrapped
 from ppo.environments.normalize import ObservationNormalizer
 from ppo.environments.pool import PoolVector
-from ppo.environments.vectors import GymVector, LocalVector, Vector
+from ppo.environments.vectors import GymVector, LocalVector, Vector, end
 from ppo.model import SMALLEST_IMAGE
 
 EXTRAS = {
@@ -63,10 +63,22 @@ def make_vector(config: EnvConfig, seed: int, count: int, first: int = 0, traini
         return checked(GymVector(vector, seed, first), config)
     if backend == "processes":
         build = [lambda: make_worker(config) for _ in range(count)]
-        vector = attempt(config.id, lambda: AsyncVectorEnv(build, autoreset_mode=AutoresetMode.SAME_STEP))
+        vector = attempt(config.id, lambda: start_workers(build))
         return checked(GymVector(vector, seed, first), config)
     environments = [attempt(config.id, lambda: make_one(config)) for _ in range(count)]
     return checked(LocalVector(environments, seed, first, config.max_episode_steps), config)
+
+
+def start_workers(build: list[Callable[[], gym.Env]]) -> AsyncVectorEnv:
+    """Gymnasium's vector of worker processes. `ProjectError` where there is no room for so many."""
+    try:
+        return AsyncVectorEnv(build, autoreset_mode=AutoresetMode.SAME_STEP)
+    except OSError as error:  # no handle, no process or no semaphore left
+        end(multiprocessing.active_children())  # those that had been started
+        raise ProjectError(
+            f"cannot start {len(build)} processes with an environment each ({error.strerror or error}); try a smaller "
+            "env.count, or env.backend=local"
+        ) from None
 
 
 def find(config: EnvConfig) -> EnvSpec:

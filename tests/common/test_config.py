@@ -278,3 +278,29 @@ def test_nonsense_in_an_override_is_one_line(item, capsys):
     with pytest.raises(SystemExit) as stop:
         load(Config, "diffusion", "train", ["--config", "configs/ddpm_digits.yaml", item])
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+NONSENSE = ["!!bool maybe", "!!timestamp nope", "!!int abc", "9" * 5000, "9" * 400, "[" * 900 + "]" * 900, "&x [*x]"]
+
+
+@pytest.mark.parametrize("value", NONSENSE, ids=lambda value: value[:16])
+@pytest.mark.parametrize("key", ["train.lr", "model.multipliers"])
+def test_a_value_that_yaml_cannot_make_anything_of(key, value, tmp_path, capsys):
+    """One line and status 2, whichever way the value came."""
+    path = tmp_path / "c.yaml"
+    text = value
+    for name in reversed(key.split(".")):
+        text = f"{{{name}: {text}}}"
+    path.write_text(text)
+    for argv in (["--config", str(DIGITS), f"{key}={value}"], ["--config", str(path)]):
+        with pytest.raises(SystemExit) as stop:
+            load(schema_of("diffusion"), "diffusion", "train", argv)
+        assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["3", "1: 2", "{[1, 2]: 3}", "null: 1"])
+def test_keys_that_are_no_names(text, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        load(schema_of("diffusion"), "diffusion", "train", ["--config", str(tmp_path / "c.yaml")])
+    assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1

@@ -24,7 +24,7 @@ def fail(error: BaseException):
         (ProjectError("no disk"), 1, "error: no disk"),
         (ConfigError("train.lr", "too high"), 2, "error: train.lr: too high"),
         (ZeroDivisionError("division by zero\nand more"), 1, "error: ZeroDivisionError: division by zero (--debug"),
-        (MemoryError(), 1, "error: MemoryError (--debug"),
+        (MemoryError(), 1, "error: out of memory: MemoryError (--debug"),
         (KeyboardInterrupt(), 130, "error: KeyboardInterrupt (--debug"),
     ],
 )
