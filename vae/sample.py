@@ -21,6 +21,7 @@ if __name__ == "__main__":
 import dataclasses
 import hashlib
 import itertools
+import shutil
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def main(config: Config, options: Options) -> None:
         lock = FolderLock(folder, run.display.say)
         try:
             shards = Shards(folder, sample_key(model, config), config)
+            shards.begin()
             missing = [number for number in range(shards.total) if not shards.has(number)]
             blocks = [(number, start) for number in missing for start in shards.blocks(number)]
             track = run.track(run.display.track(blocks, len(blocks), "sampling"))
@@ -61,12 +63,10 @@ def main(config: Config, options: Options) -> None:
                 shards.write(number, torch.cat([draw(model, config, start, run) for _, start in group]))
         finally:
             lock.release()
-        there = (
-            f", {shards.total - len(missing)} of {shards.total} shards were there"
-            if len(missing) < shards.total
-            else ""
+        kept = shards.total - len(missing)
+        run.display.say(
+            f"step {step}: {settings.count} images in {folder}, {kept} of {shards.total} shards were there before"
         )
-        run.display.say(f"step {step}: {settings.count} images in {folder}{there}")
 
 
 @torch.no_grad()
@@ -130,6 +130,17 @@ class Shards:
         if found and as_json(found.get("key")) != as_json(key):
             raise ProjectError(f"{folder} holds images of other weights or settings; delete it or choose another --out")
         self.manifest["shards"] |= found.get("shards", {})
+
+    def begin(self) -> None:
+        """Make the folder known as ours before anything is in it, and clear away what an interruption left half
+        written.
+        """
+        for path in self.folder.glob(f"{TEMPORARY}*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        write_json(self.folder / MANIFEST, self.manifest)
 
     def size(self, number: int) -> int:
         """Images of a shard."""
