@@ -35,9 +35,10 @@ from common.errors import exits_cleanly
 from common.files import atomic_open, write_json
 from common.metrics import FeatureStatistics, frechet_between
 from common.run import Run
-from diffusion.classifier import checksum, json_hash
+from common.judges import CACHE
+from common.judges.classifier import checksum, json_hash
 from diffusion.data import load_images
-from diffusion.features import (
+from common.judges.features import (
     FeatureExtractor,
     Labelled,
     build_extractor,
@@ -125,7 +126,7 @@ def main(config: Config, options: Options) -> None:
 
 def build_judge(config: Config, features: str, train: Images, test: Images | None, run: Run) -> Judge:
     """The extractor of that name and the training images' statistics, from the cache under data_root where possible."""
-    cache = Path(config.data_root) / "diffusion_cache"
+    cache = Path(config.data_root) / CACHE
     real = train.draw(config.eval.num_reference)
     held_out = test.draw(0) if test is not None else None
     labelled = None
