@@ -288,9 +288,7 @@ def explain(error: Exception, schema: type[BaseConfig], path: Path) -> str:
     return f"{path}: {text}"
 
 
-def _parse(
-    schema: type[C], project: str, mode: Mode, argv: list[str], short: Mapping[str, str]
-) -> argparse.Namespace:
+def _parse(schema: type[C], project: str, mode: Mode, argv: list[str], short: Mapping[str, str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {project}.{mode}", allow_abbrev=False, add_help=False)
     explain_settings(parser, schema)
     if mode == "train":

@@ -1,24 +1,69 @@
 """Images and codes as files: PNG, and npz archives that are written row by row.
 
+A folder that is written to is claimed first: its `manifest.json` says by which weights and settings its files are made,
+and nothing is ever written beside files of others.
+
 Legend: N rows, C channels, H = W pixels.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from common.errors import ProjectError
-from common.files import TEMPORARY, atomic_open
+from common.files import TEMPORARY, atomic_open, read_json, write_json
+from common.lock import NAME as LOCK
+from common.lock import FolderLock
+
+MANIFEST = "manifest.json"
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, key: dict[str, Any], say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """The manifest of a folder that is ours to write to: a new one, or one begun with an equal `key`, which has "key"
+    and whatever was added then.
+
+    Raises:
+        ProjectError: something else is in it, or it is of another key; nothing was changed. Or somebody else writes
+            there now.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ProjectError(f"{folder} is not a folder; choose another --out")
+    known = (folder / MANIFEST).is_file()
+    if folder.exists() and not known and any(not is_passing(path) for path in folder.iterdir()):
+        raise ProjectError(f"{folder} is not empty and has no {MANIFEST}; choose another --out")
+    key = json.loads(json.dumps(key))  # tuples as lists, as they come back from a file
+    if known and read_json(folder / MANIFEST).get("key") != key:
+        raise ProjectError(f"{folder} is of other weights or settings; delete it or choose another --out")
+    lock = FolderLock(folder, say)
+    try:
+        for path in folder.glob(f"{TEMPORARY}*"):  # what an interruption left half written
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        manifest = {**read_json(folder / MANIFEST), "key": key}
+        write_json(folder / MANIFEST, manifest)  # before anything else: the folder is known as ours from here on
+        yield manifest
+    finally:
+        lock.release()
+
+
+def is_passing(path: Path) -> bool:
+    """Whether a file is a lock or half written, and so nobody's work."""
+    return path.name == LOCK or path.name.startswith(TEMPORARY)
 
 
 def save_png(image: Tensor, path: Path) -> None:

@@ -21,7 +21,6 @@ if __name__ == "__main__":
 import dataclasses
 import hashlib
 import itertools
-import shutil
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -30,18 +29,16 @@ import torch
 from torch import Tensor
 
 from common.checkpoint import weights_hash
-from common.errors import ProjectError, exits_cleanly
-from common.files import TEMPORARY, read_json, sha256, write_json
-from common.lock import NAME as LOCK, FolderLock
+from common.errors import exits_cleanly
+from common.files import sha256, write_json
 from common.run import Run
 from common.runtime import mix_seed
-from vae.files import npz_writer, save_png, to_rows
+from vae.files import MANIFEST, claimed, npz_writer, save_png, to_rows
 from vae.images import to_bytes
 from vae.load import load_model
 from vae.model import Autoencoder
 
 SAMPLE_STREAM = 6_000_011  # keeps the random numbers of sampling apart from those of training and evaluation
-MANIFEST = "manifest.json"
 
 
 @exits_cleanly
@@ -51,18 +48,13 @@ def main(config: Config, options: Options) -> None:
     with Run(config, options) as run:
         model, step = load_model(config, options, run)
         folder = Path(settings.out).expanduser() if settings.out else run.folder / "generated"
-        refuse_foreign(folder)
-        lock = FolderLock(folder, run.display.say)
-        try:
-            shards = Shards(folder, sample_key(model, config), config)
-            shards.begin()
+        with claimed(folder, sample_key(model, config), run.display.say) as manifest:
+            shards = Shards(folder, manifest, config)
             missing = [number for number in range(shards.total) if not shards.has(number)]
             blocks = [(number, start) for number in missing for start in shards.blocks(number)]
             track = run.track(run.display.track(blocks, len(blocks), "sampling"))
             for number, group in itertools.groupby(track, key=itemgetter(0)):
                 shards.write(number, torch.cat([draw(model, config, start, run) for _, start in group]))
-        finally:
-            lock.release()
         kept = shards.total - len(missing)
         run.display.say(
             f"step {step}: {settings.count} images in {folder}, {kept} of {shards.total} shards were there before"
@@ -102,45 +94,17 @@ def sample_key(model: Autoencoder, config: Config) -> dict[str, Any]:
     }
 
 
-def refuse_foreign(folder: Path) -> None:
-    """`ProjectError` for a folder with something in it that is no set of samples; nothing is written there."""
-    if not folder.exists() or (folder / MANIFEST).is_file():
-        return
-    if not folder.is_dir():
-        raise ProjectError(f"{folder} is not a folder; choose another --out")
-    if any(path.name != LOCK and not path.name.startswith(TEMPORARY) for path in folder.iterdir()):
-        raise ProjectError(f"{folder} is not empty and has no {MANIFEST}; choose another --out")
-
-
 class Shards:
-    """The files of a folder, and the manifest that says which of them are finished.
-
-    A shard counts as finished only once its files are in place and the manifest holds their hash.
-
-    Args:
-        folder: where to; `ProjectError` where it holds images of another `key`.
+    """The files of a folder. A shard counts as finished only once its files are in place and the manifest holds their
+    hash.
     """
 
-    def __init__(self, folder: Path, key: dict[str, Any], config: Config) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], config: Config) -> None:
         self.folder = folder
         self.settings = config.sample
         self.total = -(-self.settings.count // self.settings.shard)
-        self.manifest: dict[str, Any] = {"project": "vae", "run": config.run_dir, "key": key, "shards": {}}
-        found = read_json(folder / MANIFEST)
-        if found and as_json(found.get("key")) != as_json(key):
-            raise ProjectError(f"{folder} holds images of other weights or settings; delete it or choose another --out")
-        self.manifest["shards"] |= found.get("shards", {})
-
-    def begin(self) -> None:
-        """Make the folder known as ours before anything is in it, and clear away what an interruption left half
-        written.
-        """
-        for path in self.folder.glob(f"{TEMPORARY}*"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        write_json(self.folder / MANIFEST, self.manifest)
+        self.manifest = manifest
+        self.finished: dict[str, Any] = manifest.setdefault("shards", {})
 
     def size(self, number: int) -> int:
         """Images of a shard."""
@@ -160,7 +124,7 @@ class Shards:
 
     def has(self, number: int) -> bool:
         """Whether a shard is finished, long enough, and as it was written."""
-        entry = self.manifest["shards"].get(str(number), {})
+        entry = self.finished.get(str(number), {})
         count = entry.get("count", 0)
         return count >= self.size(number) and digest(self.paths(number, count)) == entry.get("sha256")
 
@@ -174,7 +138,7 @@ class Shards:
         else:
             for image, path in zip(images, paths, strict=False):
                 save_png(image, path)
-        self.manifest["shards"][str(number)] = {"count": count, "sha256": digest(paths)}
+        self.finished[str(number)] = {"count": count, "sha256": digest(paths)}
         write_json(self.folder / MANIFEST, self.manifest)
 
 
@@ -186,13 +150,6 @@ def digest(paths: list[Path]) -> str:
             return ""
         total.update(sha256(path).encode())
     return total.hexdigest()
-
-
-def as_json(value: Any) -> Any:
-    """The value with tuples as lists, as it comes back from a JSON file."""
-    if isinstance(value, dict):
-        return {name: as_json(item) for name, item in value.items()}
-    return [as_json(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 if __name__ == "__main__":
