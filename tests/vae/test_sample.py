@@ -16,9 +16,11 @@ from PIL import Image
 
 import vae.sample
 from common.checkpoint import Checkpoints
+from common.config import resolve
 from common.runtime import mix_seed
 from tests.helpers import errors, python, start_python
 from tests.vae.tiny import MODELS, call, train
+from vae.config import Config
 from vae.images import to_bytes
 from vae.load import build_model
 from vae.sample import SAMPLE_STREAM
@@ -46,9 +48,6 @@ def test_an_image_is_a_function_of_seed_and_number(trained, tmp_path):
     images = pngs(tmp_path / "a")
     assert list(images) == [f"{i:08d}.png" for i in range(5)]
     state = Checkpoints(trained / "checkpoints").load_newest()
-    from common.config import resolve
-    from vae.config import Config
-
     config = resolve(Config, trained / "config.yaml")
     model = build_model(config).eval()
     model.load_state_dict(state["parts"]["ema"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Any
 
 from common.config import Options, load, resolve
 from tests.helpers import status
@@ -39,21 +39,17 @@ MODELS = {
 
 def train(run_dir: Path, *overrides: str) -> int:
     """Two steps in this process; the exit status."""
-    import vae.train
-
     config = resolve(Config, None, [*TINY, f"run_dir={run_dir}", *overrides])
-    return status(vae.train.train, config, Options("train"))
+    return status(importlib.import_module("vae.train").train, config, Options("train"))
 
 
-def call(program: str, run_dir: Path, *words: str, **options: Any) -> int:
+def call(program: str, run_dir: Path, *words: str) -> int:
     """A program of the project, as from the command line; the exit status."""
-    import importlib
-
     module = importlib.import_module(f"vae.{program}")
     short = {
         "sample": {"out": "sample.out", "count": "sample.count"},
         "encode": {"out": "encode.out"},
         "decode": {"latents": "decode.latents", "out": "decode.out"},
     }[program]
-    config, chosen = load(Config, "vae", program, ["--run", str(run_dir), *words], short)
-    return status(module.main, config, options.get("options", chosen))
+    config, options = load(Config, "vae", program, ["--run", str(run_dir), *words], short)
+    return status(module.main, config, options)
