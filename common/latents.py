@@ -105,7 +105,8 @@ def numbers(path: Path, arrays: dict[str, np.ndarray], name: str, dimensions: in
         raise ProjectError(
             f"{path}: {name} must be numbers in {dimensions} dimensions, not {values.dtype} {values.shape}"
         )
-    found = torch.from_numpy(values.astype(np.float32))
+    with np.errstate(over="ignore"):  # what float32 cannot hold is found below
+        found = torch.from_numpy(values.astype(np.float32))
     bad = int((~torch.isfinite(found)).sum())
     if bad:
         raise ProjectError(f"{path}: {bad} of {found.numel()} numbers in {name} are not finite")
