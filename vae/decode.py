@@ -27,7 +27,7 @@ from common.files import sha256
 from common.latents import Latents, read_latents
 from common.run import Run
 from vae.files import claimed, npz_writer, save_png, to_rows
-from vae.images import to_bytes
+from vae.figures import to_bytes
 from vae.load import load_model
 from vae.model import Autoencoder
 

@@ -34,7 +34,7 @@ from common.files import sha256, write_json
 from common.run import Run
 from common.runtime import mix_seed
 from vae.files import MANIFEST, claimed, npz_writer, save_png, to_rows
-from vae.images import to_bytes
+from vae.figures import to_bytes
 from vae.load import load_model
 from vae.model import Autoencoder
 

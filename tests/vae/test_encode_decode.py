@@ -28,8 +28,8 @@ from tests.vae.tiny import MODELS, call, train
 from vae.config import Config
 from vae.data import load_images
 from vae.decode import png_names, unique
-from vae.figures import reconstruct
-from vae.images import expected, to_bytes
+from vae.figures import reconstruct, to_bytes
+from vae.images import expected
 from vae.load import build_model
 
 

@@ -21,7 +21,7 @@ from common.runtime import mix_seed
 from tests.helpers import errors, python, start_python
 from tests.vae.tiny import MODELS, call, train
 from vae.config import Config
-from vae.images import to_bytes
+from vae.figures import to_bytes
 from vae.load import build_model
 from vae.sample import SAMPLE_STREAM
 
