@@ -29,8 +29,10 @@ from common.errors import ProjectError, exits_cleanly
 from common.files import write_csv, write_json
 from common.images import Images, MemoryImages
 from common.judges import CACHE
+from common.judges.classifier import checksum, json_hash
 from common.judges.features import Labelled, build_extractor, extract, reference_statistics
 from common.metrics import FeatureStatistics, frechet_between
+from common.provenance import discard, made_by, output_hashes
 from common.run import Run
 from vae import figures
 from vae.data import Dsprites, load_images
@@ -44,6 +46,8 @@ from vae.metrics.pictures import reconstruction_quality
 from vae.model import Autoencoder
 
 BATCH = 500  # images encoded or decoded at once
+# what is written before eval.json, and goes before it is written anew
+OUTPUTS = ("figures/*.png", "figures/*.json", "likelihoods.csv")
 PICTURE_STREAM = 6_000_003  # keeps the random numbers of pictures apart
 
 
@@ -53,6 +57,9 @@ def main(config: Config, options: Options) -> None:
     started = time.perf_counter()
     with Run(config, options) as run:
         model, step = load_model(config, options, run)
+        if step < config.train.steps:
+            run.display.say(f"note: the weights are of step {step} of {config.train.steps}: no finished training")
+        marks = made_by(config, [json_hash({name: checksum(value) for name, value in model.state_dict().items()})])
         images = load_images(config.data, config.data_root, config.eval.split)
         if images is None:
             raise ProjectError(f"there are no {config.eval.split} images; see data.held_out and data.validation")
@@ -65,21 +72,25 @@ def main(config: Config, options: Options) -> None:
         metrics |= sample_metrics(model, held_out, codes, config, run)
         if config.eval.disentanglement:
             metrics |= factor_metrics(codes, held_out, config)
+        discard(run.folder, OUTPUTS)
         draw_figures(model, held_out, codes, bounds, config, run)
         write_likelihoods(bounds, held_out, run.folder / "likelihoods.csv")
         result = {
             "project": "vae",
             "config": run.folder.name,
             "checkpoint_step": step,
+            "total_steps": config.train.steps,
             "metrics": metrics,
             "n": {"images": len(held_out), "importance_samples": config.eval.importance_samples},
             "seeds": [config.seed],
             "seconds": round(time.perf_counter() - started, 1),
             "split": config.eval.split,
             "precision": str(run.machine.amp_dtype or torch.get_default_dtype()).removeprefix("torch."),
+            "files": output_hashes(run.folder, ["likelihoods.csv"]),
+            **marks,
         }
         write_json(run.folder / "eval.json", result)
-        show(metrics, run.folder.name, step)
+        show(metrics, f"{run.folder.name} after {step} of {config.train.steps} steps")
         print(json.dumps(result), flush=True)
 
 
@@ -224,11 +235,9 @@ def write_likelihoods(bounds: Bounds, images: MemoryImages, path: Path) -> None:
     write_csv(path, rows)
 
 
-def show(metrics: dict[str, float], name: str, step: int) -> None:
+def show(metrics: dict[str, float], title: str) -> None:
     """Print the metrics as a table."""
-    table = Table(title=f"{name}, step {step}")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
+    table = Table("metric", "value", title=title)
     for key, value in metrics.items():
         table.add_row(key, f"{value:.4f}")
     Console().print(table)

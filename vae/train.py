@@ -127,7 +127,12 @@ def validate(model: Autoencoder, images: Images, config: Config, run: Run) -> di
 
 def export(run: Run, config: Config, ema: EMA[Autoencoder]) -> None:
     """`model.safetensors`: the weights that sampling and evaluation use."""
-    facts = {"project": "vae", "step": str(run.step), "config": to_yaml(config)}
+    facts = {
+        "project": "vae",
+        "step": str(run.step),
+        "total_steps": str(config.train.steps),
+        "config": to_yaml(config),
+    }
     export_weights(run.folder / "model.safetensors", ema.state_dict(), facts)
 
 
