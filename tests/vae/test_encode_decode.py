@@ -28,7 +28,7 @@ from tests.vae.tiny import MODELS, call, train
 from vae.config import Config
 from vae.data import load_images
 from vae.decode import png_names, unique
-from vae.figures import reconstruct, to_bytes
+from vae.figures import to_bytes
 from vae.images import expected
 from vae.load import build_model
 
@@ -56,6 +56,12 @@ def model_of(run_dir):
     model = build_model(config).eval()
     model.load_state_dict(Checkpoints(run_dir / "checkpoints").load_newest()["parts"]["ema"])
     return model, config
+
+
+@torch.no_grad()
+def reconstruct(model, x):
+    """The expected image at the mean of q(z | x)."""
+    return model.likelihood.mean(model.decode(model.codes(x)))
 
 
 def near(a, b):
