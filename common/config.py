@@ -11,9 +11,10 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
@@ -23,12 +24,12 @@ from omegaconf.errors import OmegaConfBaseException
 from common.settings import explain_settings
 from common.terminal import accept_any_letter
 
-Mode = Literal["train", "eval", "sample"]
+Mode = Literal["train", "eval", "sample", "encode", "decode"]
 
 
 # what may differ between a run and its --resume without a word
 FREE_KEYS = ("run_dir", "data_root", "device", "compile", "keep_last", "keep_every", "tensorboard", "wandb")
-FREE_SECTIONS = ("sample", "eval")
+FREE_SECTIONS = ("sample", "eval", "encode", "decode")
 
 
 class ConfigError(ValueError):
@@ -72,7 +73,7 @@ class Options:
     resume: bool = False
     dry_run: bool = False
     overwrite: bool = False
-    checkpoint: str = ""  # eval and sample: a checkpoint other than the newest
+    checkpoint: str = ""  # all but train: a checkpoint other than the newest
 
 
 C = TypeVar("C", bound=BaseConfig)
@@ -83,14 +84,25 @@ _REFERENCES: dict[tuple[str, object], str] = {}  # (key, value) -> the reference
 UNUSABLE = (ConfigError, OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError, TypeError)
 
 
-def load(schema: type[C], project: str, mode: Mode = "train", argv: list[str] | None = None) -> tuple[C, Options]:
+def load(
+    schema: type[C],
+    project: str,
+    mode: Mode = "train",
+    argv: list[str] | None = None,
+    short: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[C, Options]:
     """Read the command line of `python -m <project>.<mode>` into a checked config.
 
-    mode "train" takes `--config FILE`; "eval" and "sample" take `--run DIR` and read the config that the run was
-    started with. Any mistake prints one line on stderr and exits with status 2.
+    mode "train" takes `--config FILE`; the others take `--run DIR` and read the config that the run was started with.
+    Any mistake prints one line on stderr and exits with status 2.
+
+    Args:
+        short: options of this program that stand for settings: {"out": "sample.out"} makes `--out DIR` mean
+            `sample.out=DIR`.
     """
     accept_any_letter()  # --help ends the program
-    args = _parse(schema, project, mode, sys.argv[1:] if argv is None else argv)
+    args = _parse(schema, project, mode, sys.argv[1:] if argv is None else argv, short)
+    args.overrides += [f"{key}={getattr(args, name)}" for name, key in short.items() if getattr(args, name) is not None]
     if mode == "train":
         if not args.config:
             known = ", ".join(list_configs(project)) or "none here; run from the repository's root"
@@ -283,7 +295,7 @@ def explain(error: Exception, schema: type[BaseConfig], path: Path) -> str:
     return f"{path}: {text}"
 
 
-def _parse(schema: type[C], project: str, mode: Mode, argv: list[str]) -> argparse.Namespace:
+def _parse(schema: type[C], project: str, mode: Mode, argv: list[str], short: Mapping[str, str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {project}.{mode}", allow_abbrev=False, add_help=False)
     explain_settings(parser, schema)
     if mode == "train":
@@ -302,6 +314,8 @@ def _parse(schema: type[C], project: str, mode: Mode, argv: list[str]) -> argpar
         parser.add_argument(
             "--checkpoint", default="", help="a file in its checkpoints/ (default: the newest valid one)"
         )
+    for name, key in short.items():
+        parser.add_argument(f"--{name}", help=f"the setting {key}")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings over the YAML, dotted: train.lr=1e-4"
     )

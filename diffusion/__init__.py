@@ -5,6 +5,7 @@ from common.projects import Demo, Metric
 METRICS = {
     "fid": Metric("FID", "lower", leads=True),
     "fd_floor": Metric("Fréchet distance of held-out images", "floor"),
+    "fd_reconstruction_floor": Metric("Fréchet distance of decoded held-out images", "floor"),
     "fd_*_floor": Metric("Fréchet distance of held-out images, {}", "floor"),
     "fd_*": Metric("Fréchet distance, {}", "lower", leads=True),
     "sfid": Metric("sFID", "lower"),

@@ -20,7 +20,10 @@ class DataConfig:
     """Which images, and at what size."""
 
     # digits: scikit-learn's, which need no download; fashion_mnist, kmnist and qmnist are read as mnist is
-    dataset: Literal["cifar10", "mnist", "fashion_mnist", "kmnist", "qmnist", "celeba", "digits", "folder"] = "cifar10"
+    # latents: codes of images, in a file
+    dataset: Literal[
+        "cifar10", "mnist", "fashion_mnist", "kmnist", "qmnist", "celeba", "digits", "folder", "latents"
+    ] = "cifar10"
     # dataset=folder: any directory tree of images, relative to data_root or absolute; its sub-folders are the classes
     folder: str = ""
     held_out: float = 0.05  # folder: share of the images kept for evaluation, where there is no folder val or test
@@ -29,9 +32,22 @@ class DataConfig:
     flip: bool = True  # random horizontal flips (Ho et al. 2020 use them on CIFAR-10; wrong for digits)
     workers: int = 2  # processes that decode celeba and folder images; the others are held in memory
     max_images: int = 0  # train on only N images, drawn by seed; 0 = all
+    latents: str = ""  # dataset=latents: file of training codes, as `python -m vae.encode` writes it
+    held_out_latents: str = ""  # latents: of held-out images, to measure what decoding alone costs; "" = not measured
+    decoder: str = ""  # latents: file of the decoder that turns codes into images, written beside them
+    # latents: the mean of q(z | x), or a draw from it each time (Rombach et al. 2022)
+    posterior: Literal["mean", "sample"] = "mean"
 
     def __post_init__(self) -> None:
-        require(self.image_size >= 4, "data.image_size", "must be at least 4 pixels")
+        is_latents = self.dataset == "latents"
+        require(is_latents or self.image_size >= 4, "data.image_size", "must be at least 4 pixels")
+        require(not is_latents or self.image_size == 1, "data.image_size", "must be 1 for data.dataset=latents")
+        require(not is_latents or not self.flip, "data.flip", "must be false for data.dataset=latents")
+        for name in ("latents", "decoder"):
+            require(not is_latents or getattr(self, name), f"data.{name}", "must name a file when data.dataset=latents")
+        for name in ("latents", "decoder", "held_out_latents"):
+            require(is_latents or not getattr(self, name), f"data.{name}", "is for data.dataset=latents")
+        require(is_latents or self.posterior == "mean", "data.posterior", "is for data.dataset=latents")
         require(self.workers >= 0, "data.workers", "must not be negative")
         require(self.max_images >= 0, "data.max_images", "must not be negative")
         require(0 <= self.held_out < 1, "data.held_out", "must be in [0, 1)")
@@ -42,9 +58,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The U-Net. The defaults are the CIFAR-10 network of Ho et al. 2020 (35.7M parameters)."""
+    """The network. The defaults are the CIFAR-10 U-Net of Ho et al. 2020 (35.7M parameters)."""
 
-    image_channels: int = 3  # 3 for colour, 1 for grey
+    # mlp: for data.dataset=latents; of what follows it knows image_channels, channels (its width), blocks (how many),
+    # dropout, num_classes and time_embedding
+    network: Literal["unet", "mlp"] = "unet"
+    image_channels: int = 3  # 3 for colour, 1 for grey; of latents: numbers in a code
     channels: int = 128  # width at the highest resolution
     # width of each level, times `channels`; each level halves the resolution
     multipliers: tuple[int, ...] = (1, 2, 2, 2)
@@ -239,6 +258,25 @@ class Config(BaseConfig):
             f"must be at most objective.timesteps={self.objective.timesteps}",
         )
         require(
+            self.data.dataset != "latents" or self.model.network == "mlp",
+            "model.network",
+            "must be mlp for data.dataset=latents: a code has no neighbouring pixels",
+        )
+        require(
+            self.data.dataset != "latents" or self.objective.kind != "ddpm" or not self.sample.clip,
+            "sample.clip",
+            "must be false for data.dataset=latents: codes are not limited to [-1, 1]",
+        )
+        if self.model.network == "unet":
+            self._check_grids()
+        require(
+            self.sample.guidance == 1 or self.model.num_classes > 0,
+            "sample.guidance",
+            "must be 1 without classes (model.num_classes=0): there is no label to be guided by",
+        )
+
+    def _check_grids(self) -> None:
+        require(
             self.data.image_size % (self.model.patch * 2 ** (len(self.model.multipliers) - 1)) == 0,
             "data.image_size",
             "must be divisible by model.patch * 2 ** (levels - 1)",
@@ -246,8 +284,3 @@ class Config(BaseConfig):
         grids = [self.data.image_size // self.model.patch // 2**level for level in range(len(self.model.multipliers))]
         unused = [size for size in self.model.attention if size not in grids]
         require(not unused, "model.attention", f"{unused} is no resolution of this network, whose levels have {grids}")
-        require(
-            self.sample.guidance == 1 or self.model.num_classes > 0,
-            "sample.guidance",
-            "must be 1 without classes (model.num_classes=0): there is no label to be guided by",
-        )

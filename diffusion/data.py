@@ -24,6 +24,7 @@ from common.images import (
 )
 from common.images.memory import draw_indices
 from diffusion.config import DataConfig
+from diffusion.latents import load_latents
 
 DATA_SEED = 0  # of subsets: the same images whatever the seed of a run
 OTHERWISE = "use configs/ddpm_digits.yaml, which needs no download"
@@ -36,6 +37,8 @@ def load_images(config: DataConfig, data_root: str, split: Split = "train") -> I
         ProjectError: the files are neither there nor to be had; the message says which go where.
     """
     root = Path(data_root)
+    if config.dataset == "latents":
+        return load_latents(config).draw(config.max_images, DATA_SEED) if split == "train" else None
     if config.dataset == "folder":
         return load_folder(config, root, split)
     if config.dataset == "celeba":

@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from common.errors import exits_cleanly
-from common.files import atomic_open, write_json
+from common.files import atomic_open, sha256, write_json
 from common.metrics import FeatureStatistics, frechet_between
 from common.provenance import discard, made_by
 from common.run import Run
@@ -50,9 +50,9 @@ from common.judges.features import (
     precision_recall_density_coverage,
     reference_statistics,
 )
-from diffusion.images import Images, MemoryImages, to_uint8
-from diffusion.model import UNet
-from diffusion.sample import Objective, generate_batch, grid_labels, load_model, save_grid
+from diffusion.images import Images, MemoryImages
+from diffusion.latents import pictured, reconstructions, to_pictures
+from diffusion.sample import Network, Objective, generate_batch, grid_labels, load_model, save_grid
 from diffusion.samplers import SAMPLERS, resolve_sampler
 
 MANIFOLD_NEIGHBOURS = 5  # k of precision, recall, density and coverage
@@ -79,7 +79,11 @@ class Judge:
         """
         if self.held_out is None:
             return None
-        features, _ = extract(self.extractor, self.held_out.draw(count).images, track=run.track)
+        return self.distance(self.held_out.draw(count).images, run)
+
+    def distance(self, images: Tensor, run: Run) -> float:
+        """The distance of images uint8 (M, C, H, W) from the training images."""
+        features, _ = extract(self.extractor, images, track=run.track)
         return frechet_between(self.statistics, FeatureStatistics().update(features), len(features))
 
 
@@ -91,9 +95,10 @@ def main(config: Config, options: Options) -> None:
         model, objective, step = load_model(config, options, run)
         if step < config.train.steps:
             run.display.say(f"note: the weights are of step {step} of {config.train.steps}: no finished training")
-        train, test = load_images(config.data, config.data_root), load_images(config.data, config.data_root, "test")
+        shown = pictured(config)  # samples of latents are judged as the images that they stand for
+        train, test = load_images(shown.data, config.data_root), load_images(shown.data, config.data_root, "test")
         assert train is not None
-        judge = build_judge(config, config.eval.features, train, test, run)
+        judge = build_judge(shown, config.eval.features, train, test, run)
         name = judge.extractor.name
         key = sample_key(model, config, config.eval.num_samples)
         marks = made_by(config, [key["weights"]])
@@ -102,8 +107,10 @@ def main(config: Config, options: Options) -> None:
         metrics = measure(generated, labels, judge, config, run)
         if (floor := judge.floor(len(generated), run)) is not None:
             metrics["fd_floor"] = floor
+        if (decoded := reconstructions(config, len(generated), run.device)) is not None:
+            metrics["fd_reconstruction_floor"] = judge.distance(decoded, run)
         for features in config.eval.more_features:
-            metrics |= further_distance(generated, build_judge(config, features, train, test, run), run)
+            metrics |= further_distance(generated, build_judge(shown, features, train, test, run), run)
         if judge.extractor.test_accuracy is not None:
             metrics["classifier_test_accuracy"] = judge.extractor.test_accuracy
         discard(run.folder, PICTURES)
@@ -164,7 +171,7 @@ def build_judge(config: Config, features: str, train: Images, test: Images | Non
     return Judge(extractor, real, statistics, held_out)
 
 
-def sample_key(model: UNet, config: Config, count: int) -> dict[str, Any]:
+def sample_key(model: Network, config: Config, count: int) -> dict[str, Any]:
     """What generated images depend on, in JSON types: none kept of an interrupted evaluation are taken for others."""
     return {
         "weights": json_hash({name: checksum(value) for name, value in model.state_dict().items()}),
@@ -175,11 +182,12 @@ def sample_key(model: UNet, config: Config, count: int) -> dict[str, Any]:
         "precision": config.precision,
         "seed": config.seed,
         "count": count,
+        "decoder": sha256(Path(config.data.decoder).expanduser()) if config.data.dataset == "latents" else "",
     }
 
 
 def generate_resumable(
-    model: UNet, objective: Objective, config: Config, count: int, labels: Tensor | None, key: dict, run: Run
+    model: Network, objective: Objective, config: Config, count: int, labels: Tensor | None, key: dict, run: Run
 ) -> Tensor:
     """As `sample.generate`, keeping each finished batch on disk until the evaluation is over. uint8 (count, C, H,
     W).
@@ -191,11 +199,9 @@ def generate_resumable(
         path = folder / f"{b:08d}.npy"
         chunk = None if labels is None else labels[b : b + size]
         if not path.exists():
-            drawn = to_uint8(
-                generate_batch(model, objective, config, b // size, min(size, count - b), chunk, config.seed, run)
-            ).cpu()
+            drawn = generate_batch(model, objective, config, b // size, min(size, count - b), chunk, config.seed, run)
             with atomic_open(path) as file:
-                np.save(file, drawn.numpy(), allow_pickle=False)
+                np.save(file, to_pictures(drawn, model, config).numpy(), allow_pickle=False)
         parts.append(torch.from_numpy(np.load(path, allow_pickle=False)))
     return torch.cat(parts)
 
@@ -258,7 +264,7 @@ def memorisation(
     return metrics
 
 
-def quick_distance(model: UNet, objective: Objective, config: Config, judge: Judge, run: Run) -> dict[str, float]:
+def quick_distance(model: Network, objective: Objective, config: Config, judge: Judge, run: Run) -> dict[str, float]:
     """Frechet distance, and agreement with the label, of `eval.nfe_samples` images drawn as `config.sample` says."""
     count = config.eval.nfe_samples
     labels = grid_labels(config, count)
@@ -274,7 +280,7 @@ def with_sampling(config: Config, **changes: object) -> Config:
 
 
 def sampler_table(
-    model: UNet, objective: Objective, config: Config, judge: Judge, marks: dict[str, str], run: Run
+    model: Network, objective: Objective, config: Config, judge: Judge, marks: dict[str, str], run: Run
 ) -> dict[str, float]:
     """Frechet distance by sampler and number of network evaluations: the price of an image against its quality."""
     if not config.eval.nfe_samples:
@@ -304,7 +310,7 @@ def sampler_table(
 
 
 def guidance_table(
-    model: UNet, objective: Objective, config: Config, judge: Judge, marks: dict[str, str], run: Run
+    model: Network, objective: Objective, config: Config, judge: Judge, marks: dict[str, str], run: Run
 ) -> dict[str, float]:
     """Frechet distance and agreement with the label by guidance scale: fidelity against diversity."""
     if not config.eval.nfe_samples or not config.model.num_classes:

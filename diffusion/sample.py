@@ -28,12 +28,14 @@ from common.errors import exits_cleanly
 from common.files import atomic_open
 from common.provenance import trained_otherwise
 from common.run import Run
-from diffusion.images import to_uint8
+from diffusion.latents import check_decoder, to_pictures
+from diffusion.mlp import MLP, build_network
 from diffusion.model import UNet
 from diffusion.objectives import DDPM, EDM, Flow, build_objective
 from diffusion.samplers import guided, resolve_sampler, sample
 
 Objective = DDPM | EDM | Flow
+Network = UNet | MLP
 NOISE_STREAM = 1_000_000_007  # keeps the generators of sampling apart from those of training
 # settings that weights are of, and those among them that matter in training alone
 TRAINED = ("model.", "objective.", "data.dataset", "data.image_size")
@@ -63,7 +65,7 @@ def main(config: Config, options: Options) -> None:
         )
 
 
-def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Objective, int]:
+def load_model(config: Config, options: Options, run: Run) -> tuple[Network, Objective, int]:
     """The network of a run's newest whole checkpoint (or of `--checkpoint`), its objective, and the number of
     updates it has seen.
     """
@@ -77,7 +79,9 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Object
     problem = trained_otherwise(state.get("config", ""), config, TRAINED, UNUSED)
     if problem:
         raise CheckpointError(f"the checkpoint in {folder} is of another model than the config's: {problem}")
-    model = UNet(config.model, config.data.image_size)
+    if config.data.dataset == "latents":
+        check_decoder(config)
+    model = build_network(config.model, config.data.image_size)
     try:
         model.load_state_dict(state["parts"]["ema" if config.sample.weights == "ema" else "model"])
         sigma_data = float(state["parts"]["measured"]["sigma_data"])
@@ -91,9 +95,9 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Object
 
 
 def generate(
-    model: UNet, objective: Objective, config: Config, count: int, labels: Tensor | None, seed: int, run: Run
+    model: Network, objective: Objective, config: Config, count: int, labels: Tensor | None, seed: int, run: Run
 ) -> Tensor:
-    """Images uint8 (count, C, H, W) on the CPU, drawn as `config.sample` says.
+    """Images uint8 (count, C, H, W) on the CPU, drawn as `config.sample` says; decoded, where the data are latents.
 
     Batch b depends on (seed, b) and the batch size alone. Raises `Stopped` between two sampling steps after a stop
     signal.
@@ -115,12 +119,12 @@ def generate(
         )
         for b in range(math.ceil(count / batch_size))
     ]
-    return torch.cat([to_uint8(part).cpu() for part in parts])
+    return torch.cat([to_pictures(part, model, config) for part in parts])
 
 
 @torch.no_grad()
 def generate_batch(
-    model: UNet,
+    model: Network,
     objective: Objective,
     config: Config,
     index: int,
@@ -158,7 +162,7 @@ def generate_batch(
     )
 
 
-def _call(model: UNet, run: Run, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
+def _call(model: Network, run: Run, x: Tensor, time: Tensor, labels: Tensor | None) -> Tensor:
     with run.autocast():
         return model(x.contiguous(memory_format=run.memory_format), time, labels)
 
@@ -171,7 +175,7 @@ def grid_labels(config: Config, count: int) -> Tensor | None:
 
 
 def interpolate(
-    model: UNet, objective: Objective, config: Config, run: Run, rows: int = 6, columns: int = 10
+    model: Network, objective: Objective, config: Config, run: Run, rows: int = 6, columns: int = 10
 ) -> Tensor:
     """Images whose starting noises lie on great circles between two noises, one a row, with one label: uint8 (rows *
     columns, C, H, W).
@@ -195,10 +199,10 @@ def interpolate(
     drawn = generate_batch(
         model, objective, smooth, 0, rows * columns, labels, config.seed, run, noise.flatten(0, 1).to(run.device)
     )
-    return to_uint8(drawn).cpu()
+    return to_pictures(drawn, model, config)
 
 
-def film(model: UNet, objective: Objective, config: Config, run: Run, count: int) -> Tensor:
+def film(model: Network, objective: Objective, config: Config, run: Run, count: int) -> Tensor:
     """What the network believes x_0 to be, step by step: uint8 (T, count, C, H, W)."""
     frames: list[Tensor] = []
     drawn = generate_batch(
@@ -210,9 +214,9 @@ def film(model: UNet, objective: Objective, config: Config, run: Run, count: int
         grid_labels(config, count),
         config.seed,
         run,
-        on_step=lambda i, x, x0: frames.append(to_uint8(x0).cpu()),
+        on_step=lambda i, x, x0: frames.append(to_pictures(x0, model, config)),
     )
-    return torch.stack([*frames, to_uint8(drawn).cpu()])
+    return torch.stack([*frames, to_pictures(drawn, model, config)])
 
 
 def tile(images: Tensor, columns: int, scale: int = 1) -> Tensor:

@@ -23,8 +23,10 @@ from common.rates import learning_rate
 from common.run import Run
 from common.runtime import check_machine, count_parameters
 from diffusion.data import load_images
-from diffusion.images import Images, to_float
+from diffusion.images import Images
+from diffusion.latents import LatentImages, check_decoder, to_network
 from diffusion.measured import Measured
+from diffusion.mlp import MLP, build_network
 from diffusion.model import UNet
 from diffusion.objectives import build_objective
 from diffusion.sample import generate, grid_labels, save_grid
@@ -40,7 +42,10 @@ def train(config: Config, options: Options) -> None:
     run = Run.start(config, options)
     with run:
         measured = Measured(images)
-        model = UNet(config.model, config.data.image_size).to(run.device, memory_format=run.memory_format)
+        model = build_network(config.model, config.data.image_size)
+        if isinstance(images, LatentImages):
+            model.scale.fill_(images.scale)  # a resumed run keeps the one that it began with
+        model = model.to(run.device, memory_format=run.memory_format)
         optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.train.lr,
@@ -66,7 +71,8 @@ def train(config: Config, options: Options) -> None:
                 group["lr"] = learning_rate(step, config.train)
             rng = run.generator(step)  # flips, noise, times and dropped labels are functions of (seed, step)
             pixels, labels = next(batches)  # uint8 (B, C, H, W), int64 (B,)
-            x0 = random_flip(to_float(pixels), rng) if config.data.flip else to_float(pixels)
+            x0 = to_network(pixels, model)
+            x0 = random_flip(x0, rng) if config.data.flip else x0
             noise = torch.randn(x0.shape, generator=rng, device=run.device)
             u = torch.rand(len(x0), generator=rng, device=run.device)  # decides each image's noise level
             labels = drop_labels(labels, config, rng)
@@ -109,7 +115,7 @@ def train(config: Config, options: Options) -> None:
             export(run, config, model, ema, measured)
 
 
-def export(run: Run, config: Config, model: UNet, ema: EMA, measured: Measured) -> None:
+def export(run: Run, config: Config, model: UNet | MLP, ema: EMA, measured: Measured) -> None:
     """`model.safetensors`: the weights that sampling and evaluation use, the average or the last ones, with the step
     they are of and how many the run was to have.
     """
@@ -151,12 +157,14 @@ def check_fit(config: Config, images: Images) -> None:
         f"must be {channels} for data.dataset={config.data.dataset}",
     )
     require(config.model.num_classes in (0, classes), "model.num_classes", f"must be 0 or {classes} for these images")
+    if isinstance(images, LatentImages):
+        check_decoder(config)
 
 
 def training_flops(config: Config) -> float:
     """Floating-point operations to train on one image: forward, and twice that for backward."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = UNet(config.model, config.data.image_size)
+        model = build_network(config.model, config.data.image_size)
         model(
             torch.empty(1, config.model.image_channels, config.data.image_size, config.data.image_size), torch.empty(1)
         )
@@ -166,7 +174,7 @@ def training_flops(config: Config) -> float:
 def describe(config: Config, images: Images) -> None:
     """What --dry-run prints: the resolved config, then sizes and shapes."""
     check_machine(config)
-    model = UNet(config.model, config.data.image_size)
+    model = build_network(config.model, config.data.image_size)
     print(to_yaml(config), end="")
     print(f"# {count_parameters(model):,} parameters, {training_flops(config) / 1e9:.2f} GFLOP to train on one image")
     epochs = config.train.steps * config.train.batch_size / len(images)

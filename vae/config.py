@@ -189,14 +189,44 @@ class SampleConfig:
     # mean: the decoder's expectation of each pixel; draw: a draw from p(x | z), which has the pixel noise in it
     pixels: Literal["mean", "draw"] = "mean"
     count: int = 64  # images
+    out: str = ""  # folder to write them to (--out); default generated/ in the run folder
     batch_size: int = 500  # images decoded at once; more need more memory
-    shard: int = 10_000  # images a file of format=npz
-    format: Literal["png", "npz"] = "png"  # one file an image, or many images a file
+    shard: int = (
+        10_000  # images a file of format=npz; with either format, what an interruption may cost is at most that
+    )
+    format: Literal["png", "npz"] = "png"  # one file an image, or `shard` images a file
 
     def __post_init__(self) -> None:
         require(0 <= self.temperature < math.inf, "sample.temperature", "must not be negative")
         for name in ("count", "batch_size", "shard"):
             require(getattr(self, name) >= 1, f"sample.{name}", "must be at least 1")
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """What `vae.encode` writes down as numbers."""
+
+    # of the run's own data; all: train, test and, where data.validation is above 0, validation, each in a file
+    split: Literal["all", "train", "validation", "test"] = "all"
+    folder: str = ""  # these images instead: any directory tree, relative to data_root or absolute
+    out: str = ""  # folder to write to (--out); default latents/ in the run folder
+    batch_size: int = 500  # images encoded at once; more need more memory
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "encode.batch_size", "must be at least 1")
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """What `vae.decode` draws."""
+
+    latents: str = ""  # file of codes, as vae.encode writes them (--latents)
+    out: str = ""  # folder to write to (--out); default decoded/ in the run folder
+    format: Literal["png", "npz"] = "png"  # one file an image, under its own name; or all of them in images.npz
+    batch_size: int = 500  # images decoded at once; more need more memory
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "decode.batch_size", "must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -231,6 +261,8 @@ class Config(BaseConfig):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:

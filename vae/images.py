@@ -24,6 +24,14 @@ def prepare(pixels: Tensor, config: Config, rng: torch.Generator) -> Tensor:
     return pixels.to(torch.get_default_dtype()) / 255  # static ones and dsprites are 0 or 255
 
 
+def expected(pixels: Tensor, config: Config) -> Tensor:
+    """What `prepare` gives on average: an image that is encoded without chance, so that its code is its own. uint8
+    (B, C, H, W) -> float
+    """
+    values = pixels.to(torch.get_default_dtype())
+    return (values + 0.5) / 256 if config.likelihood.kind == "gaussian" else values / 255
+
+
 def random_flip(x: Tensor, rng: torch.Generator) -> Tensor:
     """Mirror each image of (B, C, H, W) left to right with probability one half."""
     flip = torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device) < 0.5  # (B, 1, 1, 1)

@@ -120,7 +120,7 @@ class Ladder(Autoencoder):
 
     def decode(self, z: Tensor) -> Tensor:
         """What the likelihood reads. (S, Z) -> (S, P, H, W)"""
-        h = self.start.expand(len(z), -1)
+        h = self.start.expand(z.shape[0], -1)  # not len(z): an exported decoder would keep the number that it had then
         for layer, part in zip(self.levels, z.split(self.sizes, 1), strict=True):
             h = layer.step(h, part)
         return self.decoder(h)

@@ -70,14 +70,24 @@ class FolderImages:
                 yield batch_indices(step, batch_size, len(self), seed).tolist()
                 step += 1
 
-        yield from self._decode(order(), device)
+        for images, index in self._decode(order(), device):
+            yield images, self._labels_of(index, device)
+
+    def in_order(self, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every usable image once, in the order of `files`: uint8 (B, C, H, W) on `device`, and which it is, int64
+        (B,).
+        """
+        chunks = [list(range(i, min(i + batch_size, len(self)))) for i in range(0, len(self), batch_size)]
+        for chunk, (images, index) in zip(chunks, self._decode(iter(chunks), device), strict=True):
+            usable = index == torch.tensor(chunk)  # elsewhere another image stands in
+            yield images[usable.to(device)], index[usable]
 
     def draw(self, count: int, seed: int = 0) -> MemoryImages:
         """`count` images drawn by seed (0 = all, in order) and decoded into memory, bad ones replaced by others."""
         chosen = draw_indices(len(self), count, seed).tolist()
         chunks = [chosen[i : i + 256] for i in range(0, len(chosen), 256)]
         parts = list(self._decode(iter(chunks), torch.device("cpu")))
-        labels = None if self.labels is None else torch.cat([label for _, label in parts])  # type: ignore[misc]
+        labels = self._labels_of(torch.cat([index for _, index in parts]), torch.device("cpu"))
         return MemoryImages(self.name, torch.cat([images for images, _ in parts]), labels, self.class_names)
 
     def reject(self, index: int, why: str) -> None:
@@ -92,7 +102,11 @@ class FolderImages:
                 "remove them or choose another folder"
             )
 
-    def _decode(self, order: Iterator[list[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def _labels_of(self, index: Tensor, device: torch.device) -> Tensor | None:
+        return None if self.labels is None else self.labels[index].to(device)
+
+    def _decode(self, order: Iterator[list[int]], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images, and which they are in the end, for each list of numbers."""
         decoder = _Decoder(self.files, self.shape[1], self.crop, self.shape[0] == 1)
         # DataLoader draws a seed for its workers; from the global generator that would shift dropout
         apart = torch.Generator()
@@ -111,7 +125,7 @@ class FolderImages:
                 if fault:
                     self.reject(int(index[i]), fault)
                     images[i], index[i] = self._stand_in(decoder, int(index[i]))
-            yield images.to(device), None if self.labels is None else self.labels[index].to(device)
+            yield images.to(device), index
 
     def _stand_in(self, decoder: _Decoder, index: int) -> tuple[Tensor, int]:
         """The next usable image after a bad one: the same with any batch size and any number of workers."""

@@ -147,7 +147,7 @@ def test_commands_in_readmes(readme, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     module, *words = shlex.split(command)[2:]
     project, mode = module.split(".")
-    assert mode in ("train", "eval", "sample", "sweep"), command
+    assert mode in ("train", "eval", "sample", "sweep", "encode", "decode"), command
     assert (ROOT / project / f"{mode}.py").is_file(), command
     if words == ["--help"]:
         return
