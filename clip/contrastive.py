@@ -89,7 +89,13 @@ def sigmoid_rows(x: Tensor, x_ids: Tensor, y: Tensor, y_ids: Tensor, t: Tensor, 
 
 
 def in_blocks(
-    rows: Callable[..., Tensor], x: Tensor, x_ids: Tensor, y: Tensor, y_ids: Tensor, rest: tuple[Tensor, ...], block: int
+    rows: Callable[..., Tensor],
+    x: Tensor,
+    x_ids: Tensor,
+    y: Tensor,
+    y_ids: Tensor,
+    rest: tuple[Tensor, ...],
+    block: int,
 ) -> Tensor:
     """The sum of `rows` over all rows of x, `block` of them at once; their logits are not kept but computed again in
     the backward pass.
@@ -97,9 +103,7 @@ def in_blocks(
     if block == 0 or block >= len(x):
         return rows(x, x_ids, y, y_ids, *rest)
     parts = zip(x.split(block), x_ids.split(block), strict=True)
-    return torch.stack(
-        [checkpoint(rows, part, ids, y, y_ids, *rest, use_reentrant=False) for part, ids in parts]
-    ).sum()
+    return torch.stack([checkpoint(rows, part, ids, y, y_ids, *rest, use_reentrant=False) for part, ids in parts]).sum()
 
 
 # -- several processes -------------------------------------------------------------------------------------------------

@@ -27,7 +27,10 @@ from clip.image_encoder import build_image_encoder
 from clip.text_encoder import TextEncoder
 
 MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: larger scales made training unstable
-PAPER_TEMPERATURE = {"info_nce": 0.07, "sigmoid": 0.1}  # Radford et al. 2021, section 2.5; Zhai et al. 2023: t' = log 10
+PAPER_TEMPERATURE = {
+    "info_nce": 0.07,
+    "sigmoid": 0.1,
+}  # Radford et al. 2021, section 2.5; Zhai et al. 2023: t' = log 10
 
 
 class Output(NamedTuple):
