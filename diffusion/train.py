@@ -7,23 +7,22 @@ Legend: B images a step over all processes, C channels, H = W pixels.
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
 from common.config import Options, load, to_yaml
-from diffusion.config import Config, TrainConfig
+from diffusion.config import Config
 
 if __name__ == "__main__":
     CONFIG, OPTIONS = load(Config, "diffusion")
-
-import math
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.checkpoint import export_weights
 from common.config import require
+from common.ema import EMA
 from common.errors import exits_cleanly
+from common.rates import learning_rate
 from common.run import Run
 from common.runtime import count_parameters
 from diffusion.data import load_images
-from diffusion.ema import EMA
 from diffusion.images import Images, to_float
 from diffusion.measured import Measured
 from diffusion.model import UNet
@@ -121,19 +120,6 @@ def export(run: Run, config: Config, model: UNet, ema: EMA, measured: Measured) 
         "config": to_yaml(config),
     }
     export_weights(run.folder / "model.safetensors", weights, facts)
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of step 1, 2, ...: a linear warm-up, then constant, or down to zero along a line or half a cosine."""
-    warmup = min(config.warmup, config.steps // 10)
-    if step <= warmup:
-        return config.lr * step / warmup
-    progress = (step - warmup) / max(1, config.steps - warmup)  # 1 at the last step
-    if config.decay == "linear":
-        return config.lr * (1 - progress)
-    if config.decay == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr
 
 
 def random_flip(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:

@@ -18,10 +18,10 @@ import torch
 
 from common.checkpoint import Checkpoints
 from common.config import BaseConfig, Options, resolve
+from common.ema import EMA
 from common.logging import read_metrics
 from common.run import Run
 from diffusion.config import Config
-from diffusion.ema import EMA
 
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "configs/ddpm_digits.yaml"

@@ -20,11 +20,11 @@ import torch
 
 from bench.gpu import campaign
 from common.config import Options
+from common.ema import EMA
 from common.run import Run
 from common.runtime import peak_flops
 from diffusion.config import Config
 from diffusion.data import load_images
-from diffusion.ema import EMA
 from diffusion.images import Images, to_float
 from diffusion.model import UNet
 from diffusion.objectives import build_objective

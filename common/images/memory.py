@@ -25,10 +25,12 @@ DRAW_STREAM = 7_000_037  # keeps the generator of subsets apart from those of ep
 class Images(Protocol):
     """What a training loop and an evaluation need of a dataset."""
 
-    name: str
-    shape: tuple[int, int, int]  # (C, H, W)
-    class_names: tuple[str, ...]  # empty for unlabelled images
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int, int]: ...  # (C, H, W)
+    @property
+    def class_names(self) -> tuple[str, ...]: ...  # empty for unlabelled images
     def __len__(self) -> int: ...
     def batches(
         self, first_step: int, batch_size: int, seed: int, device: torch.device

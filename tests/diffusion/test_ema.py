@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.ema import EMA
+from common.ema import EMA
 
 
 def closed_form(weights: list[torch.Tensor], decay: float) -> torch.Tensor:

@@ -15,11 +15,11 @@ import torch
 import diffusion.train
 from common.checkpoint import Checkpoints
 from common.config import Options
+from common.ema import EMA
 from common.files import TEMPORARY
 from common.finite import NonFinite
 from common.logging import read_metrics
 from common.run import Run
-from diffusion.ema import EMA
 from tests.helpers import DIGITS, STEPS, TINY, errors, log, read_only, small_disk, start_python, tiny, train
 
 # -- stop signals ------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ import time
 from common.config import load
 from diffusion.config import Config
 import diffusion.train
-from diffusion.ema import EMA
+from common.ema import EMA
 EMA.update = lambda *args: (print("in a long step", flush=True), time.sleep(100))
 diffusion.train.train(*load(Config, "diffusion"))
 """

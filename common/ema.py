@@ -5,13 +5,15 @@ B).
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+M = TypeVar("M", bound=nn.Module)
 
-class EMA:
+
+class EMA(Generic[M]):
     """Averaged copy of a model.
 
     After update n the average is  d_n * average + (1 - d_n) * weights  with  d_n = min(decay, (1 + n) / (10 + n)),
@@ -22,7 +24,7 @@ class EMA:
         decay: the limit of d_n; 0 turns averaging off, the copy then equals the model.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: M, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
 

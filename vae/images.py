@@ -1,0 +1,35 @@
+"""From bytes to the numbers that a likelihood is a distribution of.
+
+Legend: B images, C channels, H = W pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vae.config import Config
+from vae.data.binarize import binarize, dequantize
+
+
+def prepare(pixels: Tensor, config: Config, rng: torch.Generator) -> Tensor:
+    """Images as the model reads them, in [0, 1]. uint8 (B, C, H, W) -> float
+
+    Black and white where they are binarised; with uniform noise inside each grey level for a density; else v / 255.
+    """
+    if config.data.binarize == "dynamic":
+        return binarize(pixels, rng)
+    if config.likelihood.kind == "gaussian":
+        return dequantize(pixels, rng)
+    return pixels.to(torch.get_default_dtype()) / 255  # static ones and dsprites are 0 or 255
+
+
+def random_flip(x: Tensor, rng: torch.Generator) -> Tensor:
+    """Mirror each image of (B, C, H, W) left to right with probability one half."""
+    flip = torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device) < 0.5  # (B, 1, 1, 1)
+    return torch.where(flip, x.flip(-1), x)
+
+
+def to_bytes(values: Tensor) -> Tensor:
+    """[0, 1], anything outside clamped -> uint8, rounded to nearest."""
+    return (values.float().clamp(0, 1) * 255).round().byte()
