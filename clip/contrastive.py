@@ -22,10 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from clip.model import Output
+from clip.model import CLIP, Output
 
 
 def contrastive_loss(
@@ -162,7 +163,7 @@ class RandomState:
 
 
 def cached_backward(
-    model: nn.Module,
+    model: CLIP | DistributedDataParallel,
     images: Tensor,
     ids: Tensor,
     objective: Callable[[Output], Tensor],
@@ -210,9 +211,7 @@ def cached_backward(
     sizes = [(len(output.image), len(output.text)) for output in outputs]
     grads = _split(whole, sizes)
     for i, (part, state) in enumerate(zip(parts, states, strict=True)):
-        last = i == len(parts) - 1
-        exchange = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
-        with exchange:
+        with contextlib.nullcontext() if i == len(parts) - 1 else _apart(model):
             state.restore()
             with autocast():
                 output = model(*part)
@@ -221,6 +220,11 @@ def cached_backward(
         for buffer, average in zip(model.buffers(), averages, strict=True):
             buffer.copy_(average)
     return loss.detach()
+
+
+def _apart(model: CLIP | DistributedDataParallel) -> contextlib.AbstractContextManager[None]:
+    """Within it, gradients add up in this process without being exchanged."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def _leaves(outputs: list[Output]) -> Output:

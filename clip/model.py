@@ -61,8 +61,8 @@ class CLIP(nn.Module):
         self.config = config
         self.image_encoder = build_image_encoder(config.image) if image_encoder is None else image_encoder
         self.text_encoder = TextEncoder(config.text) if text_encoder is None else text_encoder
-        self.image_head = build_head(config.image_head, int(self.image_encoder.width), config.embed_dim)
-        self.text_head = build_head(config.text_head, int(self.text_encoder.width), config.embed_dim)
+        self.image_head = build_head(config.image_head, width_of(self.image_encoder), config.embed_dim)
+        self.text_head = build_head(config.text_head, width_of(self.text_encoder), config.embed_dim)
         temperature = config.temperature or PAPER_TEMPERATURE[config.loss]
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
         self.bias = nn.Parameter(torch.tensor(config.bias)) if config.loss == "sigmoid" else None
@@ -86,6 +86,13 @@ class CLIP(nn.Module):
         In place: the parameter stays the tensor that the optimizer and DistributedDataParallel know.
         """
         self.log_scale.clamp_(0, MAX_LOG_SCALE)
+
+
+def width_of(encoder: nn.Module) -> int:
+    """The size of a tower's features."""
+    width = encoder.width
+    assert isinstance(width, int)
+    return width
 
 
 def normalise(x: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +40,7 @@ CONFIG_FILES = ("open_clip_config.json", "config.json")
 HEAD_WIDTH = 64  # CLIP's models have width / 64 attention heads
 
 # Each rule renames a part of a name; the first group of rules is OpenAI's, the second that of transformers.
-RULES = [
+RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^text\.(?=transformer|token_emb|positional|ln_final|text_proj)", ""),  # OpenCLIP with its own text module
     (r"^visual\.class_embedding$", "image_encoder.class_token"),
     (r"^visual\.positional_embedding$", "image_encoder.positions"),

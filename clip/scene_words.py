@@ -17,7 +17,7 @@ BACKGROUNDS = ("black", "grey", "white")
 class Group(NamedTuple):
     """Equal objects that lie together."""
 
-    count: int
+    number: int
     size: str
     colour: str
     shape: str
@@ -102,9 +102,9 @@ def vocabulary() -> list[str]:
 
 
 def _phrase(group: Group, rng: random.Random) -> str:
-    number = pick(rng, NUMBERS[group.count])
+    number = pick(rng, NUMBERS[group.number])
     size = pick(rng, SIZE_WORDS[group.size])
-    shape = group.shape if group.count == 1 else PLURALS[group.shape]
+    shape = group.shape if group.number == 1 else PLURALS[group.shape]
     return f"{number} {size} {group.colour} {shape}"
 
 

@@ -35,12 +35,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip.scene_words import BACKGROUNDS, COLOURS, SHAPES, SIZES, Group, Scene, pick, write
+from clip.scene_words import BACKGROUNDS, COLOURS, NUMBERS, SHAPES, SIZES, Group, Scene, pick, write
 
 Split = Literal["train", "val", "test", "novel", "novel_only"]
 Kind = Literal["base", "relation", "count", "binding"]
 SIDE = 64  # pixels
-COUNTS = (1, 2, 3, 4)
 RGB = {
     "red": (220, 30, 35),
     "green": (30, 160, 60),
@@ -177,7 +176,7 @@ def _sample(rng: random.Random, split: Split, most_groups: int) -> Scene:
         if split == "novel_only" or (split == "novel" and not groups):
             pairs = NOVEL
         colour, shape = pick(rng, pairs)
-        group = Group(pick(rng, COUNTS), pick(rng, SIZES), colour, shape)
+        group = Group(pick(rng, tuple(NUMBERS)), pick(rng, SIZES), colour, shape)
         # equal groups side by side would look like one larger group
         if not any((g.size, g.colour, g.shape) == (group.size, colour, shape) for g in groups):
             groups.append(group)
@@ -218,8 +217,8 @@ def _other_relations(base: Scene) -> Iterator[Scene]:
 
 def _other_counts(base: Scene) -> Iterator[Scene]:
     """The same groups with other numbers of objects."""
-    for counts in itertools.product(COUNTS, repeat=len(base.groups)):
-        groups = tuple(group._replace(count=count) for group, count in zip(base.groups, counts, strict=True))
+    for numbers in itertools.product(NUMBERS, repeat=len(base.groups)):
+        groups = tuple(group._replace(number=number) for group, number in zip(base.groups, numbers, strict=True))
         yield base._replace(groups=groups)
 
 
@@ -304,7 +303,7 @@ def place(scene: Scene, rng: random.Random) -> list[list[tuple[int, int]]]:
         free = list(range(num_along * num_across))
         first = int(line * num_across) * num_along + int(rng.random() * num_along)
         places = []
-        for i in range(group.count):
+        for i in range(group.number):
             cell = first if i == 0 else free[int(rng.random() * len(free))]
             free.remove(cell)
             step_across, step_along = divmod(cell, num_along)

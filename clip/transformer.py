@@ -113,6 +113,7 @@ def initialise(blocks: nn.ModuleList) -> None:
         assert isinstance(block, Block)
         C = block.attention.out.in_features
         first, _, last = block.mlp
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
         branch = C**-0.5 * (2 * len(blocks)) ** -0.5
         nn.init.normal_(block.attention.qkv.weight, std=C**-0.5)
         nn.init.normal_(block.attention.out.weight, std=branch)
