@@ -94,9 +94,9 @@ def retrieve(x: Tensor, y: Tensor, owner: Tensor, fold: int = 0, block: int = 10
 
 
 def _check(x: Tensor, y: Tensor, owner: Tensor) -> None:
-    for name, embeddings in (("image", x), ("text", y)):
+    for name, embeddings in (("an image", x), ("a text", y)):
         if not bool(torch.isfinite(embeddings).all()):
-            raise ValueError(f"an {name} embedding is not finite: the model has diverged, or its weights are damaged")
+            raise ValueError(f"{name} embedding is not finite: the model has diverged, or its weights are damaged")
     if len(owner) != len(y):
         raise ValueError(f"{len(y)} captions, but {len(owner)} owners")
     if len(owner) == 0 or int(owner.min()) < 0 or int(owner.max()) >= len(x):

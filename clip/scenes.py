@@ -55,7 +55,7 @@ SHADE = 12  # most that a level of colour differs from the table
 PIXELS = {"small": 9, "large": 15}  # of an object's side
 # A colour and a shape that never occur together in train, val and test; each colour and each shape occurs once.
 HELD_OUT = frozenset((colour, SHAPES[(3 * i + 1) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
-TRIES = 1000  # scenes looked at for each one of a gallery
+TRIES = 50  # scenes looked at for each one of a gallery
 FAMILY = 20  # scenes of one family in a hard gallery: more than the 10 of Recall@10
 
 

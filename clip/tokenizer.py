@@ -24,8 +24,10 @@ from common.errors import ProjectError
 
 NUM_MERGES = 49_152 - 256 - 2  # the file lists more; CLIP's vocabulary ends here
 END_OF_WORD = "</w>"  # "an" as a word and "an" within one are different tokens
-# contractions, runs of letters, single digits, runs of anything else that is no space
-WORD = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# Contractions, runs of letters, single digits, runs of anything else that is no space. OpenAI's search ignores case,
+# which after lower-casing matters for two characters only: the long s is an s, and U+0345, the iota below a Greek
+# vowel, is found by no part.
+WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{0345}]+"
 WHERE = "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz"
 PLAIN = re.compile(r"[ -%'-~]*")  # printable ASCII without the ampersand: no mojibake, no HTML entity
 

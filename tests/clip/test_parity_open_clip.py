@@ -46,7 +46,9 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize(("vision", "quick_gelu"), [(VIT, False), (VIT, True), (RN50, False)], ids=["vit", "quick", "rn50"])
+@pytest.mark.parametrize(
+    ("vision", "quick_gelu"), [(VIT, False), (VIT, True), (RN50, False)], ids=["vit", "quick", "rn50"]
+)
 def test_model(vision: dict, quick_gelu: bool, training: bool) -> None:
     peer = peer_of(vision, quick_gelu)
     ours = build(peer.state_dict(), "quick_gelu" if quick_gelu else "gelu").double().train(training)

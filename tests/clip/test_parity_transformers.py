@@ -69,7 +69,9 @@ def assert_equal(ours: CLIP, peer: torch.nn.Module, images: Tensor, ids: Tensor)
     named = dict(ours.named_parameters())
     assert gradients.keys() == named.keys()
     for name, parameter in named.items():
-        torch.testing.assert_close(parameter.grad, gradients[name], msg=lambda m, name=name: f"{name}: {m}", **TOLERANCE)
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], msg=lambda m, name=name: f"{name}: {m}", **TOLERANCE
+        )
         assert parameter.grad.abs().sum() > 0, name
 
 
