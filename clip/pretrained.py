@@ -17,8 +17,10 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -232,20 +234,31 @@ def _count(weights: dict[str, Tensor], prefix: str) -> int:
 def read_state(path: Path) -> tuple[dict[str, Tensor], bool]:
     """The tensors of a file, and whether it is a TorchScript archive, as only OpenAI's own files are.
 
-    safetensors; a state dict saved by PyTorch, read without running anything that is in it; or OpenAI's archives.
+    safetensors; a state dict or a training checkpoint of OpenCLIP, read without running anything that is in it; or
+    OpenAI's archives, of which only PyTorch's own reader knows the way to the tensors. `ProjectError` for another file.
     """
     if path.suffix == ".safetensors":
         return read_weights(path)[0], False
+    is_archive = _is_torchscript(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), False
-    except Exception as first:
-        try:
+        if is_archive:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # TorchScript is out of fashion, and these files are what they are
-                archive = torch.jit.load(path, map_location="cpu")
-            return archive.state_dict(), True
-        except RuntimeError:
-            raise ProjectError(f"weights {path} cannot be read: {str(first).splitlines()[0]}") from None
+                return torch.jit.load(path, map_location="cpu").state_dict(), True
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, OSError, EOFError) as error:
+        raise ProjectError(f"weights {path} cannot be read: {str(error).splitlines()[0]}") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    state = {str(name).removeprefix("module."): tensor for name, tensor in state.items()}
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}, False
+
+
+def _is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def read_activation(config: Path | None, is_openai: bool, weights: Path) -> Activation:
