@@ -135,11 +135,12 @@ class HeadConfig:
     hidden: int = 1024  # mlp: width of its hidden layer
     dropout: float = 0.0  # mlp: before each of its two maps
 
-    def __post_init__(self) -> None:
-        require(self.hidden >= 1, "hidden", "must be at least 1")
-        require(0 <= self.dropout < 1, "dropout", "must be in [0, 1)")
-        require(self.kind == "mlp" or self.dropout == 0, "dropout", "only kind=mlp has it")
-        require(self.kind == "linear" or not self.bias, "bias", "is for kind=linear; an mlp always has one")
+    def check(self, key: str) -> None:
+        """`ConfigError` for a value that cannot be; `key` is the name of this section."""
+        require(self.hidden >= 1, f"{key}.hidden", "must be at least 1")
+        require(0 <= self.dropout < 1, f"{key}.dropout", "must be in [0, 1)")
+        require(self.kind == "mlp" or self.dropout == 0, f"{key}.dropout", "only kind=mlp has it")
+        require(self.kind == "linear" or not self.bias, f"{key}.bias", "is for kind=linear; an mlp always has one")
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ class ModelConfig:
             "must be 0, or from 0.01 to 1: the scale 1 / temperature is kept between 1 and 100",
         )
         require(math.isfinite(self.bias), "model.bias", "must be a finite number")
+        self.image_head.check("model.image_head")
+        self.text_head.check("model.text_head")
 
 
 @dataclass(frozen=True)

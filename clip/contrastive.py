@@ -35,7 +35,7 @@ def contrastive_loss(
     """InfoNCE, or with a bias the sigmoid loss, of this process's pairs against those of all processes.
 
     The mean of this value over the processes is the loss of the whole batch, and DistributedDataParallel's mean of the
-    gradients is its gradient: what one process would have computed.
+    gradients is its gradient: what one process would have computed. Every process must call it.
 
     Args:
         output: embeddings of this process; every process has the same N and the same M.

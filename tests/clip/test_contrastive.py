@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip.config import ImageConfig
 from clip.contrastive import RandomState, cached_backward, contrastive_loss
 from clip.model import Output
 from tests.clip import small
@@ -189,4 +188,3 @@ def test_patch_dropout_is_drawn_anew() -> None:
     model = small.build(small.with_dropout()).train()
     images, *_ = small.batch(2)
     assert not torch.equal(model.encode_image(images), model.encode_image(images))
-    assert isinstance(model.config.image, ImageConfig)

@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused() -> None:
         (ImageConfig, {"kind": "resnet", "width": 64, "heads": 5}, "heads"),
         (TextConfig, {"causal": False}, "pool"),
         (TextConfig, {"context": 1}, "context"),
-        (HeadConfig, {"dropout": 0.1}, "dropout"),
+        (ModelConfig, {"text_head": HeadConfig(dropout=0.1)}, r"model\.text_head\.dropout"),
         (ModelConfig, {"temperature": 0.001}, "temperature"),
     ],
 )
