@@ -18,7 +18,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from common.files import write_json
+from common.checkpoint import read_weights
+from common.config import resolve
+from common.files import read_json, write_json
+from common.provenance import config_hash, trained_otherwise
+from diffusion.config import Config
 
 VARIATIONS: dict[str, list[str]] = {
     "eps, cosine": ["objective.prediction=eps", "objective.schedule=cosine"],
@@ -49,16 +53,13 @@ def run_one(name: str, seed: int, config: str, threads: int) -> dict[str, float]
     results = {}
     for weights in ("ema", "raw"):
         kept = folder / f"eval_{weights}.json"
-        if not kept.exists():
-            settings = [f"seed={seed}", *VARIATIONS[name]]
-            if not (folder / "model.safetensors").exists():
-                command(
-                    "train",
-                    ["--config", config, "--overwrite", f"run_dir={folder}", "train.sample_every=0", *settings],
-                    threads,
-                )
-            last = command("eval", ["--run", str(folder), f"sample.weights={weights}", "eval.neighbours=0"], threads)
-            write_json(kept, json.loads(last))
+        settings = [f"seed={seed}", "train.sample_every=0", *VARIATIONS[name]]
+        measured = [f"sample.weights={weights}", "eval.neighbours=0"]
+        wanted = resolve(Config, Path(config), [*settings, *measured])
+        if read_json(kept).get("config_sha256") != config_hash(wanted):
+            if not is_trained(folder, wanted):
+                command("train", ["--config", config, "--overwrite", f"run_dir={folder}", *settings], threads)
+            write_json(kept, json.loads(command("eval", ["--run", str(folder), *measured], threads)))
         results[weights] = json.loads(kept.read_text())["metrics"]
     distance = next(key for key in results["ema"] if key.startswith(("fd_", "fid")) and key != "fd_floor")
     return {
@@ -68,6 +69,15 @@ def run_one(name: str, seed: int, config: str, threads: int) -> dict[str, float]
         "conditional_accuracy": results["ema"]["conditional_accuracy"],
         "recall": results["ema"]["recall"],
     }
+
+
+def is_trained(folder: Path, wanted: Config) -> bool:
+    """Whether a whole training with these settings lies there, none that was stopped."""
+    if not (folder / "model.safetensors").exists():
+        return False
+    facts = read_weights(folder / "model.safetensors")[1]
+    same = not trained_otherwise(facts.get("config", ""), wanted, free=("run_dir", "sample.", "eval."))
+    return same and facts["step"] == facts.get("total_steps")
 
 
 def command(program: str, arguments: list[str], threads: int) -> str:

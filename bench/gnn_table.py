@@ -3,10 +3,10 @@
     python -m bench.gnn_table [--only gcn_cora] [--quick] [--write]
 
 Each row is `python -m gnn.train --config ... train.seeds=N` and `python -m gnn.eval`, in a run folder of its own under
-runs/gnn_table. A row that is finished is not repeated, one that was stopped goes on (delete its folder to start
-afresh). Writes docs/results/gnn/<config>.json (the evaluation with machine, versions, commit and seconds) and
-<config>.csv (a line a seed), and with --write puts the tables between the markers in docs/results/gnn/README.md,
-and their main columns as one table in gnn/README.md.
+runs/gnn_table. A row that is finished is not repeated, one that was stopped, or evaluated with other settings, goes on
+(delete its folder to start afresh). Writes docs/results/gnn/<config>.json (the evaluation with machine, versions,
+commit and seconds) and <config>.csv (a line a seed), and with --write puts the tables between the markers in
+docs/results/gnn/README.md, and their main columns as one table in gnn/README.md.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -21,6 +22,11 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from common.config import resolve
+from common.files import read_json
+from common.provenance import config_hash
+from gnn.config import Config
 
 RESULTS = Path("docs/results/gnn")
 RUNS = Path("runs/gnn_table")
@@ -112,16 +118,19 @@ def run_row(row: Row, quick: bool) -> bool:
     """Train, evaluate and record one row; whether it worked."""
     folder = Path("runs/gnn_quick" if quick else RUNS) / row.config
     short = ["train.steps=2", "eval.figures=false", "eval.tables=false"] if quick else []
-    if not (folder / "eval.json").exists():
+    path = Path(f"configs/{row.config}.yaml")
+    seeds = f"train.seeds={min(row.seeds, 2) if quick else row.seeds}"
+    wanted = config_hash(resolve(Config, path, [seeds, *short]))
+    if read_json(folder / "eval.json").get("config_sha256") != wanted:  # missing, or of another config
         before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         train = [
             sys.executable,
             "-m",
             "gnn.train",
             "--config",
-            f"configs/{row.config}.yaml",
+            str(path),
             f"run_dir={folder}",
-            f"train.seeds={min(row.seeds, 2) if quick else row.seeds}",
+            seeds,
             *short,
             "--overwrite" if quick else "--resume",
         ]
@@ -180,13 +189,19 @@ def table_of(name: str) -> str:
 
 
 def summary() -> str:
-    """The main columns of all tables as one table in Markdown."""
-    lines = ["| config | seeds | measured | here | published | CPU-s each |", "|---" * 6 + "|"]
+    """The main columns of all tables as one table in Markdown, whose figures stand with authors and costs in the
+    evidence.
+    """
+    lines = ["| config | seeds | here | published |", "|---" * 4 + "|"]
     for name, columns in SUMMARY.items():
         for row in TABLES[name][1]:
-            metrics, count, cost = recorded(row)
-            here = ", ".join(filter(None, (cell(metrics, column) for column in columns)))
-            lines.append(f"| {row.config} | {count or ''} | {', '.join(columns)} | {here} | {row.published} | {cost} |")
+            metrics, count, _ = recorded(row)
+            cells = [(column, cell(metrics, column)) for column in columns]
+            here = ", ".join(
+                text if column == "test_accuracy" else f"{column} {text}" for column, text in cells if text
+            )
+            published = re.sub(r" \([^)]*\)", "", row.published)  # without the authors
+            lines.append(f"| {row.config} | {count or ''} | {here} | {published} |")
     return "\n".join(lines)
 
 

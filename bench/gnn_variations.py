@@ -14,6 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+from common.config import resolve
+from common.files import read_json
+from common.provenance import config_hash
+from gnn.config import Config
 from gnn.core.pictures import draw_depth
 
 RESULTS, RUNS = Path("docs/results/gnn"), Path("runs/gnn_variations")
@@ -77,8 +81,6 @@ def folder_of(group: str, label: str) -> Path:
 def run(group: str, label: str, change: str, args: argparse.Namespace) -> None:
     """Train and evaluate one variation, unless it is done."""
     folder = folder_of(group, label)
-    if (folder / "done.json").exists():
-        return
     config, _, overrides = change.rpartition(": ")
     words = [
         f"run_dir={folder}",
@@ -87,9 +89,13 @@ def run(group: str, label: str, change: str, args: argparse.Namespace) -> None:
         *overrides.split(),
         *args.overrides,
     ]
+    path = f"configs/{config or 'gcn_cora'}.yaml"
+    wanted = config_hash(resolve(Config, Path(path), words))
+    if (folder / "done.json").exists() and read_json(folder / "eval.json").get("config_sha256") == wanted:
+        return
     started = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "gnn.train", "--config", f"configs/{config or 'gcn_cora'}.yaml", "--resume", *words],
+        [sys.executable, "-m", "gnn.train", "--config", path, "--resume", *words],
         stderr=subprocess.DEVNULL,
         check=True,
     )

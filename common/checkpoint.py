@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import time
 import warnings
 import zipfile
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from common.errors import ProjectError
+from common.errors import ProjectError, first_line
 from common.files import TEMPORARY, atomic_open, sha256, sync_folder, write_text
 
 
@@ -98,8 +97,8 @@ class Checkpoints:
         refuse_compressed(path)
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).split("\n")[0]
+        except Exception as error:  # of rubbish torch's reader raises whatever it comes upon, a KeyError for one
+            reason = first_line(error)
             raise CheckpointError(f"checkpoint {path} cannot be read as plain tensors: {reason}") from None
 
     def list(self) -> list[Path]:
@@ -160,12 +159,14 @@ def refuse_compressed(path: Path) -> None:
 
 
 def export_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write inference weights as safetensors, atomically, with their SHA-256 among the metadata."""
+    """Write inference weights as safetensors, atomically, with the SHA-256 of them and of the metadata among the
+    metadata.
+    """
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with atomic_open(path) as file:
-        file.write(save(plain, metadata | {"sha256": weights_hash(plain)}))
+        file.write(save(plain, metadata | {"sha256": weights_hash(plain, metadata)}))
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -181,18 +182,24 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"weights {path} cannot be read: {str(error).splitlines()[0]}") from None
     expected = metadata.get("sha256")
-    if expected is not None and expected != weights_hash(weights):
+    about = {name: text for name, text in metadata.items() if name != "sha256"}
+    # the second is of files written before the hash took the metadata in
+    if expected not in (None, weights_hash(weights, about), weights_hash(weights)):
         raise CheckpointError(f"weights {path} are damaged: their content does not match their SHA-256")
     return weights, metadata
 
 
-def weights_hash(weights: dict[str, torch.Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors on the CPU, in the order of the names."""
+def weights_hash(weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors on the CPU, in the order of the names; and over what is
+    noted beside them.
+    """
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    if metadata:
+        digest.update(json.dumps(metadata, sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -15,6 +15,9 @@ from common.files import TEMPORARY, read_json, write_json, write_text
 from common.lock import NAME as LOCK
 from common.lock import FolderLock
 
+# of a run, whose checkpoints may have been deleted
+RESULTS = ("eval.json", "[!.]*.safetensors", "models/[!.]*.safetensors")
+
 
 def open_folder(
     config: BaseConfig, options: Options, checkpoints: Checkpoints, say: Callable[[str], None]
@@ -28,7 +31,7 @@ def open_folder(
     earlier = folder / "config.yaml"
     overwrite = options.overwrite and not options.resume
     if overwrite and folder.exists():
-        ours = earlier.exists() and checkpoints.folder.is_dir()
+        ours = earlier.exists() and (checkpoints.folder.is_dir() or (folder / "env.json").exists())
         if not ours and any(path.name != LOCK for path in folder.iterdir()):
             raise ProjectError(f"{folder} is not a run folder; not deleting it")
     lock = FolderLock(folder, say)
@@ -39,6 +42,11 @@ def open_folder(
         if step is not None and not options.resume:
             raise ProjectError(
                 f"{folder} holds a run at step {step}: add --resume to go on, --overwrite to delete it, or run_dir=..."
+            )
+        results = [path.name for pattern in RESULTS for path in sorted(folder.glob(pattern))]
+        if results and step is None and not options.resume:
+            raise ProjectError(
+                f"{folder} holds {results[0]} of an earlier run: add --overwrite to delete that run, or run_dir=..."
             )
         if options.resume and earlier.exists():
             compare(config, earlier, say)
@@ -112,6 +120,17 @@ def nothing_to_resume(folder: Path, checkpoints: Checkpoints, say: Callable[[str
             "start anew"
         )
     say(f"nothing to resume in {folder}: starting at step 1")
+
+
+def other_circumstances(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a resumed run does not share with the process that did its earlier steps, from their two env.json: its
+    numbers may differ in the last digits from those of a run that was never stopped.
+    """
+    return [
+        f"note: {what} was {before[what]}, is now {now[what]}"
+        for what in ("processes", "threads", "precision", "device_name")
+        if before.get(what, now[what]) != now[what]
+    ]
 
 
 def remember_environments(folder: Path, now: dict[str, Any]) -> dict[str, Any]:

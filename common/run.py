@@ -19,9 +19,9 @@ from common import runtime
 from common.checkpoint import CheckpointError, Checkpoints
 from common.config import BaseConfig, ConfigError, Options, to_yaml
 from common.errors import ProjectError
-from common.files import write_json, write_text
+from common.files import read_json, write_json, write_text
 from common.finite import FiniteCheck
-from common.folder import nothing_to_resume, open_folder, remember_environments
+from common.folder import nothing_to_resume, open_folder, other_circumstances, remember_environments
 from common.lock import FolderLock
 from common.logging import Display, MetricLog
 from common.signals import Stopped, StopSignals, stoppable
@@ -285,6 +285,9 @@ class Run:
         done = int(state["step"]) if state else 0
         if self.is_main:
             if self.options.resume:  # only now: a run that could not be loaded is left as it was
+                self._environment["threads"] = torch.get_num_threads()
+                for note in other_circumstances(read_json(self.folder / "env.json"), self._environment):
+                    self.display.say(note)
                 write_text(self.folder / "config.yaml", to_yaml(self.config))
                 self._environment = remember_environments(self.folder, self._environment)
             self.log_file = MetricLog(self.folder, done + 1, self.config.tensorboard, self.config.wandb)

@@ -137,11 +137,26 @@ def count_parameters(model: torch.nn.Module) -> int:
 
 
 def mix_seed(*numbers: int) -> int:
-    """Mix integers such as (seed, step, rank) into one 63-bit seed; near inputs give unrelated seeds.
-
-    As NumPy's `SeedSequence` has it, zeros at the end change nothing: give streams that must differ other numbers.
+    """Mix integers such as (seed, step, rank) into one 63-bit seed; near inputs give unrelated seeds, and tuples of
+    different lengths different ones. (A number of more than 32 bits counts as two, as NumPy's `SeedSequence` has it.)
     """
-    return int(np.random.SeedSequence([n & 0xFFFFFFFFFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
+    words = [n & 0xFFFFFFFFFFFFFFFF for n in numbers]
+    mixed = _mix(words)
+    if len(words) == 1 or (len(words) > 2 and words[-1] == 0):
+        # to `SeedSequence` zeros at the end are nothing: (2, 1, 0) would be (2, 1)
+        return _mix([mixed, len(words)])
+    return mixed
+
+
+def indexed_seed(*numbers: int) -> int:
+    """`mix_seed` for parts of one stream that are counted from 0, such as (seed, stream, part): part 0 has the seed of
+    the stream itself, which nothing else may use. (Results were recorded with these seeds.)
+    """
+    return mix_seed(*numbers) if numbers[-1] else mix_seed(*numbers[:-1])
+
+
+def _mix(words: list[int]) -> int:
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
 
 
 def seed_generators(device: torch.device, *numbers: int) -> None:

@@ -51,7 +51,9 @@ class ModelConfig:
     blocks: int = 2  # residual blocks a level (the way up has one more)
     attention: tuple[int, ...] = (16,)  # resolutions, in pixels of the network's own grid, with self-attention
     head_channels: int = 0  # channels an attention head; 0 = one head
-    dropout: float = 0.1  # inside each residual block
+    # inside each residual block; each process and each microbatch draws its own masks, so that N processes equal one,
+    # and microbatches the whole batch, without dropout only
+    dropout: float = 0.1
     groups: int = 32  # GroupNorm groups
     # space-to-depth factor of the input: 2 turns (1, 28, 28) into (4, 14, 14), a 4 times cheaper network
     patch: int = 1

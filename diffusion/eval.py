@@ -34,10 +34,12 @@ from torch import Tensor
 from common.errors import exits_cleanly
 from common.files import atomic_open, write_json
 from common.metrics import FeatureStatistics, frechet_between
+from common.provenance import discard, made_by
 from common.run import Run
-from diffusion.classifier import checksum, json_hash
+from common.judges import CACHE
+from common.judges.classifier import checksum, json_hash
 from diffusion.data import load_images
-from diffusion.features import (
+from common.judges.features import (
     FeatureExtractor,
     Labelled,
     build_extractor,
@@ -54,6 +56,8 @@ from diffusion.sample import Objective, generate_batch, grid_labels, load_model,
 from diffusion.samplers import SAMPLERS, resolve_sampler
 
 MANIFOLD_NEIGHBOURS = 5  # k of precision, recall, density and coverage
+# what is written before eval.json, and goes before it is written anew
+PICTURES = ("figures/samples.png", "figures/neighbours.png", "figures/samplers.*", "figures/guidance.json")
 NEIGHBOUR_SAMPLES = 1000  # generated and held-out images whose distance to the training images is measured
 
 
@@ -85,11 +89,14 @@ def main(config: Config, options: Options) -> None:
     started = time.perf_counter()
     with Run(config, options) as run:
         model, objective, step = load_model(config, options, run)
+        if step < config.train.steps:
+            run.display.say(f"note: the weights are of step {step} of {config.train.steps}: no finished training")
         train, test = load_images(config.data, config.data_root), load_images(config.data, config.data_root, "test")
         assert train is not None
         judge = build_judge(config, config.eval.features, train, test, run)
         name = judge.extractor.name
         key = sample_key(model, config, config.eval.num_samples)
+        marks = made_by(config, [key["weights"]])
         labels = grid_labels(config, config.eval.num_samples)
         generated = generate_resumable(model, objective, config, config.eval.num_samples, labels, key, run)
         metrics = measure(generated, labels, judge, config, run)
@@ -99,15 +106,16 @@ def main(config: Config, options: Options) -> None:
             metrics |= further_distance(generated, build_judge(config, features, train, test, run), run)
         if judge.extractor.test_accuracy is not None:
             metrics["classifier_test_accuracy"] = judge.extractor.test_accuracy
+        discard(run.folder, PICTURES)
         metrics |= memorisation(generated, judge.real, test, config, run.folder / "figures/neighbours.png")
         save_grid(generated[:100], run.folder / "figures/samples.png")
-        metrics |= sampler_table(model, objective, config, judge, run) | guidance_table(
-            model, objective, config, judge, run
-        )
+        metrics |= sampler_table(model, objective, config, judge, marks, run)
+        metrics |= guidance_table(model, objective, config, judge, marks, run)
         result = {
             "project": "diffusion",
             "config": run.folder.name,
             "checkpoint_step": step,
+            "total_steps": config.train.steps,
             "metrics": metrics,
             "n": {name: len(generated), "reference": judge.statistics.count, "table": config.eval.nfe_samples},
             "seeds": [config.seed],
@@ -116,16 +124,17 @@ def main(config: Config, options: Options) -> None:
             "sampler_steps": config.sample.steps,
             "guidance": config.sample.guidance,
             "weights": config.sample.weights,
+            **marks,
         }
         write_json(run.folder / "eval.json", result)
         shutil.rmtree(run.folder / "eval_samples", ignore_errors=True)
-        show(metrics, run.folder.name, step)
+        show(metrics, f"{run.folder.name} after {step} of {config.train.steps} steps")
         print(json.dumps(result), flush=True)
 
 
 def build_judge(config: Config, features: str, train: Images, test: Images | None, run: Run) -> Judge:
     """The extractor of that name and the training images' statistics, from the cache under data_root where possible."""
-    cache = Path(config.data_root) / "diffusion_cache"
+    cache = Path(config.data_root) / CACHE
     real = train.draw(config.eval.num_reference)
     held_out = test.draw(0) if test is not None else None
     labelled = None
@@ -264,7 +273,9 @@ def with_sampling(config: Config, **changes: object) -> Config:
     return dataclasses.replace(config, sample=dataclasses.replace(config.sample, **changes))
 
 
-def sampler_table(model: UNet, objective: Objective, config: Config, judge: Judge, run: Run) -> dict[str, float]:
+def sampler_table(
+    model: UNet, objective: Objective, config: Config, judge: Judge, marks: dict[str, str], run: Run
+) -> dict[str, float]:
     """Frechet distance by sampler and number of network evaluations: the price of an image against its quality."""
     if not config.eval.nfe_samples:
         return {}
@@ -282,7 +293,7 @@ def sampler_table(model: UNet, objective: Objective, config: Config, judge: Judg
             ]
     write_json(
         run.folder / "figures/samplers.json",
-        {"metric": judge.extractor.name, "n": config.eval.nfe_samples, "floor": floor, "rows": rows},
+        {"metric": judge.extractor.name, "n": config.eval.nfe_samples, "floor": floor, "rows": rows, **marks},
     )
     plot_samplers(rows, judge.extractor.name, floor, run.folder / "figures/samplers.png")
     return {
@@ -292,7 +303,9 @@ def sampler_table(model: UNet, objective: Objective, config: Config, judge: Judg
     }
 
 
-def guidance_table(model: UNet, objective: Objective, config: Config, judge: Judge, run: Run) -> dict[str, float]:
+def guidance_table(
+    model: UNet, objective: Objective, config: Config, judge: Judge, marks: dict[str, str], run: Run
+) -> dict[str, float]:
     """Frechet distance and agreement with the label by guidance scale: fidelity against diversity."""
     if not config.eval.nfe_samples or not config.model.num_classes:
         return {}
@@ -302,7 +315,7 @@ def guidance_table(model: UNet, objective: Objective, config: Config, judge: Jud
     }
     write_json(
         run.folder / "figures/guidance.json",
-        {"n": config.eval.nfe_samples, "floor": judge.floor(config.eval.nfe_samples, run), "rows": rows},
+        {"n": config.eval.nfe_samples, "floor": judge.floor(config.eval.nfe_samples, run), "rows": rows, **marks},
     )
     return {f"{name}_w{w}": value for w, row in rows.items() for name, value in row.items()}
 
@@ -326,9 +339,9 @@ def plot_samplers(rows: dict[str, dict[str, float]], metric: str, floor: float |
     plt.close(figure)
 
 
-def show(metrics: dict[str, float], name: str, step: int) -> None:
+def show(metrics: dict[str, float], title: str) -> None:
     """Print the metrics as a table."""
-    table = Table("metric", "value", title=f"{name} after {step} steps")
+    table = Table("metric", "value", title=title)
     for metric, value in metrics.items():
         table.add_row(metric, f"{value:.4f}")
     Console().print(table)

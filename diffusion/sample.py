@@ -26,6 +26,7 @@ from common import runtime
 from common.checkpoint import CheckpointError, Checkpoints
 from common.errors import exits_cleanly
 from common.files import atomic_open
+from common.provenance import trained_otherwise
 from common.run import Run
 from diffusion.images import to_uint8
 from diffusion.model import UNet
@@ -34,6 +35,9 @@ from diffusion.samplers import guided, resolve_sampler, sample
 
 Objective = DDPM | EDM | Flow
 NOISE_STREAM = 1_000_000_007  # keeps the generators of sampling apart from those of training
+# settings that weights are of, and those among them that matter in training alone
+TRAINED = ("model.", "objective.", "data.dataset", "data.image_size")
+UNUSED = ("model.dropout", "objective.weighting", "objective.min_snr_gamma", "objective.label_dropout")
 
 
 @exits_cleanly
@@ -53,7 +57,10 @@ def main(config: Config, options: Options) -> None:
         chosen = torch.linspace(0, len(frames) - 1, 10).round().long()  # a row each: ten moments
         save_grid(frames[chosen].flatten(0, 1), folder / f"filmstrip_{name}.png", columns=frames.shape[1])
         save_gif(frames, folder / f"denoising_{name}.gif")
-        run.display.say(f"step {step}: wrote grid, interpolation, filmstrip and denoising_{name} into {folder}")
+        run.display.say(
+            f"step {step} of {config.train.steps}: wrote grid, interpolation, filmstrip and denoising_{name} into "
+            f"{folder}"
+        )
 
 
 def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Objective, int]:
@@ -67,6 +74,9 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[UNet, Object
     state = Checkpoints.load(chosen) if options.checkpoint else Checkpoints(folder).load_newest()
     if state is None:
         raise CheckpointError(f"no whole checkpoint in {folder}; train first, or give another --run")
+    problem = trained_otherwise(state.get("config", ""), config, TRAINED, UNUSED)
+    if problem:
+        raise CheckpointError(f"the checkpoint in {folder} is of another model than the config's: {problem}")
     model = UNet(config.model, config.data.image_size)
     try:
         model.load_state_dict(state["parts"]["ema" if config.sample.weights == "ema" else "model"])
@@ -124,7 +134,7 @@ def generate_batch(
     """
     settings = config.sample
     sampler = resolve_sampler(config.objective.kind, settings.sampler)
-    rng = torch.Generator(run.device).manual_seed(runtime.mix_seed(seed, NOISE_STREAM, index))
+    rng = torch.Generator(run.device).manual_seed(runtime.indexed_seed(seed, NOISE_STREAM, index))
     labels = None if labels is None else labels.to(run.device)
     denoise = guided(
         objective, lambda x, time, y: _call(model, run, x, time, y), labels, model.null_label, settings.guidance

@@ -110,11 +110,14 @@ def train(config: Config, options: Options) -> None:
 
 
 def export(run: Run, config: Config, model: UNet, ema: EMA, measured: Measured) -> None:
-    """`model.safetensors`: the weights that sampling and evaluation use, the average or the last ones."""
+    """`model.safetensors`: the weights that sampling and evaluation use, the average or the last ones, with the step
+    they are of and how many the run was to have.
+    """
     weights = ema.state_dict() if config.sample.weights == "ema" else model.state_dict()
     facts = {
         "project": "diffusion",
         "step": str(run.step),
+        "total_steps": str(config.train.steps),
         "weights": config.sample.weights,
         "sigma_data": str(measured.sigma_data),
         "config": to_yaml(config),

@@ -80,7 +80,8 @@ class ModelConfig:
     heads: int = 8  # gat, gatv2: heads of the hidden layers, side by side
     out_heads: int = 1  # gat, gatv2: heads of the last layer, averaged
     activation: Literal["relu", "elu", "selu", "tanh"] = "relu"  # between the layers
-    dropout: float = 0.5  # of each layer's input
+    # of each layer's input; where processes share a batch out (train.batch_size), N of them equal one without it only
+    dropout: float = 0.5
     input_dropout: float = -1.0  # of the features alone; -1 = as model.dropout
     # gat, gatv2: of the attention weights, so that a node hears a random part of its neighbours
     attention_dropout: float = 0.0

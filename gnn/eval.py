@@ -3,7 +3,7 @@
 Every trained seed (or fold) is tested; what is reported is their mean and standard deviation. Writes `eval.json`, the
 per-seed table `seeds.csv`, what the first seed's network says of each node, pair or graph (`predictions.csv`,
 `communities.csv`, `embeddings.npz`), and pictures into the run folder; the last line of stdout is the content of
-`eval.json`. Nothing here chooses anything.
+`eval.json`, which names the hashes of config, weights and files. Nothing here chooses anything.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
@@ -23,16 +23,19 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from common.checkpoint import CheckpointError, read_weights
 
+from common.checkpoint import CheckpointError, read_weights
 from common.errors import ProjectError, exits_cleanly
-from common.files import write_csv, write_json
+from common.files import sha256, write_csv, write_json
 from common.logging import read_metrics
+from common.provenance import discard, made_by, output_hashes
 from common.run import Run
 from common.runtime import use_threads
 from gnn.task import Task
 from gnn.tasks import build_task
-from gnn.train import start_trial
+from gnn.train import Settings, start_trial
+
+OUTPUTS = ("seeds.csv", "predictions.csv", "communities.csv", "embeddings.npz")
 
 
 @exits_cleanly
@@ -40,11 +43,7 @@ def main(config: Config, options: Options) -> None:
     """Evaluate every seed of one run."""
     started = time.perf_counter()
     with Run(config, options) as run:
-        paths = sorted((run.folder / "models").glob("*.safetensors"))
-        if not paths:
-            raise ProjectError(
-                f"no trained weights in {run.folder / 'models'}; train first (or --resume), or give another --run"
-            )
+        paths = trained_here(config, options, run)
         use_threads(config.train.threads)
         task = build_task(config, run.device)
         rows = [test_trial(task, path) for path in run.track(paths)]
@@ -57,24 +56,62 @@ def main(config: Config, options: Options) -> None:
         with torch.no_grad():
             if config.eval.tables:
                 metrics |= task.tables(model)
+        discard(run.folder, (*OUTPUTS, "figures/*.png"))
         write_csv(run.folder / "seeds.csv", rows)
+        with torch.no_grad():
+            if config.eval.outputs:
+                task.write_outputs(model, run.folder)
         result = {
             "project": "gnn",
             "config": run.folder.name,
             "checkpoint_step": max(int(row["step"]) for row in rows),
+            "total_steps": config.train.steps,
             "metrics": metrics,
-            "n": {"trials": len(rows)},
+            "n": {"trials": len(rows), "trials_planned": task.num_trials},
             "seeds": [int(row["seed"]) for row in rows],
             "seconds": round(time.perf_counter() - started, 1),
+            **made_by(config, [sha256(path) for path in paths]),
+            "outputs": output_hashes(run.folder, OUTPUTS),
         }
         write_json(run.folder / "eval.json", result)
         with torch.no_grad():
-            if config.eval.outputs:
-                task.write_outputs(model, run.folder)
             if config.eval.figures:
                 draw(task, model, run)
         show(metrics, run.folder.name, len(rows))
         print(json.dumps(result), flush=True)
+
+
+def trained_here(config: Config, options: Options, run: Run) -> list[Path]:
+    """The weights of each seed that was trained with these settings. One that an earlier config has left is not taken
+    for a seed of this one: left out with a note. `ProjectError` where none remains.
+    """
+    if options.checkpoint:
+        raise ProjectError("gnn.eval tests the kept weights of every seed, in models/, and takes no --checkpoint")
+    paths = sorted((run.folder / "models").glob("*.safetensors"))
+    if not paths:
+        raise ProjectError(
+            f"no trained weights in {run.folder / 'models'}; train first (or --resume), or give another --run"
+        )
+    fitting = []
+    problem = ""
+    for path in paths:
+        _, facts = read_trial(path)
+        problem = Settings.difference(facts.get("config", ""), config)
+        if problem:
+            run.display.say(f"note: {path.name} was {problem}: left out")
+        else:
+            fitting.append(path)
+    if not fitting:
+        raise ProjectError(f"{run.folder / 'models'}: not the weights of this config's model, but {problem}")
+    return fitting
+
+
+def read_trial(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The weights of one trial and what is noted beside them. `ProjectError` for a damaged file."""
+    try:
+        return read_weights(path)
+    except CheckpointError as error:
+        raise ProjectError(f"{path}: {error}") from None
 
 
 def load_trial(task: Task, path: Path) -> tuple[torch.nn.Module, dict[str, str]]:
@@ -82,10 +119,10 @@ def load_trial(task: Task, path: Path) -> tuple[torch.nn.Module, dict[str, str]]
     do not fit.
     """
     model = start_trial(task, int(path.stem))
+    weights, facts = read_trial(path)
     try:
-        weights, facts = read_weights(path)
         model.load_state_dict(weights)
-    except (CheckpointError, RuntimeError) as error:
+    except RuntimeError as error:
         raise ProjectError(f"{path}: not the weights of this config's model ({str(error).splitlines()[0]})") from None
     return model.eval(), facts
 

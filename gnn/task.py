@@ -7,13 +7,16 @@ communities (community/). A task holds the data and knows losses and metrics; it
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from common.checkpoint import weights_hash
 from gnn.config import Config
+from gnn.core.sparse import SparseFeatures
 
 
 class Task:
@@ -86,6 +89,13 @@ class Task:
         """What was decided when the data was read."""
         graph = getattr(self, "whole", None) or getattr(self, "graph", None)
         return getattr(graph, "notes", ())
+
+    def fingerprint(self) -> str:
+        """SHA-256 of edges, labels and features as they were read, by which a resumed run knows its data."""
+        data = getattr(self, "whole", None) or self.graph
+        parts = {item.name: getattr(data, item.name) for item in dataclasses.fields(data)}
+        parts |= {f"{name}.values": part.values for name, part in parts.items() if isinstance(part, SparseFeatures)}
+        return weights_hash({name: part.cpu() for name, part in parts.items() if isinstance(part, Tensor)})
 
     def describe(self) -> list[str]:
         """Sizes of the data, for --dry-run and the start of a run."""

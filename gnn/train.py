@@ -23,6 +23,7 @@ import torch
 from common import runtime
 from common.checkpoint import export_weights
 from common.errors import exits_cleanly
+from common.provenance import trained_otherwise
 from common.run import Run
 from gnn.task import Task
 from gnn.tasks import build_task
@@ -44,7 +45,7 @@ def train(config: Config, options: Options) -> None:
         model = start_trial(task, 0)
         optimizer = task.optimizer(model)
         best = Best()
-        begun = Settings(config, run.display.say)
+        begun = Settings(config, task.fingerprint(), run.display.say)
         # 0 when fresh; counts the steps of all trials
         done = run.resume(model=model, optimizer=optimizer, kept=best, settings=begun)
         for line in [*task.describe(), f"{runtime.count_parameters(model):,} parameters"]:
@@ -132,7 +133,7 @@ class Settings:
     """The settings that a run began with, kept in its checkpoints and compared when it goes on.
 
     Seeds that are done stay as they are. With other steps, data or splits they could not stand beside the seeds still
-    to come: refused. Another learning rate, say, may be meant: said.
+    to come: refused; so are other data behind the same settings. Another learning rate, say, may be meant: said.
     """
 
     FIXED = ("task", "seed", "train.steps", "data.", "synthetic.", "graph.", "link.val_share", "link.test_share")
@@ -140,10 +141,22 @@ class Settings:
         *("run_dir", "data_root", "device", "compile", "keep_", "tensorboard", "wandb", "eval.", "train.seeds"),
         *("train.log_every", "train.save_every", "train.threads", "synthetic.folder", "data.storage"),
     )
+    # how trained weights are tested, and with how many digits
+    EVALUATION = (
+        *("precision", "deterministic", "link.num_negatives", "community.resolution", "community.restarts"),
+        *("sampling.validate", "sampling.chunk_edges", "sampling.prefetch"),
+    )
 
-    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
-        self.now = flatten(config)
+    def __init__(self, config: Config, fingerprint: str, say: Callable[[str], None]) -> None:
+        self.now = flatten(config) | {"data.content": fingerprint[:12]}
         self.say = say
+
+    @classmethod
+    def difference(cls, noted: str, config: Config) -> str:
+        """What weights were trained with otherwise than `config` has it: `trained with train.lr=0.1, not 0.2`, or
+        nothing. `noted` is the YAML text beside them.
+        """
+        return trained_otherwise(noted, config, free=(*cls.FREE, *cls.EVALUATION))
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -161,7 +174,10 @@ class Settings:
                 "take another run_dir",
             )
         for key in changed:
-            self.say(f"note: {key} was {before[key]} and is now {now[key]}; seeds that are done keep the old one")
+            self.say(
+                f"note: {key} was {before[key]} and is now {now[key]}; seeds that are done keep the old one and are "
+                "none of this config for gnn.eval"
+            )
 
 
 def start_trial(task: Task, trial: int) -> torch.nn.Module:
@@ -182,8 +198,14 @@ def same_in_all_processes(value: float, device: torch.device) -> float:
 
 
 def export_trial(folder: Path, config: Config, seed: int, trial: int, best: Best) -> None:
-    """Write the kept weights of a trial to `models/`, with the seed and the epoch that they are of."""
-    facts = {"project": "gnn", "seed": str(seed), "step": str(best.step), "config": to_yaml(config)}
+    """Write the kept weights of a trial to `models/`, with the seed and the epoch, of how many, that they are of."""
+    facts = {
+        "project": "gnn",
+        "seed": str(seed),
+        "step": str(best.step),
+        "total_steps": str(config.train.steps),
+        "config": to_yaml(config),
+    }
     export_weights(folder / f"models/{trial:04d}.safetensors", best.weights, facts)
 
 

@@ -27,14 +27,18 @@ from rich.table import Table
 from common.errors import exits_cleanly
 from common.files import sha256, write_csv, write_json
 from common.logging import read_metrics
+from common.provenance import config_hash, discard, output_hashes, trained_otherwise
 from common.run import Run
 from common.runtime import mix_seed, use_threads
 from common.signals import Stopped
 from ppo.playing.play import Policy, evaluation_vector, film, film_pixels, play
 from ppo.environments.registry import find, make_one, make_vector
+from ppo.train import num_updates
 
 SEED_STREAM = 1_000_000_007  # environments of the evaluation are none that training has seen
 ENOUGH = 100  # episodes behind a mean that counts as solving
+OUTPUTS = ("episodes.csv",)
+PICTURES = ("figures/learning_curve.png", "figures/episode.gif")
 
 
 @exits_cleanly
@@ -60,17 +64,24 @@ def main(config: Config, options: Options) -> None:
                 ]
             if name == main_policy:
                 update = int(facts["update"])
+                total = int(facts.get("updates", num_updates(config)))
+                for note in notes_on(facts, total, config, options, run):
+                    run.display.say(f"note: {note}")
         metrics |= when_solved(run.folder, config)
+        discard(run.folder, (*OUTPUTS, *PICTURES))
         write_csv(run.folder / "episodes.csv", rows)
         result = {
             "project": "ppo",
             "config": run.folder.name,
             "checkpoint_step": update,
+            "total_steps": total,
             "metrics": metrics,
             "n": {"episodes": config.eval.episodes},
             "seeds": [config.seed],
             "policy": main_policy,
+            "config_sha256": config_hash(config),
             "weights_sha256": sha256(main_path),
+            "outputs": output_hashes(run.folder, OUTPUTS),
             "seconds": round(time.perf_counter() - started, 3),
         }
         write_json(run.folder / "eval.json", result)
@@ -78,7 +89,7 @@ def main(config: Config, options: Options) -> None:
         attempt_picture("learning curve", lambda: draw(config, run), run)
         if config.eval.video:
             attempt_picture("film", lambda: save_film(config, run, main_path), run)
-        show(metrics, run.folder.name)
+        show(metrics, f"{run.folder.name} after {update} of {total} updates")
         print(json.dumps(result), flush=True)
 
 
@@ -96,6 +107,22 @@ def measure(config: Config, path: Path, run: Run, stochastic: bool) -> tuple[lis
     if cut:
         run.display.say(f"note: {cut} episodes were cut after eval.max_steps={config.eval.max_steps} steps")
     return games, policy.facts
+
+
+def notes_on(facts: dict[str, str], total: int, config: Config, options: Options, run: Run) -> list[str]:
+    """Where the weights are not what one may think: of another environment, of a stopped run, not the newest."""
+    notes = []
+    problem = trained_otherwise(facts.get("config", ""), config, only=("env.",), free=("env.count", "env.backend"))
+    if problem:
+        notes.append(f"the policy was {problem}")
+    update = int(facts["update"])
+    newest = run.checkpoints.newest_step() or 0
+    if newest > update and not options.checkpoint:
+        name = run.checkpoints.path(newest).name
+        notes.append(f"the weights are of update {update}, the newest checkpoint of {newest}: --checkpoint {name}")
+    if update < total:
+        notes.append(f"the weights are of update {update} of {total}: no finished training")
+    return notes
 
 
 def threshold(config: Config) -> float:
@@ -182,9 +209,9 @@ def save_film(config: Config, run: Run, path: Path) -> None:
     run.display.say(f"{run.folder / 'figures/episode.gif'}: an episode of {len(pictures)} frames, return {total:.1f}")
 
 
-def show(metrics: dict[str, float], name: str) -> None:
+def show(metrics: dict[str, float], title: str) -> None:
     """Print the metrics as a table."""
-    table = Table("metric", title=name, title_justify="left")
+    table = Table("metric", title=title, title_justify="left")
     table.add_column("value", justify="right")
     for metric, value in metrics.items():
         table.add_row(metric, f"{value:,.1f}")

@@ -12,6 +12,7 @@ reinforcement learning at the edge of the statistical precipice").
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -21,8 +22,9 @@ from pathlib import Path
 
 from common.config import FREE_KEYS, FREE_SECTIONS, UNUSABLE, explain, flatten, resolve
 from common.errors import ProjectError, exits_cleanly
-from common.files import sha256, write_csv, write_json
+from common.files import read_json, sha256, write_csv, write_json
 from common.logging import read_metrics
+from common.provenance import config_hash
 from common.settings import explain_settings
 from ppo.config import Config
 from ppo.jobs import Job, lock_folder, run_jobs
@@ -112,16 +114,17 @@ def job_for(seed: int, folder: Path, config: Config, args: argparse.Namespace) -
         raise ProjectError(
             f"{folder} was trained with {key}={old[key]}, not {new[key]}: choose another --folder, or delete it"
         )
-    return Job(seed, folder, [] if not changed and evaluated(folder) else commands)
+    of_seed = dataclasses.replace(config, seed=seed)
+    return Job(seed, folder, [] if not changed and evaluated(folder, of_seed) else commands)
 
 
-def evaluated(folder: Path) -> bool:
-    """Whether `eval.json` is there and speaks of the weights that lie beside it."""
-    try:
-        noted = json.loads((folder / "eval.json").read_text(encoding="utf-8"))["weights_sha256"]
-        return bool(noted == sha256(folder / "last.safetensors"))
-    except (OSError, ValueError, KeyError):
+def evaluated(folder: Path, config: Config) -> bool:
+    """Whether `eval.json` is there and speaks of this config and of the weights that lie beside it."""
+    noted = read_json(folder / "eval.json")
+    weights = folder / "last.safetensors"
+    if noted.get("config_sha256") != config_hash(config) or not weights.exists():
         return False
+    return bool(noted.get("weights_sha256") == sha256(weights))
 
 
 def read_seed(folder: Path, seed: int) -> dict[str, float]:

@@ -112,7 +112,12 @@ def train(config: Config, options: Options) -> None:
 
 def export(run: Run, config: Config, model: ActorCritic, collector: Collector, best: Best) -> None:
     """`last.safetensors`, and `best.safetensors` where evaluations have chosen one."""
-    facts = {"project": "ppo", "config": to_yaml(config), "env_steps": str(collector.num_steps * run.world)}
+    facts = {
+        "project": "ppo",
+        "config": to_yaml(config),
+        "env_steps": str(collector.num_steps * run.world),
+        "updates": str(num_updates(config)),  # of the whole run; fewer where it was stopped
+    }
     export_weights(run.folder / "last.safetensors", policy_weights(model, collector), facts | {"update": str(run.step)})
     if best.weights:
         facts |= {"update": str(best.update), "evaluation_return": str(best.score)}

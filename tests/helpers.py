@@ -82,6 +82,12 @@ def python(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def two_processes(module: str, *words: str) -> None:
+    """Run a program by torchrun in two processes, to its good end."""
+    done = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", module, *words)
+    assert done.returncode == 0, done.stderr
+
+
 def start_python(*words: str) -> subprocess.Popen[str]:
     """As `python`, without waiting for the end."""
     pipe = subprocess.PIPE

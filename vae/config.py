@@ -51,6 +51,12 @@ class DataConfig:
             "data.image_size",
             "must be 32 or 64 for data.dataset=dsprites",
         )
+        for name in ("binarize", "flip"):
+            require(
+                self.dataset != "dsprites" or getattr(self, name) in ("none", False),
+                f"data.{name}",
+                "is not for dsprites, which are black and white and whose place is a factor",
+            )
 
 
 @dataclass(frozen=True)
@@ -208,7 +214,6 @@ class EvalConfig:
     num_samples: int = 10_000  # generated images for the Fréchet distance; 0 = none
     features: Literal["classifier", "resnet20", "none"] = "none"  # what judges them; see diffusion's README
     disentanglement: bool = False  # MIG, DCI, SAP and the FactorVAE score; for data with known factors (dsprites)
-    factor_samples: int = 10_000  # images for those
     bins: int = 20  # of the mutual information gap
     traversal: float = 2.5  # latent traversals go from -this to this, in standard deviations of the prior
 
@@ -216,7 +221,6 @@ class EvalConfig:
         for name in ("num_images", "importance_samples", "num_samples"):
             require(getattr(self, name) >= 0, f"eval.{name}", "must not be negative")
         require(self.chunk >= 1, "eval.chunk", "must be at least 1")
-        require(self.factor_samples >= 100, "eval.factor_samples", "must be at least 100")
         require(self.bins >= 2, "eval.bins", "must be at least 2")
         require(0 < self.traversal < math.inf, "eval.traversal", "must be positive")
 
@@ -267,7 +271,7 @@ class Config(BaseConfig):
             "needs one layer of latents: model.kind=mlp or conv",
         )
         require(
-            self.eval.split != "validation" or self.data.validation or self.data.dataset == "dsprites",
+            self.eval.split != "validation" or self.data.validation,
             "eval.split",
             "validation needs data.validation above 0",
         )

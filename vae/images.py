@@ -28,8 +28,3 @@ def random_flip(x: Tensor, rng: torch.Generator) -> Tensor:
     """Mirror each image of (B, C, H, W) left to right with probability one half."""
     flip = torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device) < 0.5  # (B, 1, 1, 1)
     return torch.where(flip, x.flip(-1), x)
-
-
-def to_bytes(values: Tensor) -> Tensor:
-    """[0, 1], anything outside clamped -> uint8, rounded to nearest."""
-    return (values.float().clamp(0, 1) * 255).round().byte()

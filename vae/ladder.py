@@ -127,10 +127,15 @@ class Ladder(Autoencoder):
 
     def prior(self, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """Latents from the prior, layer by layer, given standard normal noise. (S, Z)"""
-        h = self.start.expand(len(noise), -1)
+        return self.complete(torch.zeros_like(noise), 0, temperature * noise)
+
+    def complete(self, z: Tensor, kept: int, noise: Tensor) -> Tensor:
+        """The first `kept` layers as they are in z, the others from the prior given those. (S, Z), (S, Z) -> (S, Z)"""
+        h = self.start.expand(len(z), -1)
         latents = []
-        for layer, e in zip(self.levels, noise.split(self.sizes, 1), strict=True):
-            z = Gaussian.from_network(layer.prior(h)).sample(temperature * e)
-            h = layer.step(h, z)
-            latents.append(z)
+        parts = zip(self.levels, z.split(self.sizes, 1), noise.split(self.sizes, 1), strict=True)
+        for level, (layer, given, e) in enumerate(parts):
+            part = given if level < kept else Gaussian.from_network(layer.prior(h)).sample(e)
+            h = layer.step(h, part)
+            latents.append(part)
         return torch.cat(latents, 1)

@@ -45,6 +45,11 @@ class Likelihood(nn.Module):
         raise NotImplementedError
 
 
+def at_least_fp32(values: Tensor) -> Tensor:
+    """What a network computed in half precision, in fp32: a sum over a thousand pixels needs the digits."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def sum_pixels(values: Tensor) -> Tensor:
     """(S, ...) -> (S,)"""
     return values.flatten(1).sum(1)
@@ -65,13 +70,13 @@ class Bernoulli(Likelihood):
 
     def log_prob(self, x: Tensor, output: Tensor) -> Tensor:
         """log p(x | z) for x in {0, 1}. (S, C, H, W), (S, C, H, W) -> (S,)"""
-        logits = output.float()
+        logits = at_least_fp32(output)
         # log Bernoulli(x; sigmoid(l)) = x l - log(1 + exp(l)): no sigmoid, hence no log of zero
         return sum_pixels(x * logits - F.softplus(logits))
 
     def mean(self, output: Tensor) -> Tensor:
         """Probability of white, in [0, 1]. (S, C, H, W)"""
-        return torch.sigmoid(output.float())
+        return torch.sigmoid(at_least_fp32(output))
 
     def draw(self, output: Tensor, rng: torch.Generator) -> Tensor:
         """A black and white image. (S, C, H, W)"""
@@ -106,7 +111,7 @@ class Gaussian(Likelihood):
 
     def split(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log sigma, the latter limited from below; either (S, C, H, W) or a number."""
-        output = output.float()
+        output = at_least_fp32(output)
         if self.sigma_from == "decoder":
             mean, log_sigma = output.split(self.channels, 1)
         else:
@@ -165,7 +170,7 @@ class LogisticMixture(Likelihood):
         """log weights (S, M, H, W), means and log scales (S, M, C, H, W), coefficients (S, M, C(C-1)/2, H, W)."""
         size, _, height, width = output.shape
         # (S, P, H, W) -> (S, M, P/M, H, W)
-        table = output.float().reshape(size, self.mixtures, -1, height, width)
+        table = at_least_fp32(output).reshape(size, self.mixtures, -1, height, width)
         weight, mean, log_scale, slope = table.split((1, self.channels, self.channels, self.coefficients), 2)
         return weight.squeeze(2).log_softmax(1), mean, log_scale.clamp(min=-7.0), torch.tanh(slope)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vae.config import ModelConfig
-from vae.likelihoods import Likelihood
+from vae.likelihoods import Likelihood, at_least_fp32
 
 L = TypeVar("L", bound=nn.Module)
 LOG_VARIANCE_RANGE = (-20.0, 10.0)  # exp() of what an untrained or a half-precision network says stays finite
@@ -23,7 +23,7 @@ ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "gelu": nn.GEL
 
 
 class Gaussian(NamedTuple):
-    """A diagonal normal distribution. Both tensors (..., Z), in fp32 whatever the network computes in."""
+    """A diagonal normal distribution. Both tensors (..., Z), in fp32 or finer whatever the network computes in."""
 
     mean: Tensor
     log_variance: Tensor
@@ -31,7 +31,7 @@ class Gaussian(NamedTuple):
     @classmethod
     def from_network(cls, output: Tensor) -> Gaussian:
         """(..., 2 Z) -> mean and log variance, the latter limited."""
-        mean, log_variance = output.float().chunk(2, -1)
+        mean, log_variance = at_least_fp32(output).chunk(2, -1)
         return cls(mean, log_variance.clamp(*LOG_VARIANCE_RANGE))
 
     def sample(self, noise: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vae.config import ObjectiveConfig
+from vae.likelihoods import at_least_fp32
 from vae.model import Draw, Gaussian
 
 
@@ -114,7 +115,7 @@ class Critic(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """log of the odds that z is a draw from q(z): its density there over that of the product. (B, Z) -> (B,)"""
-        return self.layers(z)[:, 0].float()
+        return at_least_fp32(self.layers(z)[:, 0])
 
 
 def permute_latents(z: Tensor, rng: torch.Generator) -> Tensor:

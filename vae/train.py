@@ -100,7 +100,7 @@ def train(config: Config, options: Options) -> None:
                 shown |= validate(ema.model, choosing, config, run)
             run.log(step, config.train.log_every, {"images": config.train.batch_size}, **shown)
             if run.is_main and run.due(step, config.train.sample_every):
-                save_progress(ema.model, x, config, run)
+                save_progress(ema.model, x, run)
             if run.save_due(step, config.train.save_every):
                 run.save(step, **parts)
         if run.is_main:
@@ -127,7 +127,12 @@ def validate(model: Autoencoder, images: Images, config: Config, run: Run) -> di
 
 def export(run: Run, config: Config, ema: EMA[Autoencoder]) -> None:
     """`model.safetensors`: the weights that sampling and evaluation use."""
-    facts = {"project": "vae", "step": str(run.step), "config": to_yaml(config)}
+    facts = {
+        "project": "vae",
+        "step": str(run.step),
+        "total_steps": str(config.train.steps),
+        "config": to_yaml(config),
+    }
     export_weights(run.folder / "model.safetensors", ema.state_dict(), facts)
 
 

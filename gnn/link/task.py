@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common.config import ConfigError, require
 from common.errors import ProjectError
-from common.runtime import mix_seed
+from common.runtime import indexed_seed, mix_seed
 from gnn.config import Config, LinkConfig
 from gnn.core.graph import Graph
 from gnn.core.outputs import write_embeddings, write_table
@@ -72,7 +72,7 @@ class LinkTrial:
 
     def evaluation_negatives(self, count: int, stream: int) -> Tensor:
         """Uniform pairs without an edge of any part, int64 (2, count), the same each time."""
-        rng = torch.Generator().manual_seed(mix_seed(self.seed, NEGATIVE_STREAM, stream))
+        rng = torch.Generator().manual_seed(indexed_seed(self.seed, NEGATIVE_STREAM, stream))
         return NegativeSampler(self.split.all, self.graph.num_nodes).draw_distinct(count, rng)
 
     def check(self) -> None:

@@ -90,6 +90,7 @@ class NodeTask(Task):
     def figures(self, model: nn.Module, folder: Path) -> None:
         """Embeddings coloured by class, errors, and, for attention, what the nodes listen to."""
         from gnn.core import pictures
+        from gnn.node.pictures import draw_attention
 
         graph = self.graph
         hidden = model.hidden(graph.features, self.structure)
@@ -99,7 +100,7 @@ class NodeTask(Task):
             folder / "confusion.png", logits[graph.test].argmax(dim=1), graph.labels[graph.test], graph.num_classes
         )
         if self.config.model.layer in ("gat", "gatv2"):
-            pictures.draw_attention(folder / "attention.png", model, graph, self.structure)
+            draw_attention(folder / "attention.png", model, graph, self.structure)
         if graph.num_nodes <= 200:
             pictures.draw_graph(folder / "graph.png", graph, logits.argmax(dim=1))
 

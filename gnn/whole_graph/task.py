@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from common.config import require
 from common.errors import ProjectError
 from common.logging import read_metrics
-from common.runtime import mix_seed
+from common.runtime import indexed_seed, mix_seed
 from gnn.config import Config
 from gnn.core.outputs import write_table
 from gnn.core.scores import accuracy, macro_f1
@@ -73,7 +73,7 @@ class GraphTask(Task):
             return rest, rest[:0], test
         one_in = round(1 / self.config.graph.validation)
         inner = stratified_folds(
-            labels[rest], one_in, mix_seed(self.config.seed + repetition, INNER_STREAM, trial % self.folds)
+            labels[rest], one_in, indexed_seed(self.config.seed + repetition, INNER_STREAM, trial % self.folds)
         )
         return rest[inner > 0], rest[inner == 0], test
 

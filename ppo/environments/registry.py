@@ -19,7 +19,8 @@ from ppo.checks import FirstLook
 from ppo.config import EnvConfig
 from ppo.environments.custom import nearest, spec_of, wrapped
 from ppo.environments.normalize import ObservationNormalizer
-from ppo.environments.vectors import GymVector, LocalVector, PoolVector, Vector
+from ppo.environments.pool import PoolVector
+from ppo.environments.vectors import GymVector, LocalVector, Vector
 from ppo.model import SMALLEST_IMAGE
 
 EXTRAS = {

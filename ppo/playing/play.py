@@ -20,6 +20,7 @@ from torch import Tensor
 from common.checkpoint import CheckpointError, Checkpoints, read_weights
 from common.config import ConfigError
 from common.errors import ProjectError
+from common.provenance import trained_otherwise
 from common.runtime import mix_seed
 from ppo.config import Config
 from ppo.environments.registry import as_input, make_vector, observation_normalizer, observation_shape
@@ -63,6 +64,9 @@ class Policy:
                 parts = weights
             else:
                 parts, self.facts = read_policy(weights)
+            problem = trained_otherwise(self.facts.get("config", ""), config, only=("model.",))
+            if problem:
+                raise CheckpointError(problem)
             self.model.load_state_dict(
                 {name.removeprefix("model."): value for name, value in parts.items() if name.startswith("model.")}
             )
@@ -100,7 +104,8 @@ def read_policy(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix == ".pt":
         state = Checkpoints.load(path)
         parts = state["parts"]
-        return named_weights(parts["model"], parts["collector"][0]["observations"]), {"update": str(state["step"])}
+        weights = named_weights(parts["model"], parts["collector"][0]["observations"])
+        return weights, {"update": str(state["step"]), "config": state["config"]}
     return read_weights(path)
 
 

@@ -20,11 +20,11 @@ from bench.gpu import campaign, diffusion, diffusion_pack, diffusion_speed
 from common.checkpoint import Checkpoints
 from common.config import Options, load, resolve
 from common.errors import ProjectError
+from common.judges.classifier import ResNet20
 from common.logging import read_metrics
 from common.run import Run
 from diffusion import eval as diffusion_eval
 from diffusion import train as diffusion_train
-from diffusion.classifier import ResNet20
 from diffusion.config import Config
 from diffusion.sample import load_model
 from tests.helpers import ROOT, python, same, status, stop_in_step

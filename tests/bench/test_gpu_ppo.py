@@ -75,7 +75,8 @@ def test_train_is_planned_once_goes_on_and_is_evaluated(tmp_path, monkeypatch):
     assert found["finished"] is True
     assert found["plan"]["steps"] == found["metrics"]["env_steps"] == 80
     assert [line["step"] for line in read_metrics(tmp_path / "pong/metrics.jsonl")] == [1, 2, 3, 4, 5]
-    assert 0 < found["metrics"]["lr"] <= 2.5e-4 / found["plan"]["updates"] * 1.001, "the rate ends one step above zero"
+    last = config.train.lr / found["plan"]["updates"]
+    assert 0 < found["metrics"]["lr"] <= last * 1.001, "the rate ends one step above zero"
     assert run(tmp_path, "train") == 0, "there is nothing left to do"
     assert run(tmp_path, "evaluate") == 0
     evaluated = result(tmp_path, "eval_pong")

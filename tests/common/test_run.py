@@ -280,6 +280,24 @@ def test_env_json_keeps_earlier_processes(tmp_path):
     assert all("earlier" not in entry for entry in env["earlier"])
 
 
+def test_other_circumstances_of_a_resumed_run_are_said(tmp_path, capfd, monkeypatch):
+    """Other threads, processes or precision change last digits; equal ones are no note."""
+    for flags in ((), ("resume",)):
+        with start(tmp_path, *flags) as run:
+            run.resume()
+            run.save(run.step + 1, number=1)
+    assert "note:" not in capfd.readouterr().err
+    env = json.loads((tmp_path / "run/env.json").read_text())
+    other = {"processes": 2, "threads": env["threads"] + 3, "precision": "float16"}
+    (tmp_path / "run/env.json").write_text(json.dumps(env | other))
+    with start(tmp_path, "resume") as run:
+        run.resume()
+    said = capfd.readouterr().err
+    assert "note: processes was 2, is now 1" in said
+    assert f"note: threads was {env['threads'] + 3}, is now {env['threads']}" in said
+    assert f"note: precision was float16, is now {env['precision']}" in said
+
+
 def test_temporaries_anywhere_are_removed_at_the_start(tmp_path):
     with start(tmp_path) as run:
         run.resume()

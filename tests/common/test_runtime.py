@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -12,14 +13,32 @@ from common import runtime
 from common.config import BaseConfig, ConfigError
 
 CPU = torch.device("cpu")
+RECORDED = (4578411104364001874, 6506799515145037213, 6233904063939786893)
 
 
 def test_mix_seed_separates_near_inputs():
     seeds = {runtime.mix_seed(a, b) for a in range(40) for b in range(40)}
     assert len(seeds) == 1600 and all(0 <= seed < 2**63 for seed in seeds)
     assert runtime.mix_seed(1, 2) != runtime.mix_seed(2, 1)
+    tuples = [numbers for length in range(1, 6) for numbers in itertools.product(range(3), repeat=length)]
+    assert len({runtime.mix_seed(*numbers) for numbers in tuples}) == len(tuples), "lengths and zeros at the end count"
     assert runtime.mix_seed(-1) == runtime.mix_seed(2**64 - 1)
     assert runtime.mix_seed(0, 1) == 2918264622725855778, "every run's data order hangs on this"
+
+
+def test_recorded_seeds_stay():
+    """Those of the first batch of samples, the first fold and the first episode, and of a run's initial weights."""
+    assert runtime.indexed_seed(3, 1_000_000_007, 0) == runtime.mix_seed(3, 1_000_000_007) == RECORDED[0]
+    assert runtime.indexed_seed(3, 1_000_000_007, 2) == runtime.mix_seed(3, 1_000_000_007, 2) == RECORDED[1]
+    assert runtime.mix_seed(3, 0) == RECORDED[2]
+
+
+def test_dropout_and_noise_of_a_step_are_of_different_streams():
+    """The first process's global generators, from which dropout draws, and the generator of the step."""
+    seed, step, rank = 5, 9, 0
+    runtime.seed_generators(CPU, seed, step, rank)
+    noise = torch.Generator().manual_seed(runtime.mix_seed(seed, step))
+    assert not torch.equal(torch.rand(5), torch.rand(5, generator=noise))
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", "cudaa", ""])

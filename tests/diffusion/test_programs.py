@@ -14,11 +14,11 @@ from PIL import Image
 
 import diffusion.eval
 import diffusion.sample
-from common.checkpoint import Checkpoints
+from common.checkpoint import Checkpoints, read_weights
 from common.config import Options, load
 from common.run import Run
 from diffusion.config import Config
-from tests.helpers import DIGITS, TINY, errors, python, status
+from tests.helpers import DIGITS, TINY, errors, python, status, stop_in_step, tiny, train
 
 QUICK = [
     "eval.num_samples=24",
@@ -108,6 +108,48 @@ def test_evaluation(run_dir, capsys):
     assert not (run_dir / "eval_samples").exists()
     with Image.open(run_dir / "figures/samples.png") as image:
         image.verify()
+
+
+def test_every_output_says_what_made_it(run_dir):
+    """eval.json and the tables name config and weights; what an earlier evaluation with tables left goes."""
+    table = ("eval.nfe_samples=8", "eval.nfe_table=[1]", "eval.guidance_table=[1]")
+    assert evaluate(run_dir, *table) == 0
+    first = json.loads((run_dir / "eval.json").read_text())
+    marks = {key: first[key] for key in ("config_sha256", "weights_sha256")}
+    for name in ("samplers", "guidance"):
+        assert marks.items() <= json.loads((run_dir / f"figures/{name}.json").read_text()).items()
+    assert evaluate(run_dir) == 0
+    second = json.loads((run_dir / "eval.json").read_text())
+    assert second["weights_sha256"] == first["weights_sha256"]
+    assert second["config_sha256"] != first["config_sha256"]
+    assert {path.stem for path in (run_dir / "figures").iterdir()} == {"samples", "neighbours"}
+
+
+def test_weights_of_a_stopped_run_say_so(run_dir, tmp_path, monkeypatch, capsys):
+    """In the metadata of the file, in eval.json, in the table and in a note."""
+    folder = tmp_path / "stopped"
+    stop_in_step(monkeypatch, 3)
+    assert train(tiny(folder)) == 143
+    facts = read_weights(folder / "model.safetensors")[1]
+    assert (facts["step"], facts["total_steps"]) == ("3", "12")
+    capsys.readouterr()
+    assert evaluate(folder) == 0
+    said = capsys.readouterr()
+    assert "the weights are of step 3 of 12: no finished training" in said.err
+    assert "after 3 of 12 steps" in said.out
+    result = json.loads(said.out.splitlines()[-1])
+    assert (result["checkpoint_step"], result["total_steps"]) == (3, 12)
+    assert evaluate(run_dir) == 0
+    assert "no finished training" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["objective.kind=edm", "objective.schedule=linear", "model.groups=2"])
+def test_weights_of_another_objective_are_refused(word, run_dir, capfd):
+    """No shape betrays them; their samples would be reported as this config's."""
+    assert evaluate(run_dir, word) == 1
+    (line,) = errors(capfd.readouterr().err)
+    assert f"trained with {word.split('=')[0]}=" in line
+    assert not (run_dir / "eval.json").exists()
 
 
 def test_sampling_as_a_process(run_dir):

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from common.config import ConfigError, Options
+from common.judges.classifier import ResNet20
 from diffusion import eval as evaluation
-from diffusion.classifier import ResNet20
 from diffusion.eval import main as evaluate
 from diffusion.eval import sample_key
 from diffusion.model import UNet

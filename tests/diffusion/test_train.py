@@ -13,12 +13,24 @@ from PIL import Image
 from safetensors import safe_open
 
 import diffusion.train
-from common.config import flatten, resolve
+from common.config import Options, flatten, resolve
 from common.logging import read_metrics
 from common.run import Run
 from diffusion.config import Config, TrainConfig
 from diffusion.train import drop_labels, learning_rate, random_flip
-from tests.helpers import DIGITS, STEPS, TINY, assert_same_run, checkpoint, errors, log, python, tiny, train
+from tests.helpers import (
+    DIGITS,
+    STEPS,
+    TINY,
+    assert_same_run,
+    checkpoint,
+    errors,
+    log,
+    same,
+    tiny,
+    train,
+    two_processes,
+)
 
 # -- two processes -----------------------------------------------------------------------------------------------------
 
@@ -26,21 +38,8 @@ from tests.helpers import DIGITS, STEPS, TINY, assert_same_run, checkpoint, erro
 @pytest.mark.parametrize("microbatch", [0, 3])
 def test_two_processes_equal_one(microbatch, tmp_path):
     words = ["precision=fp64", "model.dropout=0.0", "train.steps=5", "model.multipliers=[1,2]", "model.attention=[4]"]
-    result = python(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "diffusion.train",
-        "--config",
-        str(DIGITS),
-        *TINY,
-        *words,
-        f"train.microbatch={microbatch}",
-        f"run_dir={tmp_path / 'two'}",
-    )
-    assert result.returncode == 0, result.stderr
+    tiny_words = ["--config", str(DIGITS), *TINY, *words, f"train.microbatch={microbatch}"]
+    two_processes("diffusion.train", *tiny_words, f"run_dir={tmp_path / 'two'}")
     assert json.loads((tmp_path / "two/env.json").read_text())["processes"] == 2
     assert train(tiny(tmp_path / "one", *words)) == 0
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
@@ -52,6 +51,19 @@ def test_two_processes_equal_one(microbatch, tmp_path):
             torch.testing.assert_close(two[part][name], value, rtol=1e-6, atol=1e-9, msg=name)
     for mine, other in zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values(), strict=True):
         torch.testing.assert_close(other["exp_avg"], mine["exp_avg"], rtol=1e-6, atol=1e-12)  # the gradients themselves
+
+
+def test_dropout_masks_are_those_of_step_and_process(tmp_path):
+    """What holds with dropout: every run of two processes draws the same masks, the processes different ones."""
+
+    def masks(rank: int) -> list[torch.Tensor]:
+        run = Run(tiny(tmp_path / "run"), Options("train"))
+        run.rank = rank
+        return [torch.nn.functional.dropout(torch.ones(50), 0.3) for _ in run.steps(0, 2)]
+
+    assert same(masks(0), masks(0))
+    assert not torch.equal(masks(0)[0], masks(0)[1])
+    assert all(not torch.equal(*pair) for pair in zip(masks(0), masks(1)))
 
 
 def test_microbatches_equal_one_batch(tmp_path):

@@ -103,21 +103,15 @@ def test_own_files(kind, tmp_path):
         assert graph.num_classes == 3
 
 
+OWN = (
+    *("data.dataset=files", "data.edges=edges.csv", "data.features=features.csv", "data.labels=labels.csv"),
+    *("data.split=random", "data.train_per_class=1", "data.val_per_class=1"),
+)
+
+
 def test_own_files_train_and_evaluate(tmp_path):
     write_files(tmp_path)
-    data = [
-        "data.dataset=files",
-        "data.edges=edges.csv",
-        "data.features=features.csv",
-        "data.labels=labels.csv",
-        f"data_root={tmp_path}",
-        "data.split=random",
-        "data.train_per_class=1",
-        "data.val_per_class=1",
-        "train.steps=2",
-        "train.seeds=1",
-    ]
-    assert train(config(tmp_path / "run", *data)) == 0
+    assert train(config(tmp_path / "run", *OWN, f"data_root={tmp_path}", "train.steps=2", "train.seeds=1")) == 0
 
 
 @pytest.mark.parametrize(
@@ -138,17 +132,7 @@ def test_own_files_train_and_evaluate(tmp_path):
 def test_broken_files_are_one_line(file, text, message, tmp_path, capsys):
     write_files(tmp_path)
     (tmp_path / file).write_text(text)
-    data = [
-        "data.dataset=files",
-        "data.edges=edges.csv",
-        "data.features=features.csv",
-        "data.labels=labels.csv",
-        f"data_root={tmp_path}",
-        "data.split=random",
-        "data.train_per_class=1",
-        "data.val_per_class=1",
-    ]
-    assert train(config(tmp_path / "run", *data)) == 1
+    assert train(config(tmp_path / "run", *OWN, f"data_root={tmp_path}")) == 1
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line.startswith("error: ")
     assert message in line

@@ -17,6 +17,7 @@ from gnn.config import ModelConfig
 from gnn.core import layout, pictures
 from gnn.core.graph import Graph, build_graph
 from gnn.model import build_model
+from gnn.node.pictures import attention_of, draw_attention, row_entropy
 
 
 def check(path: Path) -> np.ndarray:
@@ -130,14 +131,14 @@ def test_right_and_wrong_predictions_look_different(tmp_path):
 def test_attention(tmp_path, layer, n, isolated, classes):
     graph = ring(n, isolated, classes)
     model = build_model(ModelConfig(layer=layer, hidden=8, heads=2), 5, classes).eval()
-    pictures.draw_attention(tmp_path / "a.png", model, graph, graph.structure())
+    draw_attention(tmp_path / "a.png", model, graph, graph.structure())
     check(tmp_path / "a.png")
 
 
 def test_attention_without_edges(tmp_path):
     graph = build_graph(torch.empty(2, 0, dtype=torch.int64), 4, torch.randn(4, 5))
     model = build_model(ModelConfig(layer="gat", hidden=8, heads=2), 5, 2).eval()
-    pictures.draw_attention(tmp_path / "a.png", model, graph, graph.structure())
+    draw_attention(tmp_path / "a.png", model, graph, graph.structure())
     check(tmp_path / "a.png")
 
 
@@ -147,17 +148,17 @@ def test_entropy_of_attention():
     """
     graph = ring(9, 1)
     model = build_model(ModelConfig(layer="gat", hidden=8, heads=2), 5, 2).eval()
-    rows, columns, weights = pictures.attention_of(model, graph, graph.structure())
+    rows, columns, weights = attention_of(model, graph, graph.structure())
     assert weights.shape == (2, 9 * 3 + 1) and len(columns) == len(rows)
     np.testing.assert_allclose(np.stack([np.bincount(rows, weights=w) for w in weights]), 1, rtol=1e-5)
     most = np.log(np.bincount(rows))
-    entropy = pictures.row_entropy(rows, weights, 10)
+    entropy = row_entropy(rows, weights, 10)
     assert (entropy <= most + 1e-6).all() and (entropy[:, :9] < most[:9] - 1e-9).any()
     with torch.no_grad():
         model.layers[0].att_src.zero_()
         model.layers[0].att_dst.zero_()
-    rows, _, uniform = pictures.attention_of(model, graph, graph.structure())
-    np.testing.assert_allclose(pictures.row_entropy(rows, uniform, 10), np.tile(most, (2, 1)), atol=1e-6)
+    rows, _, uniform = attention_of(model, graph, graph.structure())
+    np.testing.assert_allclose(row_entropy(rows, uniform, 10), np.tile(most, (2, 1)), atol=1e-6)
 
 
 FALLING = {step: [10.0**-step, 1.1 * 10.0**-step] for step in range(1, 5)}

@@ -23,7 +23,7 @@ from gnn.model import build_model
 from gnn.node.minibatch_task import BIPARTITE, Ahead, SampledNodeTask, as_structure, infer
 from gnn.node.neighbours import NeighborSampler
 from gnn.tasks import build_task
-from tests.helpers import ROOT, checkpoint, log, python
+from tests.helpers import ROOT, checkpoint, log, python, two_processes
 
 SOCIAL = ROOT / "configs/sage_social.yaml"
 CPU = torch.device("cpu")
@@ -321,20 +321,7 @@ def run_training(run_dir, *words):
 
 def test_two_processes_equal_one(tmp_path):
     words = ["precision=fp64", "model.dropout=0.0", "train.steps=4", "train.validate_every=2", "train.seeds=2"]
-    result = python(
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "gnn.train",
-        "--config",
-        str(SOCIAL),
-        *SMALL,
-        *words,
-        f"run_dir={tmp_path / 'two'}",
-    )
-    assert result.returncode == 0, result.stderr
+    two_processes("gnn.train", "--config", str(SOCIAL), *SMALL, *words, f"run_dir={tmp_path / 'two'}")
     assert json.loads((tmp_path / "two/env.json").read_text())["processes"] == 2
     run_training(tmp_path / "one", *words)
     for one, two in zip(

@@ -20,7 +20,7 @@ from common.report import read_run
 from gnn.task import Task
 from gnn.train import Best
 from tests.gnn.helpers import KARATE, config, evaluate, train
-from tests.helpers import ROOT, environment, python, same, stop_in_check
+from tests.helpers import ROOT, environment, python, same, stop_in_check, two_processes
 
 SMALL = ("train.steps=6", "train.seeds=3", "train.log_every=1", "eval.figures=false")
 
@@ -123,19 +123,9 @@ def test_nan_in_the_loss_names_the_step(tmp_path, monkeypatch, capsys):
 
 def test_two_processes_equal_one(tmp_path):
     """The whole graph is in every process and all draw alike, so more processes change nothing (and gain nothing)."""
-    command = ["-m", "gnn.train", "--config", str(KARATE), "precision=fp64", "device=cpu", *SMALL]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, *command, f"run_dir={tmp_path / 'two'}"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert python(*command, f"run_dir={tmp_path / 'one'}").returncode == 0
+    words = ["--config", str(KARATE), "precision=fp64", "device=cpu", *SMALL]
+    two_processes("gnn.train", *words, f"run_dir={tmp_path / 'two'}")
+    assert python("-m", "gnn.train", *words, f"run_dir={tmp_path / 'one'}").returncode == 0
     for name, parts in weights(tmp_path / "one").items():
         for key, value in parts.items():
             torch.testing.assert_close(weights(tmp_path / "two")[name][key], value, rtol=0, atol=1e-6)
@@ -199,19 +189,10 @@ def test_the_first_process_decides_what_is_kept(tmp_path):
     """Batch norm's running means differ between processes, and so does what they validate; the weights they keep, and
     the step at which patience ends a seed, do not.
     """
-    words = ("sampling.kind=neighbors", "model.layer=sage", "model.norm=batch", "train.batch_size=4", "model.layers=2")
-    command = ["-m", "gnn.train", "--config", str(KARATE), "device=cpu", *words, "train.steps=40", "train.patience=3"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, *command, "train.lr=0.1", "train.seeds=2", f"run_dir={tmp_path / 'two'}"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    model = ("sampling.kind=neighbors", "model.layer=sage", "model.norm=batch", "model.layers=2")
+    training = ("train.batch_size=4", "train.steps=40", "train.patience=3", "train.lr=0.1", "train.seeds=2")
+    run_dir = f"run_dir={tmp_path / 'two'}"
+    two_processes("gnn.train", "--config", str(KARATE), "device=cpu", *model, *training, run_dir)
     assert len(weights(tmp_path / "two")) == 2
 
 

@@ -16,8 +16,8 @@ import torch
 from common.errors import ProjectError
 from common.runtime import mix_seed
 from ppo.config import EnvConfig
+from ppo.environments.pool import PoolVector
 from ppo.environments.registry import make_vector, pool_task, register_atari
-from ppo.environments.vectors import PoolVector
 from tests.helpers import errors, same, stop_in_check
 from tests.ppo.helpers import acting, collector_for, config, evaluate, log, train, weights
 

@@ -8,11 +8,13 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.utils.env_checker import check_env
 
 from common.config import ConfigError, resolve
 from common.errors import ProjectError
@@ -70,6 +72,17 @@ def here(tmp_path, monkeypatch):
     for name in ("own_env", "broken_env", "failing_env"):
         sys.modules.pop(name, None)
     gym.registry.pop("own/Plain-v0", None)
+
+
+@pytest.mark.parametrize("file", ["ppo/README.md", "CONTRIBUTING.md"])
+def test_the_examples_are_environments_by_gymnasiums_own_check(file):
+    """`Walk`, as the README and the recipe show it."""
+    text = (ROOT / file).read_text()
+    start = text.rindex("\n", 0, text.index("class Walk(gym.Env)"))
+    end = text.index("False, {}\n", start) + len("False, {}\n")
+    names = {"gym": gym, "np": np}
+    exec(textwrap.dedent(text[start:end]), names)
+    check_env(names["Walk"](), skip_render_check=True)
 
 
 def test_the_example_of_the_readme(tmp_path):

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import math
+import shutil
 from itertools import pairwise
 
 import numpy as np
@@ -14,14 +15,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from common.checkpoint import read_weights
 from common.config import load
+from common.files import sha256
 from common.logging import read_metrics
+from common.provenance import config_hash
 from common.run import Run
 from ppo.config import Config
 from ppo.environments.registry import make_vector
 from ppo.environments.vectors import LocalVector
 from ppo.playing.play import Policy, play
-from tests.helpers import errors, python, same
+from tests.helpers import errors, python, same, stop_in_check
 from tests.ppo.helpers import TINY, UPDATES, Counting, config, evaluate, log, train, two_processes, weights
 
 NORMAL = (
@@ -156,6 +160,65 @@ def test_evaluation_measures_and_repeats_itself(trained, capsys):
             assert all(float(row["return"]) == float(row["length"]) for row in rows), "CartPole pays one a step"
     assert metrics["return_mean"] != metrics["return_mean_stochastic"]
     assert metrics["steps_total"] == read_metrics(trained / "metrics.jsonl")[-1]["env_steps"]
+
+
+def test_every_output_says_what_made_it(trained, tmp_path):
+    """The hashes of config, weights and table in eval.json; pictures of an earlier evaluation go."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    (folder / "figures").mkdir(exist_ok=True)
+    (folder / "figures/episode.gif").write_bytes(b"of other weights")
+    made = config(folder, *NORMAL, "eval.video=false")
+    assert evaluate(made) == 0
+    found = json.loads((folder / "eval.json").read_text())
+    assert found["config_sha256"] == config_hash(config(tmp_path / "elsewhere", *NORMAL, "eval.video=false"))
+    assert found["weights_sha256"] == sha256(folder / "last.safetensors")
+    assert found["outputs"] == {"episodes.csv": sha256(folder / "episodes.csv")}
+    assert not (folder / "figures/episode.gif").exists()
+
+
+def test_weights_of_another_config_are_not_taken_for_this_one(trained, capsys):
+    """A function that no shape betrays is refused, another environment is said."""
+    assert evaluate(config(trained, *NORMAL, "model.activation=relu")) == 1
+    assert "trained with model.activation=tanh, not relu" in errors(capsys.readouterr().err)[0]
+    assert evaluate(config(trained, *NORMAL, "env.max_episode_steps=50")) == 0
+    assert "note: the policy was trained with env.max_episode_steps=0, not 50" in capsys.readouterr().err
+
+
+def test_weights_of_a_stopped_run_say_so(tmp_path, monkeypatch, capsys):
+    """In the file's metadata, in eval.json and in a note; weights older than the newest checkpoint, too."""
+    folder = tmp_path / "run"
+    stop_in_check(monkeypatch, 2)
+    assert train(config(folder, *NORMAL)) == 143
+    facts = read_weights(folder / "last.safetensors")[1]
+    assert int(facts["update"]) == 2 < int(facts["updates"])
+    assert evaluate(config(folder, *NORMAL)) == 0
+    said = capsys.readouterr()
+    assert f"the weights are of update 2 of {facts['updates']}: no finished training" in said.err
+    found = json.loads(said.out.splitlines()[-1])
+    assert (found["checkpoint_step"], found["total_steps"]) == (2, int(facts["updates"]))
+    old = (folder / "last.safetensors").read_bytes()
+    assert train(config(folder, *NORMAL), resume=True) == 0
+    (folder / "last.safetensors").write_bytes(old)  # as after a kill -9 before the export
+    assert evaluate(config(folder, *NORMAL)) == 0
+    assert f"--checkpoint {int(facts['updates']):08d}.pt" in capsys.readouterr().err
+
+
+def test_flipped_bits_in_exported_weights_are_noticed(trained, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    (folder / "eval.json").unlink(missing_ok=True)
+    path = folder / "last.safetensors"
+    whole = path.read_bytes()
+    capsys.readouterr()
+    for place in np.linspace(0, len(whole) - 1, 12).astype(int):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(place) % 8
+        path.write_bytes(damaged)
+        assert evaluate(config(folder, *NORMAL)) == 1, place
+        (line,) = errors(capsys.readouterr().err)
+        assert str(path) in line
+    assert not (folder / "eval.json").exists()
 
 
 def test_evaluation_changes_nothing_that_was_learned(trained):

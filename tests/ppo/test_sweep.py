@@ -127,6 +127,18 @@ def test_results_of_other_weights_are_made_anew(swept):
     assert json.loads(path.read_text())["metrics"] == told["metrics"]
 
 
+def test_an_evaluation_by_hand_with_other_settings_is_made_anew(swept):
+    """`ppo.eval eval.episodes=2` leaves the config of the run as it is, and its eval.json is not the sweep's."""
+    folder, _ = swept
+    sweep = words(folder, "--seeds", "1", "--first", "1", "eval.episodes=4")
+    assert python(*sweep).returncode == 0
+    expected = json.loads((folder / "001/eval.json").read_text())
+    assert python("-m", "ppo.eval", "--run", str(folder / "001"), "eval.episodes=2").returncode == 0
+    assert json.loads((folder / "001/eval.json").read_text())["n"] == {"episodes": 2}
+    assert python(*sweep).returncode == 0
+    assert json.loads((folder / "001/eval.json").read_text())["metrics"] == expected["metrics"]
+
+
 @pytest.mark.parametrize("word", ["seed=3", "run_dir=here"])
 def test_overrides_that_a_sweep_sets_itself_are_refused(word, tmp_path):
     done = python(*words(tmp_path / "seeds", word))

@@ -32,10 +32,10 @@ def binarize(images: Tensor, generator: torch.Generator) -> Tensor:
         images: uint8, any shape.
         generator: on the device of the images; it is advanced by one number a pixel.
     Returns:
-        float32 of the same shape, 0 or 1. Black pixels are always 0 and white ones always 1.
+        Float of the same shape, 0 or 1. Black pixels are always 0 and white ones always 1.
     """
     noise = torch.rand(images.shape, generator=generator, device=images.device)  # in [0, 1)
-    return (noise < images / 255).float()
+    return (noise < images / 255).to(noise.dtype)
 
 
 def binarize_static(images: Tensor, number: int) -> Tensor:
@@ -66,10 +66,10 @@ def dequantize(images: Tensor, generator: torch.Generator) -> Tensor:
         images: uint8, any shape.
         generator: on the device of the images.
     Returns:
-        float32 of the same shape. Never 1, to which 32 bits would round white pixels now and then.
+        Float of the same shape, never 1: 32 bits would round one bright pixel in 130,000 up to the next value.
     """
     noise = torch.rand(images.shape, generator=generator, device=images.device)
-    return ((images + noise) / LEVELS).clamp(max=1 - 2**-24)  # the largest float32 below 1
+    return (images + noise.clamp(max=1 - 2**-16)) / LEVELS  # 2^-16: what float32 still tells apart at 255
 
 
 def bits_per_dimension(log_density: Tensor, dimensions: int) -> Tensor:

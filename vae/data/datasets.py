@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,11 +27,9 @@ from common.images import (
     resize,
 )
 from common.images.memory import draw_indices
+from vae.config import DataConfig
 from vae.data.binarize import binarize_static
-from vae.data.dsprites import IMAGE_SIZES, NUM_IMAGES, Dsprites, split_indices
-
-if TYPE_CHECKING:
-    from vae.config import DataConfig
+from vae.data.dsprites import NUM_IMAGES, Dsprites, split_indices
 
 Split = Literal["train", "validation", "test"]
 FileSplit = Literal["train", "test"]  # what the files know
@@ -79,8 +77,6 @@ def read_whole(config: DataConfig, root: Path, files: FileSplit) -> MemoryImages
 
 def load_dsprites(config: DataConfig, split: Split) -> Dsprites:
     """dSprites drawn at `data.image_size`, with their factors. All of them at 64 pixels take 3 GB."""
-    if config.image_size not in IMAGE_SIZES:
-        raise ProjectError(f"data.image_size: dSprites are drawn at 32 or 64 pixels, not {config.image_size}")
     if config.validation > MOST_DSPRITES:
         raise ProjectError(f"data.validation: at most {MOST_DSPRITES} of the dSprites, not {config.validation}")
     most = NUM_IMAGES - MOST_DSPRITES - config.validation

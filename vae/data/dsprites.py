@@ -29,6 +29,7 @@ from common.runtime import mix_seed
 
 FACTOR_NAMES = ("color", "shape", "scale", "orientation", "position_x", "position_y")
 FACTOR_SIZES = (1, 3, 6, 40, 32, 32)
+CATEGORICAL = (1,)  # the columns of factors whose values have no order: the shape
 NUM_IMAGES = math.prod(FACTOR_SIZES)
 SHAPE_NAMES = ("square", "ellipse", "heart")
 SCALES = np.linspace(0.5, 1, 6)

@@ -3,7 +3,7 @@ instance).
 
 `ResNet20` is the CIFAR-10 network of He et al. 2016 and loads a public checkpoint. `SmallCNN` is trained on the spot,
 in about a minute on one CPU core for MNIST, and kept in a cache. Both map uint8 images to (features,
-log-probabilities), and judge only: nothing here is trained together with the diffusion model.
+log-probabilities), and judge only: nothing here is trained together with a generative model.
 
 Shape legend: B images, C channels, H x W pixels, D features, K classes.
 """
@@ -28,7 +28,7 @@ from common.runtime import choose_precision
 
 logger = logging.getLogger(__name__)
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "architecture": "small-cnn-1",
     "widths": [32, 64, 128],
     "images_seen": 240_000,
@@ -75,6 +75,8 @@ class ResNet20(nn.Module):
     name = "fd_resnet20"
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     test_accuracy: float | None = None
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +226,7 @@ def train_classifier(
     """
     rng = torch.Generator().manual_seed(seed)
     device = torch.device(device)
-    network = network.to(device, memory_format=torch.channels_last).train()
+    network = network.to(device).to(memory_format=torch.channels_last).train()
     batch_size = min(256 if len(images) >= 10_000 else 64, len(images))
     fewest, most = RECIPE["epochs"]
     epochs = min(most, max(fewest, RECIPE["images_seen"] // len(images)))
@@ -299,7 +301,7 @@ def cached_classifier(
         network.load_state_dict(cached[0])
         network.test_accuracy = cached[1]["test_accuracy"]
     log(f"classifier for {network.name}: test accuracy {network.test_accuracy:.4f}")
-    return network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return network.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def new_classifier(name: str, channels: int, num_classes: int, seed: int) -> SmallCNN:
@@ -315,7 +317,7 @@ def new_classifier(name: str, channels: int, num_classes: int, seed: int) -> Sma
 def checksum(tensor: Tensor) -> str:
     """SHA-256 of a tensor's type, shape and content."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from common.errors import ProjectError
 from common.files import sha256
-from diffusion.classifier import load_tensors
+from common.judges.classifier import load_tensors
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -122,7 +122,8 @@ class TruncatedInception(nn.Module):
         x = (x - 128) / 128  # (B, 3, 299, 299)
         for name, layer in self.layers.items():
             if self.spatial and name == "Mixed_6d":
-                branch = layer.branch1x1(x)  # (B, 192, 17, 17): this layer's first branch is all that is asked for
+                # (B, 192, 17, 17): this layer's first branch is all that is asked for
+                branch = layer.get_submodule("branch1x1")(x)
                 return branch[:, :SPATIAL_CHANNELS].flatten(1)  # (B, 7 * 17 * 17)
             x = layer(x)
         return x.float().mean(dim=(2, 3))  # (B, 768, 17, 17) -> (B, 768)

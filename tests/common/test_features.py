@@ -16,9 +16,16 @@ from torch import Tensor, nn
 
 from common.config import ConfigError
 from common.errors import ProjectError
-from diffusion import classifier, features, inception
-from diffusion.classifier import SmallCNN, accuracy, cached_classifier, load_resnet20, new_classifier, train_classifier
-from diffusion.features import (
+from common.judges import classifier, features, inception
+from common.judges.classifier import (
+    SmallCNN,
+    accuracy,
+    cached_classifier,
+    load_resnet20,
+    new_classifier,
+    train_classifier,
+)
+from common.judges.features import (
     build_extractor,
     conditional_accuracy,
     extract,

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from common.config import ConfigError
 from common.errors import ProjectError
-from common.metrics import FeatureStatistics
-from diffusion.classifier import (
+from common.judges.classifier import (
     cache_path,
     cached_classifier,
     checksum,
@@ -28,7 +27,8 @@ from diffusion.classifier import (
     read_cache,
     write_cache,
 )
-from diffusion.inception import InceptionFeatures, TruncatedInception, inception_weights, truncated_weights
+from common.judges.inception import InceptionFeatures, TruncatedInception, inception_weights, truncated_weights
+from common.metrics import FeatureStatistics
 
 CHUNK_ELEMENTS = 2**23  # of one block of a distance matrix: 67 MB in float64
 
@@ -45,10 +45,12 @@ class FeatureExtractor(Protocol):
         test_accuracy: that of its class predictions, where it was measured.
     """
 
-    name: str
-    class_names: tuple[str, ...] | None
-    test_accuracy: float | None
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def class_names(self) -> tuple[str, ...] | None: ...
+    @property
+    def test_accuracy(self) -> float | None: ...
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """uint8 (B, C, H, W) -> features float32 (B, D), log-probabilities float32 (B, K) or None."""
 
@@ -93,7 +95,7 @@ def build_extractor(
             log(f"no FID, but a Frechet distance on a classifier's features: {error}")
     if features in ("inception768", "inception_spatial"):
         network = TruncatedInception(truncated_weights(data_root, inception), features, dtype)
-        return network.to(device, memory_format=torch.channels_last)
+        return network.to(device).to(memory_format=torch.channels_last)
     resnet20 = Path(weights) if weights else data_root / "pretrained_resnet_cifar10"
     if features == "resnet20" or (features == "auto" and dataset == "cifar10" and resnet20.exists()):
         return load_resnet20(resnet20).to(device)
@@ -121,8 +123,9 @@ def extract(
     for batch in track(images.split(batch_size)):
         f, p = extractor(batch.to(device))
         features.append(f.float().cpu())
-        log_probs.append(None if p is None else p.float().cpu())
-    return torch.cat(features), None if log_probs[0] is None else torch.cat(log_probs)
+        if p is not None:
+            log_probs.append(p.float().cpu())
+    return torch.cat(features), torch.cat(log_probs) if log_probs else None
 
 
 def reference_statistics(
@@ -220,8 +223,8 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, k: int = 5) ->
         distance = squared_distances(points, fake).sqrt()  # (rows, M)
         inside = distance <= radius[:, None]
         in_real_balls += inside.sum(dim=0)
-        covered += inside.any(dim=1).sum().item()
-        recalled += (distance <= fake_radius[None]).any(dim=1).sum().item()
+        covered += int(inside.any(dim=1).sum())
+        recalled += int((distance <= fake_radius[None]).any(dim=1).sum())
     return {
         "precision": (in_real_balls > 0).double().mean().item(),
         "recall": recalled / len(real),

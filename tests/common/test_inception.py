@@ -11,10 +11,10 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 
 from common.config import Options
 from common.errors import ProjectError
-from diffusion import inception
+from common.judges import inception
+from common.judges.inception import TruncatedInception, layer_names, truncated_weights
 from diffusion.config import Config
 from diffusion.eval import main as evaluate
-from diffusion.inception import TruncatedInception, layer_names, truncated_weights
 from tests.helpers import ROOT, status, tiny, train
 
 DATA = ROOT / "data"
