@@ -31,15 +31,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.config import Options, resolve, to_yaml
+from common.checkpoint import read_weights
+from common.config import resolve, to_yaml
 from common.files import read_json, write_json, write_text
 from common.images import MemoryImages
-from common.run import Run
 from common.runtime import use_threads
 from vae.config import Config
 from vae.data import load_images
 from vae.images import prepare
-from vae.load import load_model
+from vae.load import build_model
 from vae.model import VAE, Gaussian
 
 RUNS = Path("runs/vae_table")
@@ -107,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     # seed by seed, so that a table of few seeds is whole early
     tasks = [(cell, seed) for seed in range(args.first_seed, args.first_seed + args.seeds) for cell in cells]
     with ThreadPoolExecutor(args.jobs) as pool:
-        for record in pool.map(lambda task: run_cell(*task, args.runs, extra, args.threads), tasks):
+        in_turns = pool.map if args.jobs > 1 else map  # one job needs no thread of its own
+        for record in in_turns(lambda task: run_cell(*task, args.runs, extra, args.threads), tasks):
             print(f"{record['cell']}, seed {record['seed']}: MIG {record['mig']:.3f}", flush=True)
             write(args.runs, args.results)
 
@@ -211,20 +212,17 @@ def command(arguments: list[str], threads: int) -> float:
 
 @torch.no_grad()
 def total_correlation(config: Config, draws: int = DRAWS) -> float:
-    """KL(q(z) || product of q(z_j)) in nats, of the trained model; q(z) is the mean over all training images, as in the
-    objective.
+    """KL(q(z) || product of q(z_j)) in nats, of the trained model in float32; q(z) is the mean over all training
+    images, as in the objective.
     """
     images = load_images(config.data, config.data_root)
     assert isinstance(images, MemoryImages)
-    with Run(config, Options("eval")) as run:
-        model, _ = load_model(config, Options("eval"), run)
-        assert isinstance(model, VAE)
-        rng = torch.Generator().manual_seed(config.seed)
-        parts = []
-        for pixels in images.images.split(1000):
-            with run.autocast():
-                parts.append(model.infer(prepare(pixels.to(run.device), config, run.generator(1))))
-    posterior = Gaussian(*(torch.cat(values).cpu() for values in zip(*parts, strict=True)))
+    model = build_model(config).eval()
+    model.load_state_dict(read_weights(Path(config.run_dir) / "model.safetensors")[0])
+    assert isinstance(model, VAE)
+    rng = torch.Generator().manual_seed(config.seed)
+    parts = [model.infer(prepare(pixels, config, rng)) for pixels in images.images.split(1000)]
+    posterior = Gaussian(*(torch.cat(values) for values in zip(*parts, strict=True)))
     chosen = torch.randint(len(images), (draws,), generator=rng)
     own = Gaussian(posterior.mean[chosen], posterior.log_variance[chosen])
     return estimate_total_correlation(posterior, own.sample(torch.randn(own.mean.shape, generator=rng)))

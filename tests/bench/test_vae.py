@@ -1,4 +1,4 @@
-"""The benchmark refuses networks that differ and ends with its JSON line. Not a measurement: two steps, tiny networks."""
+"""The benchmark refuses networks that differ and ends with its JSON line. Not a measurement: two steps, small."""
 
 from __future__ import annotations
 
