@@ -81,18 +81,18 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """A name for the disk: `beta-TCVAE, beta 4` -> `beta-tcvae_beta_4`."""
+        """A name for the disk: `beta-TCVAE, beta 3` -> `beta-tcvae_beta_3`."""
         return self.label.lower().replace(",", "").replace(" ", "_")
 
 
 CELLS = (
     Cell("VAE", BETA, ("objective.beta=1",)),
-    Cell("beta-VAE, beta 4", BETA, ("objective.beta=4",)),
-    Cell("beta-VAE, beta 8", BETA, ("objective.beta=8",)),
-    Cell("beta-TCVAE, beta 4", TC, ("objective.beta=4", "objective.estimator=stratified")),
-    Cell("beta-TCVAE, beta 8", TC, ("objective.beta=8", "objective.estimator=stratified")),
-    Cell("beta-TCVAE as published, beta 4", TC, ("objective.beta=4", "objective.estimator=published")),
-    Cell("beta-TCVAE as published, beta 8", TC, ("objective.beta=8", "objective.estimator=published")),
+    Cell("beta-VAE, beta 3", BETA, ("objective.beta=3",)),
+    Cell("beta-VAE, beta 6", BETA, ("objective.beta=6",)),
+    Cell("beta-TCVAE, beta 3", TC, ("objective.beta=3", "objective.estimator=stratified")),
+    Cell("beta-TCVAE, beta 6", TC, ("objective.beta=6", "objective.estimator=stratified")),
+    Cell("beta-TCVAE as published, beta 3", TC, ("objective.beta=3", "objective.estimator=published")),
+    Cell("beta-TCVAE as published, beta 6", TC, ("objective.beta=6", "objective.estimator=published")),
     Cell("FactorVAE, gamma 10", FACTOR, ("objective.beta=10",)),
     Cell("FactorVAE, gamma 30", FACTOR, ("objective.beta=30",)),
 )
