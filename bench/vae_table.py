@@ -69,6 +69,7 @@ COLUMNS = {
     "total_correlation": "total correlation (nats)",
     "active_units": "active units",
 }
+SCORES = ("mig", "dci", "sap", "factor_vae_score")  # fractions
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ def table(records: list[dict]) -> str:
         rows = [record for record in records if record["cell"] == cell.label]
         if not rows:
             continue
-        cells = [spread([row[name] for row in rows], 1 if "nats" in title else 3) for name, title in COLUMNS.items()]
+        cells = [spread([row[name] for row in rows], 3 if name in SCORES else 1) for name in COLUMNS]
         timed = [row["train_cpu_seconds"] for row in rows if row["train_cpu_seconds"] is not None]
         cost = f"{statistics.mean(timed):.0f}" if timed else ""
         lines.append(f"| {cell.label} | {len(rows)} | {' | '.join(cells)} | {cost} |")
