@@ -93,7 +93,9 @@ class Task:
     def fingerprint(self) -> str:
         """SHA-256 of edges, labels and features as they were read, by which a resumed run knows its data."""
         data = getattr(self, "whole", None) or self.graph
-        parts = {item.name: getattr(data, item.name) for item in dataclasses.fields(data)}
+        # a graph is a dataclass, which may have computed more than its fields; many graphs are a plain class
+        names = [item.name for item in dataclasses.fields(data)] if dataclasses.is_dataclass(data) else list(vars(data))
+        parts = {name: getattr(data, name) for name in names}
         parts |= {f"{name}.values": part.values for name, part in parts.items() if isinstance(part, SparseFeatures)}
         return weights_hash({name: part.cpu() for name, part in parts.items() if isinstance(part, Tensor)})
 

@@ -73,7 +73,7 @@ class ModelConfig:
     ladder: tuple[int, ...] = (10, 10, 10, 10, 10)
     # ladder: how the image is read and drawn, by a stack of linear layers (`hidden`) or of convolutions
     network: Literal["mlp", "conv"] = "mlp"
-    activation: Literal["relu", "tanh", "silu", "gelu"] = "silu"
+    activation: Literal["relu", "tanh", "silu", "gelu"] = "silu"  # between the layers
     dropout: float = 0.0  # of the encoder's and decoder's hidden layers
 
     def __post_init__(self) -> None:
