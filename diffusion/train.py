@@ -19,6 +19,7 @@ from common.checkpoint import export_weights
 from common.config import require
 from common.ema import EMA
 from common.errors import exits_cleanly
+from common.images.memory import random_flip
 from common.rates import learning_rate
 from common.run import Run
 from common.runtime import check_machine, count_parameters
@@ -129,12 +130,6 @@ def export(run: Run, config: Config, model: UNet | MLP, ema: EMA, measured: Meas
         "config": to_yaml(config),
     }
     export_weights(run.folder / "model.safetensors", weights, facts)
-
-
-def random_flip(x: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
-    """Mirror each image of (B, C, H, W) left to right with probability one half."""
-    flip = torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device) < 0.5  # (B, 1, 1, 1)
-    return torch.where(flip, x.flip(-1), x)
 
 
 def drop_labels(labels: torch.Tensor | None, config: Config, rng: torch.Generator) -> torch.Tensor | None:

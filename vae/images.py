@@ -30,9 +30,3 @@ def expected(pixels: Tensor, config: Config) -> Tensor:
     """
     values = pixels.to(torch.get_default_dtype())
     return (values + 0.5) / 256 if config.likelihood.kind == "gaussian" else values / 255
-
-
-def random_flip(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Mirror each image of (B, C, H, W) left to right with probability one half."""
-    flip = torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device) < 0.5  # (B, 1, 1, 1)
-    return torch.where(flip, x.flip(-1), x)

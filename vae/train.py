@@ -22,12 +22,13 @@ from common.config import require
 from common.ema import EMA
 from common.errors import exits_cleanly
 from common.images import Images
+from common.images.memory import random_flip
 from common.rates import learning_rate
 from common.run import Run
 from common.runtime import check_machine, count_parameters
 from vae.data import load_images
 from vae.figures import save_progress
-from vae.images import prepare, random_flip
+from vae.images import prepare
 from vae.load import build_model
 from vae.metrics.likelihood import Bounds, active_units, estimate_bounds
 from vae.model import Autoencoder, Draw

@@ -126,3 +126,9 @@ def resize(data: MemoryImages, size: int) -> MemoryImages:
         data.images.float(), size=(size, size), mode="bilinear", antialias=True, align_corners=False
     )
     return MemoryImages(data.name, pixels.round().clamp(0, 255).byte(), data.labels, data.class_names)
+
+
+def random_flip(x: Tensor, rng: torch.Generator) -> Tensor:
+    """Mirror each image of (B, C, H, W) left to right with probability one half."""
+    flip = torch.rand(len(x), 1, 1, 1, generator=rng, device=x.device) < 0.5  # (B, 1, 1, 1)
+    return torch.where(flip, x.flip(-1), x)
