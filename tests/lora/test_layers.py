@@ -92,7 +92,9 @@ def test_merged_weights_as_in_peft(case):
     merge(ours)
     unload(ours)
     merged = theirs.merge_and_unload()
-    assert {type(module).__name__ for module in ours.modules()} == {type(module).__name__ for module in merged.modules()}
+    assert {type(module).__name__ for module in ours.modules()} == {
+        type(module).__name__ for module in merged.modules()
+    }
     for name in names:
         assert gap(ours.get_submodule(name).weight, merged.get_submodule(name).weight) < 1e-6
     assert gap(output(ours, x), before) < 1e-5
