@@ -1,7 +1,7 @@
 """Many adapters on one base: each row of a batch has its own, and a router can choose it by the prompt.
 
-Of n adapters every layer keeps A and B in two stacked tensors. The rows of a batch pick theirs by index, and two batched
-products do the rest, however many adapters take part:
+Of n adapters every layer keeps A and B in two stacked tensors. The rows of a batch pick theirs by index, and two
+batched products do the rest, however many adapters take part:
 
     y[i] = W x[i] + B[k_i] A[k_i] x[i]        k_i: the adapter of row i; 0 is the base, whose A and B are zero
 
@@ -274,11 +274,11 @@ class Router:
             raise ProjectError(f"the router knows no {name}; it knows: {', '.join(self.centroids) or 'nothing'}")
         del self.centroids[name], self.thresholds[name]
 
+    @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings of length 1. (N, D)"""
         return F.normalize(self.encode(list(prompts)).float(), dim=1)
 
-    @torch.no_grad()
     def route(self, prompts: Sequence[str]) -> list[str]:
         """The adapter's name for each prompt, "base" for one that is like none of them."""
         if not self.centroids or not prompts:
