@@ -37,9 +37,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = Fal
 
     causal: query i sees the keys 0..i; then Q = T.
 
-    PyTorch's fused kernel never holds the (Q, T) table of weights and is the faster one nearly everywhere. The exception
-    is bf16 on a CPU: its backward pass took 40 percent of a whole training step, five times what the formula written out
-    takes, which multiplies in bf16 (PyTorch 2.14, AMX; `bench.clip` times the step).
+    PyTorch's fused kernel never holds the (Q, T) table of weights and is the faster one nearly everywhere. The
+    exception is bf16 on a CPU: there its backward pass took 40 percent of a whole training step, five times what the
+    formula written out takes (PyTorch 2.14, AMX; `bench.clip` times the step).
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
