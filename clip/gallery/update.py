@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from clip.gallery.store import Entry, Stamp, Store
@@ -187,7 +187,7 @@ def decode(data: bytes, preprocess: Preprocess) -> Tensor:
 
 def why(error: BaseException) -> str:
     """A reason without addresses of Python objects."""
-    if isinstance(error, Image.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "not a readable image"
     if isinstance(error, OSError) and error.errno:
         return errno.errorcode.get(error.errno, "") + " " + os.strerror(error.errno)
