@@ -177,7 +177,10 @@ def optimizer_groups(model: CLIP, config: Config) -> list[dict[str, Any]]:
     """`parameter_groups`, those of pretrained layers apart: they learn at `train.tower_lr` times the rate."""
     pretrained = {
         id(parameter)
-        for encoder, kind in ((model.image_encoder, config.model.image.kind), (model.text_encoder, config.model.text.kind))
+        for encoder, kind in (
+            (model.image_encoder, config.model.image.kind),
+            (model.text_encoder, config.model.text.kind),
+        )
         if kind == "pretrained"
         for name, parameter in encoder.named_parameters()
         if not name.startswith("pooling.") and ".pooling." not in name
