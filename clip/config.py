@@ -26,8 +26,8 @@ class DataConfig:
     # folder and webdataset: share of the images kept for evaluation, half of it as val, half as test; in a folder, only
     # where no column `split` says which is which
     held_out: float = 0.1
-    # clip: byte-level BPE of data_root/clip_tokenizer; words: one id a word of the scenes' captions; pretrained: that of
-    # the text tower (model.text.kind=pretrained)
+    # clip: byte-level BPE of data_root/clip_tokenizer; words: one id a word of the scenes' captions; pretrained: that
+    # of the text tower (model.text.kind=pretrained)
     tokenizer: Literal["words", "clip", "pretrained"] = "words"
     # captions of an image in a step, drawn anew each epoch, all of them positives; 5 = all that Flickr8k's have
     captions: int = 1
@@ -69,7 +69,7 @@ class ImageConfig:
     # Vision Transformer, or CLIP's ResNet with attention pooling; pretrained: any network of timm or torchvision
     kind: Literal["vit", "resnet", "pretrained"] = "vit"
     name: str = ""  # pretrained: timm/<model> or torchvision/<model>, such as torchvision/resnet50
-    # pretrained: a weights file, a folder or a pip package that holds one; empty = what the library downloads;
+    # pretrained: a weights file, or efficientnet-lite0 from its pip package; empty = what the library downloads;
     # random = untrained, to compare
     weights: str = ""
     # pretrained: stages from the top that are trained, the others are locked; 0 = all locked (LiT), -1 = none locked
@@ -150,7 +150,9 @@ class TextConfig:
     # pretrained: its Hub id, a folder, or a pip package that carries it
     name: str = "sentence-transformers/all-MiniLM-L6-v2"
     random: bool = False  # pretrained: the architecture without its weights, to compare
-    unlock: int = 0  # pretrained: layers from the top that are trained, the others are locked; 0 = all locked, -1 = none
+    unlock: int = (
+        0  # pretrained: layers from the top that are trained, the others are locked; 0 = all locked, -1 = none
+    )
     vocab_size: int = 49_408  # ids of the tokenizer; the last one is the end of text
     context: int = 77  # most ids of a text, start and end included
     width: int = 512  # numbers a token
@@ -200,6 +202,7 @@ class HeadConfig:
 
     kind: Literal["linear", "mlp", "none"] = "linear"  # none: the features are the embedding
     bias: bool = False  # linear: whether it has one; an mlp always does
+    norm: bool = False  # LayerNorm of the features before the map
     hidden: int = 1024  # mlp: width of its hidden layer
     dropout: float = 0.0  # mlp: before each of its two maps
 
@@ -208,6 +211,7 @@ class HeadConfig:
         require(self.hidden >= 1, f"{key}.hidden", "must be at least 1")
         require(0 <= self.dropout < 1, f"{key}.dropout", "must be in [0, 1)")
         require(self.kind == "mlp" or self.dropout == 0, f"{key}.dropout", "only kind=mlp has it")
+        require(self.kind != "none" or not self.norm, f"{key}.norm", "has no map to stand before with kind=none")
         require(self.kind == "linear" or not self.bias, f"{key}.bias", "is for kind=linear; an mlp always has one")
 
 
@@ -313,6 +317,12 @@ class Config(BaseConfig):
             self.data.views == 1 or (self.model.image.kind == "pretrained" and self.model.image.unlock >= 0),
             "data.views",
             "are cached features of a locked tower; a trained tower sees a new crop each time (data.crop, data.flip)",
+        )
+        require(
+            self.data.dataset != "scenes" or self.model.image.kind != "pretrained" or self.model.image.unlock == -1,
+            "data.dataset",
+            "scenes are drawn anew each time, so that features of a locked tower cannot be kept: take another dataset, "
+            "or model.image.unlock=-1",
         )
         require(
             self.train.label_smoothing == 0 or self.model.loss == "info_nce",

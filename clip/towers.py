@@ -111,5 +111,3 @@ def _start_from(config: ModelConfig, model: CLIP) -> None:
     if model.bias is None:
         weights.pop("bias", None)
     model.load_state_dict(weights)
-
-
