@@ -387,7 +387,7 @@ def test_the_page_holds_text_and_not_markup(searcher: Searcher, folder: Path) ->
     assert "<script>alert(2)</script>" in links.text
     for target in links.links:  # relative, and right byte by byte
         assert not target.startswith("/")
-        assert os.path.isfile(os.path.join(os.fsencode(page.parent), urllib.parse.unquote_to_bytes(target)))
+        assert (page.parent / os.fsdecode(urllib.parse.unquote_to_bytes(target))).is_file()
     assert all(source.startswith("data:image/jpeg;base64,") for source in links.sources)  # nothing is fetched
     with Image.open(result["sheet"]["png"]) as sheet:
         assert sheet.format == "PNG"
