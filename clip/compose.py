@@ -22,13 +22,15 @@ from clip.data.pairs import ScenePairs
 from clip.embed import Embedded, embed, measure
 from clip.scenes import FAMILY, Scenes, Split, Variant
 from clip.towers import Towers
+from common.config import require
 from common.run import Run
 
 KINDS = ("relation", "count", "binding")
 
 
 def hard_gallery(config: Config, split: Split, size: int) -> tuple[ScenePairs, list[Variant]]:
-    """Scenes of a split in families, as many as `size`."""
+    """Scenes of a split in families, as many as `size`. `ConfigError` where there is nothing to exchange."""
+    require(config.data.groups > 1, "data.groups", "must be 2 or 3 for clip.eval: one group has no relation")
     scenes = Scenes(config.seed, split, config.data.groups)
     variants = scenes.hard_gallery(size, min(FAMILY, size))
     return ScenePairs(scenes, size, [variant.scene for variant in variants]), variants

@@ -38,12 +38,15 @@ class DataConfig:
     views: int = 1
     scenes: int = 1_000_000  # scenes: images in an epoch
     groups: int = 3  # scenes: most groups of equal objects in a scene
+    # scenes: so many of a batch have the same colours, shapes and background and differ only in order, counts and in
+    # what goes together: hard negatives (Yuksekgonul et al. 2023); 1 = scenes drawn apart
+    family: int = 1
     max_images: int = 0  # train on only N images, drawn by seed; 0 = all
     workers: int = 2  # processes that draw or decode images
 
     def __post_init__(self) -> None:
         require(0 < self.crop <= 1, "data.crop", "must be in (0, 1]")
-        for name in ("scenes", "captions", "views"):
+        for name in ("scenes", "captions", "views", "family"):
             require(getattr(self, name) >= 1, f"data.{name}", "must be at least 1")
         require(1 <= self.groups <= 3, "data.groups", "must be 1, 2 or 3")
         for name in ("workers", "max_images"):
@@ -51,6 +54,8 @@ class DataConfig:
         require(0 < self.held_out < 1, "data.held_out", "must be in (0, 1)")
         needs_folder = self.dataset in ("folder", "webdataset")
         require(not needs_folder or self.folder, "data.folder", f"must name a directory for {self.dataset}")
+        require(self.family == 1 or self.dataset == "scenes", "data.family", "is for data.dataset=scenes")
+        require(self.scenes % self.family == 0, "data.scenes", f"must be a multiple of data.family={self.family}")
         require(needs_folder or not self.folder, "data.folder", "is for data.dataset=folder or webdataset")
         if self.dataset == "scenes":
             require(not self.flip, "data.flip", "would make the captions of scenes wrong: they say left and right")
@@ -312,6 +317,11 @@ class Config(BaseConfig):
             (self.data.tokenizer == "pretrained") == (self.model.text.kind == "pretrained"),
             "data.tokenizer",
             "must be pretrained with model.text.kind=pretrained, and only then: a text tower knows its own ids",
+        )
+        require(
+            self.train.batch_size % self.data.family == 0,
+            "train.batch_size",
+            f"must be a multiple of data.family={self.data.family}",
         )
         require(
             self.data.views == 1 or (self.model.image.kind == "pretrained" and self.model.image.unlock >= 0),

@@ -90,13 +90,12 @@ def train(config: Config, options: Options) -> None:
             model.clamp_scale()
             ema.update(model, step)
 
-            shown = {"loss": loss.detach(), "scale": model.log_scale.detach().exp(), "grad_norm": grad_norm}
-            shown["lr"] = torch.tensor(learning_rate(step, config.train))
+            shown: dict[str, Tensor | float] = {"loss": loss.detach(), "scale": model.log_scale.detach().exp()}
+            shown |= {"grad_norm": grad_norm, "lr": learning_rate(step, config.train)}
             if run.due(step, config.train.eval_every):
                 with run.interruptible():
                     found = embed(val_pairs, towers._replace(model=ema.model), config, run)
-                    measured = measure(found, config)
-                    shown |= {f"val_{name}": torch.tensor(value) for name, value in measured.items()}
+                    shown |= {f"val_{name}": value for name, value in measure(found, config).items()}
             run.log(step, config.train.log_every, {"images": config.train.batch_size}, **shown)
             if run.save_due(step, config.train.save_every):
                 run.save(step, **parts)
@@ -154,6 +153,7 @@ def open_batches(
         workers=config.data.workers,
         rank=run.rank,
         world=run.world,
+        family=config.data.family,
         whole_context=config.model.text.pool == "last",
     )
 
