@@ -30,7 +30,11 @@ from clip.model import CLIP, Output
 
 
 def contrastive_loss(
-    output: Output, image_ids: Tensor | None = None, text_ids: Tensor | None = None, block: int = 0
+    output: Output,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    block: int = 0,
+    smoothing: float = 0.0,
 ) -> Tensor:
     """InfoNCE, or with a bias the sigmoid loss, of this process's pairs against those of all processes.
 
@@ -43,6 +47,7 @@ def contrastive_loss(
             every text its image: otherwise InfoNCE is not a number.
         block: rows of logits held at once, recomputed in the backward pass; 0 = all. Memory is then that of
             block * M * W logits instead of N * M * W, at the price of a second matrix product.
+        smoothing: InfoNCE: share of the target that all columns have alike (Szegedy et al. 2015, section 7).
     Returns:
         A float32 scalar, outside of autocast: see `model.normalise`.
     Raises:
@@ -60,21 +65,24 @@ def contrastive_loss(
             return in_blocks(sigmoid_rows, x, image_ids, all_y, gather(text_ids), (t, output.bias), block) / len(x)
         all_x, all_y = gather(torch.cat([x, y])).view(-1, len(x) + len(y), x.shape[1]).split([len(x), len(y)], dim=1)
         all_x, all_y = all_x.flatten(0, 1), all_y.flatten(0, 1)  # (W, N, E) -> (W N, E), (W, M, E) -> (W M, E)
-        to_text = in_blocks(softmax_rows, x, image_ids, all_y, gather(text_ids), (t,), block) / len(x)
-        to_image = in_blocks(softmax_rows, y, text_ids, all_x, gather(image_ids), (t,), block) / len(y)
+        rest = (t, t.new_tensor(smoothing))
+        to_text = in_blocks(softmax_rows, x, image_ids, all_y, gather(text_ids), rest, block) / len(x)
+        to_image = in_blocks(softmax_rows, y, text_ids, all_x, gather(image_ids), rest, block) / len(y)
         return (to_text + to_image) / 2
 
 
-def softmax_rows(x: Tensor, x_ids: Tensor, y: Tensor, y_ids: Tensor, t: Tensor) -> Tensor:
+def softmax_rows(x: Tensor, x_ids: Tensor, y: Tensor, y_ids: Tensor, t: Tensor, smoothing: Tensor) -> Tensor:
     """Sum over the rows i of -1/|P_i| sum_{p in P_i} log softmax_p(t x_i . y), where P_i are the positives of i.
 
     With one positive that is the cross-entropy of Radford et al. 2021, figure 3; with several, Khosla et al. 2020,
     eq. 2: the sum stands outside of the logarithm, so that each of the five captions must be likely, not just one.
+    `smoothing` s makes the target (1 - s) / |P_i| for the positives and s / columns more for every column.
     """
     logits = t * (x @ y.T)  # (rows, columns)
     positive = (x_ids[:, None] == y_ids[None, :]).to(logits.dtype)
     mean_positive = (logits * positive).sum(dim=1) / positive.sum(dim=1)
-    return (logits.logsumexp(dim=1) - mean_positive).sum()
+    aimed_at = torch.lerp(mean_positive, logits.mean(dim=1), smoothing)
+    return (logits.logsumexp(dim=1) - aimed_at).sum()
 
 
 def sigmoid_rows(x: Tensor, x_ids: Tensor, y: Tensor, y_ids: Tensor, t: Tensor, b: Tensor) -> Tensor:

@@ -110,15 +110,17 @@ def build_head(config: HeadConfig, width: int, embed_dim: int) -> nn.Module:
         if width != embed_dim:
             raise ValueError(f"without a head, model.embed_dim must be the tower's width {width}, not {embed_dim}")
         return nn.Identity()
+    head: nn.Module
     if config.kind == "mlp":
         first = nn.Linear(width, config.hidden)
         second = nn.Linear(config.hidden, embed_dim)
-        return nn.Sequential(nn.Dropout(config.dropout), first, nn.GELU(), nn.Dropout(config.dropout), second)
-    linear = nn.Linear(width, embed_dim, bias=config.bias)
-    nn.init.normal_(linear.weight, std=width**-0.5)
-    if config.bias:
-        nn.init.zeros_(linear.bias)
-    return linear
+        head = nn.Sequential(nn.Dropout(config.dropout), first, nn.GELU(), nn.Dropout(config.dropout), second)
+    else:
+        head = nn.Linear(width, embed_dim, bias=config.bias)
+        nn.init.normal_(head.weight, std=width**-0.5)
+        if config.bias:
+            nn.init.zeros_(head.bias)
+    return nn.Sequential(nn.LayerNorm(width), head) if config.norm else head
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -128,6 +128,13 @@ class Scenes:
             number += 1
         raise ValueError(f"there are no {count} scenes in families of {family} in {self.split}; take fewer of either")
 
+    def family(self, index: int, size: int) -> list[Scene]:
+        """Scene `index` and variants of it, in turn in another order, paired otherwise, and in other numbers; at most
+        `size`, for a scene of one group has few.
+        """
+        base = self.scene(index)
+        return [scene for scene, _ in _family(base, self._rng(index, "family"), size, self.split)]
+
     def _rng(self, index: int, purpose: str) -> random.Random:
         # seeded with text, which Python hashes by SHA-512: near seeds and indices give unrelated scenes
         return random.Random(f"{self.seed} {self.split} {self.groups} {index} {purpose}")
@@ -210,6 +217,8 @@ def _family(base: Scene, rng: random.Random, size: int, split: Split) -> list[tu
 
 def _other_relations(base: Scene) -> Iterator[Scene]:
     """The same groups in another order, or one above the other instead of side by side."""
+    if len(base.groups) == 1:
+        return
     for layout in ("row", "column"):
         for groups in itertools.permutations(base.groups):
             yield Scene(layout, groups, base.background)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -20,15 +21,31 @@ def read_image(path: Path, size: int, crop: int = 0, grey: bool = False) -> np.n
     Raises:
         OSError or ValueError: a file that cannot be used; the message says why.
     """
+    return square(open_image(path, grey), size, crop)
+
+
+def open_image(path: Path, grey: bool = False) -> Image.Image:
+    """An image file in RGB, or in grey, turned as it was held. Raises as `read_image`."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError("not an image file")
     if path.stat().st_size == 0:
         raise ValueError("empty file")
-    with Image.open(path) as file:
-        image = eight_bits(ImageOps.exif_transpose(file)).convert("L" if grey else "RGB")
+    with path.open("rb") as file:
+        return decode_image(file, grey)
+
+
+def decode_image(file: BinaryIO, grey: bool = False) -> Image.Image:
+    """The same of an open file, such as a member of an archive."""
+    with Image.open(file) as image:
+        decoded = eight_bits(ImageOps.exif_transpose(image)).convert("L" if grey else "RGB")
+    if min(decoded.size) < SMALLEST:
+        raise ValueError(f"only {decoded.size[0]}x{decoded.size[1]} pixels")
+    return decoded
+
+
+def square(image: Image.Image, size: int, crop: int = 0) -> np.ndarray:
+    """The centre square of an image, resized: uint8 (C, size, size)."""
     side = min(crop or min(image.size), *image.size)
-    if side < SMALLEST:
-        raise ValueError(f"only {image.size[0]}x{image.size[1]} pixels")
     left, top = (image.width - side) // 2, (image.height - side) // 2
     image = image.resize(
         (size, size),
