@@ -133,6 +133,22 @@ class Checkpoints:
         sync_folder(self.folder)
 
 
+def load_chosen(folder: Path, name: str) -> dict[str, Any]:
+    """The state that a program other than training starts from. `CheckpointError` where there is none.
+
+    Args:
+        folder: `checkpoints/` of a run.
+        name: what `--checkpoint` says: nothing for the newest whole one, the name of a file in the folder, or a path.
+    """
+    chosen = Path(name)
+    if chosen.name == name:  # a bare name is one of this run's; a path is taken as it stands
+        chosen = folder / chosen
+    state = Checkpoints.load(chosen) if name else Checkpoints(folder).load_newest()
+    if state is None:
+        raise CheckpointError(f"no whole checkpoint in {folder}; train first, or give another --run")
+    return state
+
+
 def verify(path: Path) -> None:
     """Check a checkpoint against its manifest; `CheckpointError` says what is wrong."""
     if not path.is_file():

@@ -19,50 +19,93 @@ from common.lock import FolderLock
 RESULTS = ("eval.json", "[!.]*.safetensors", "models/[!.]*.safetensors")
 
 
-def open_folder(
-    config: BaseConfig, options: Options, checkpoints: Checkpoints, say: Callable[[str], None]
-) -> FolderLock:
-    """Make the run's folder ready: a new one, or with --resume an old one; returns the lock on it.
+class RunFolder:
+    """The folder of a run, in the hands of the process that writes there.
 
-    `ProjectError` where somebody else writes there, where an earlier run would be written over without `--overwrite`,
-    and for a folder that is not ours. Of a run that is resumed nothing is changed before it has been loaded.
+    It is locked at once and put in order late, when everything that the run needs has been opened: a command that fails
+    before has changed nothing, and `--overwrite` has deleted nothing.
     """
-    folder = Path(config.run_dir)
-    earlier = folder / "config.yaml"
-    overwrite = options.overwrite and not options.resume
-    if overwrite and folder.exists():
-        ours = earlier.exists() and (checkpoints.folder.is_dir() or (folder / "env.json").exists())
-        if not ours and any(path.name != LOCK for path in folder.iterdir()):
-            raise ProjectError(f"{folder} is not a run folder; not deleting it")
-    lock = FolderLock(folder, say)
-    try:
-        if overwrite:
-            empty(folder, checkpoints.newest_step(), say)
-        step = checkpoints.newest_step()
-        if step is not None and not options.resume:
-            raise ProjectError(
-                f"{folder} holds a run at step {step}: add --resume to go on, --overwrite to delete it, or run_dir=..."
-            )
-        results = [path.name for pattern in RESULTS for path in visible(folder, pattern)]
-        if results and step is None and not options.resume:
-            raise ProjectError(
-                f"{folder} holds {results[0]} of an earlier run: add --overwrite to delete that run, or run_dir=..."
-            )
-        if options.resume and earlier.exists():
-            compare(config, earlier, say)
+
+    def __init__(
+        self, config: BaseConfig, options: Options, checkpoints: Checkpoints, say: Callable[[str], None]
+    ) -> None:
+        self.config = config
+        self.options = options
+        self.checkpoints = checkpoints
+        self.say = say
+        self.path = Path(config.run_dir)
+        self.lock: FolderLock | None = None
+        self.environment: dict[str, Any] = {}  # env.json
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether an earlier run is to be deleted."""
+        return self.options.overwrite and not self.options.resume
+
+    def open(self, environment: dict[str, Any]) -> None:
+        """Lock the folder for this process, which `environment` describes.
+
+        `ProjectError` where somebody else writes there, where an earlier run would be written over without
+        `--overwrite`, and for a folder that is not ours.
+        """
+        earlier = self.path / "config.yaml"
+        if self.overwrite and self.path.exists():
+            ours = earlier.exists() and (self.checkpoints.folder.is_dir() or (self.path / "env.json").exists())
+            if not ours and any(path.name != LOCK for path in self.path.iterdir()):
+                raise ProjectError(f"{self.path} is not a run folder; not deleting it")
+        self.environment = environment
+        self.lock = FolderLock(self.path, self.say)
         try:
-            checkpoints.folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.rglob(f"{TEMPORARY}*"):  # what an interrupted save left, of whatever file
+            if not self.options.resume and not self.overwrite:
+                self.refuse_to_write_over()
+            if self.options.resume and earlier.exists():
+                compare(self.config, earlier, self.say)
+        except BaseException:
+            self.close()
+            raise
+
+    def refuse_to_write_over(self) -> None:
+        """`ProjectError` where there are checkpoints or results."""
+        step = self.checkpoints.newest_step()
+        if step is not None:
+            raise ProjectError(
+                f"{self.path} holds a run at step {step}: add --resume to go on, --overwrite to delete it, or "
+                "run_dir=..."
+            )
+        results = [path.name for pattern in RESULTS for path in visible(self.path, pattern)]
+        if results:
+            raise ProjectError(
+                f"{self.path} holds {results[0]} of an earlier run: add --overwrite to delete that run, or run_dir=..."
+            )
+
+    def begin(self) -> None:
+        """Put the folder in order for a run that is about to take its first step, or its next one."""
+        if self.overwrite:
+            empty(self.path, self.checkpoints.newest_step(), self.say)
+        try:
+            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.path.rglob(f"{TEMPORARY}*"):  # what an interrupted save left, of whatever file
                 if path.is_symlink() or not path.is_dir():
                     path.unlink(missing_ok=True)
         except OSError as error:
-            raise ProjectError(f"cannot write to {folder}: {error.strerror}") from error
-        if not options.resume:
-            write_text(earlier, to_yaml(config))
-    except BaseException:
-        lock.release()
-        raise
-    return lock
+            raise ProjectError(f"cannot write to {self.path}: {error.strerror}") from error
+        if self.options.resume:
+            for note in other_circumstances(read_json(self.path / "env.json"), self.environment):
+                self.say(note)
+            self.environment = remember_environments(self.path, self.environment)
+        else:
+            write_json(self.path / "env.json", self.environment)
+        write_text(self.path / "config.yaml", to_yaml(self.config))
+
+    def note(self, **facts: Any) -> None:
+        """Add to env.json."""
+        self.environment |= facts
+        write_json(self.path / "env.json", self.environment)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self.lock:
+            self.lock.release()
 
 
 def empty(folder: Path, step: int | None, say: Callable[[str], None]) -> None:

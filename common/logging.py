@@ -39,17 +39,14 @@ class MetricLog:
         write_text(self.path, "".join(strict_json(line) + "\n" for line in kept))
         self.file = self.path.open("a", encoding="utf-8", buffering=1)
         self.board = self.wandb = None
+        check_trackers(tensorboard, wandb)
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ProjectError("tensorboard=true needs: pip install tensorboard") from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self.board = SummaryWriter(str(folder), purge_step=first_step)
         if wandb:
-            try:
-                import wandb as client
-            except ImportError:
-                raise ProjectError("wandb=... needs: pip install wandb") from None
+            import wandb as client
+
             name = wandb_id(folder, fresh=first_step == 1)
             self.wandb = client.init(project=wandb, name=folder.name, dir=str(folder), id=name, resume="allow")
 
@@ -79,6 +76,20 @@ class MetricLog:
             self.board.close()
         if self.wandb:
             self.wandb.finish()
+
+
+def check_trackers(tensorboard: bool, wandb: str) -> None:
+    """`ProjectError` where a tracker is asked for that is not installed."""
+    if tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError:
+            raise ProjectError("tensorboard=true needs: pip install tensorboard") from None
+    if wandb:
+        try:
+            import wandb as _  # noqa: F401
+        except ImportError:
+            raise ProjectError("wandb=... needs: pip install wandb") from None
 
 
 def wandb_id(folder: Path, fresh: bool) -> str:

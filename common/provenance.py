@@ -9,9 +9,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from common.config import FREE_KEYS, BaseConfig, flatten, to_yaml
+from common.config import FREE_KEYS, UNREADABLE, UNUSABLE, BaseConfig, flatten, to_yaml
 from common.errors import ProjectError
 from common.files import sha256, visible
 
@@ -36,10 +36,16 @@ def trained_otherwise(noted: str, config: BaseConfig, only: tuple[str, ...] = ("
     of the first such setting; empty where they agree.
 
     Args:
-        noted: YAML text, as `to_yaml` writes it; a setting that it does not have is passed over.
+        noted: YAML text, as `to_yaml` writes it; a setting that it does not have is passed over. Text that is none of
+            that says nothing of how anything was trained, which is a difference, too.
         only, free: how the names of settings begin that are compared, and of those among them that may differ.
     """
-    before = OmegaConf.create(noted)
+    try:
+        before = OmegaConf.create(noted)
+    except (*UNUSABLE, *UNREADABLE):
+        before = None
+    if not isinstance(before, DictConfig):
+        return "trained with settings that cannot be read"
     now = OmegaConf.create(to_yaml(config))
     for key in flatten(config):
         old = OmegaConf.select(before, key)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,11 +19,9 @@ from common import runtime
 from common.checkpoint import UNFIT, CheckpointError, Checkpoints
 from common.config import BaseConfig, ConfigError, Options, to_yaml
 from common.errors import ProjectError
-from common.files import read_json, write_json, write_text
 from common.finite import FiniteCheck
-from common.folder import nothing_to_resume, open_folder, other_circumstances, remember_environments
-from common.lock import FolderLock
-from common.logging import Display, MetricLog
+from common.folder import RunFolder, nothing_to_resume
+from common.logging import Display, MetricLog, check_trackers
 from common.signals import Stopped, StopSignals, stoppable
 
 T = TypeVar("T")
@@ -58,29 +56,19 @@ class Run:
         self.finite = FiniteCheck(self.device, self.scaler, self.checkpoints)
         self.flops_per_step = 0.0
         self.step = self.saved_step = self.total = 0
+        self._begun = False
         self._agreed_to_stop = False
         self._last_log = (0, 0.0)
-        self._environment: dict[str, Any] = {}  # env.json
+        self.owner = RunFolder(config, options, self.checkpoints, self.display.say)  # in a training's main process
         self.log_file: MetricLog | None = None
-        self.lock: FolderLock | None = None  # held by the main process of a training
 
     @classmethod
     def start(cls, config: BaseConfig, options: Options) -> Run:
         """Open the run folder: a new one, or with --resume an old one. Refuses to write over an earlier run unless
-        told to.
+        told to. What is in it changes with the first step, when all else that the run needs is there.
         """
         run = cls(config, options)
-        problem = ""
-        if run.is_main:
-            try:
-                run.lock = open_folder(config, options, run.checkpoints, run.display.say)
-                run._environment = runtime.environment(run.machine)
-                if not options.resume:
-                    write_json(run.folder / "env.json", run._environment)
-            except ProjectError as error:
-                problem = str(error)
-        if run.machine.any(bool(problem)):
-            raise ProjectError(problem or "the main process could not open the run folder")
+        run.in_main_process(lambda: run.owner.open(runtime.environment(run.machine)))
         run.display.say(
             f"{run.folder}: {run.device}, "
             f"{str(run.machine.amp_dtype or torch.get_default_dtype()).removeprefix('torch.')}"
@@ -94,13 +82,23 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if self.log_file:
             self.log_file.close()
-        if self.lock:
-            self.lock.release()
+        self.owner.close()
         self.machine.leave_group(together=error is None)
         if (error is None or kind is Stopped) and self.signals.received:
             after = f" after step {self.step}; add --resume to the same command to go on" if self.step else ""
             self.display.say(f"stopped by {self.signals.received}{after}")
             sys.exit(self.signals.exit_code)
+
+    def in_main_process(self, act: Callable[[], None]) -> None:
+        """Call `act` in the main process; a `ProjectError` there ends them all."""
+        problem = ""
+        if self.is_main:
+            try:
+                act()
+            except ProjectError as error:
+                problem = str(error)
+        if self.machine.any(bool(problem)):
+            raise ProjectError(problem or "the main process could not open the run folder")
 
     # -- models and randomness -----------------------------------------------------------------------------------------
 
@@ -143,9 +141,9 @@ class Run:
         self.total = total
         self.step = done
         self.saved_step = done
-        if self.is_main and self.log_file:  # what the report compares the last logged step with
-            self._environment |= {"threads": torch.get_num_threads(), "total_steps": total}
-            write_json(self.folder / "env.json", self._environment)
+        self.begin()
+        if self.is_main:  # what the report compares the last logged step with
+            self.owner.note(threads=torch.get_num_threads(), total_steps=total)
         self._last_log = (done, time.perf_counter())
         for step in self.display.track(range(done + 1, total + 1), total, self.folder.name, done, every=0):
             self.step = step
@@ -199,6 +197,7 @@ class Run:
         if not self.due(step, every):
             return
         self.finite.check()
+        self.begin()
         # reading waits for the device, so the clock comes after
         row = {name: self._mean(value) for name, value in values.items()}
         (last_step, last_time), now = self._last_log, time.perf_counter()
@@ -236,6 +235,7 @@ class Run:
         """Write a checkpoint of everything that has a `state_dict`, and of plain values; the main process writes."""
         self.finite.check()
         self.finite.check_weights(step, parts.values())
+        self.begin()
         self.saved_step = step
         if self.is_main:
             if self.log_file:
@@ -252,9 +252,8 @@ class Run:
                 },
                 best,
             )
-            if self._environment and not self._environment.get("first_saved"):  # a later --resume must find one
-                self._environment["first_saved"] = step
-                write_json(self.folder / "env.json", self._environment)
+            if not self.owner.environment.get("first_saved"):  # a later --resume must find one
+                self.owner.note(first_saved=step)
 
     @contextlib.contextmanager
     def fitting(self, what: str) -> Iterator[None]:
@@ -289,12 +288,19 @@ class Run:
                 runtime.set_rng_state(state["rng"])
                 done = int(state["step"])
             self.display.say(f"resumed after step {done}")
-        if self.is_main:
-            if self.options.resume:  # only now: a run that could not be loaded is left as it was
-                self._environment["threads"] = torch.get_num_threads()
-                for note in other_circumstances(read_json(self.folder / "env.json"), self._environment):
-                    self.display.say(note)
-                write_text(self.folder / "config.yaml", to_yaml(self.config))
-                self._environment = remember_environments(self.folder, self._environment)
-            self.log_file = MetricLog(self.folder, done + 1, self.config.tensorboard, self.config.wandb)
+        self.step = done
         return done
+
+    def begin(self) -> None:
+        """Put the folder in order, once: an earlier run is deleted where that is wanted, config.yaml is written, the
+        log is opened. `steps`, `log` and `save` see to it, so that a run which cannot be opened has changed nothing.
+        """
+        if not self._begun:
+            self._begun = True
+            self.in_main_process(self._open_log)
+
+    def _open_log(self) -> None:
+        check_trackers(self.config.tensorboard, self.config.wandb)
+        self.owner.environment["threads"] = torch.get_num_threads()
+        self.owner.begin()
+        self.log_file = MetricLog(self.folder, self.step + 1, self.config.tensorboard, self.config.wandb)

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import runtime
-from common.checkpoint import UNFIT, CheckpointError, Checkpoints
+from common.checkpoint import UNFIT, CheckpointError, load_chosen
 from common.errors import exits_cleanly
 from common.files import atomic_open
 from common.provenance import trained_otherwise
@@ -70,12 +70,7 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[Network, Obj
     updates it has seen.
     """
     folder = run.folder / "checkpoints"
-    chosen = Path(options.checkpoint)
-    if chosen.name == options.checkpoint:  # a bare name is one of this run's; a path is taken as it stands
-        chosen = folder / chosen
-    state = Checkpoints.load(chosen) if options.checkpoint else Checkpoints(folder).load_newest()
-    if state is None:
-        raise CheckpointError(f"no whole checkpoint in {folder}; train first, or give another --run")
+    state = load_chosen(folder, options.checkpoint)
     problem = trained_otherwise(state.get("config", ""), config, TRAINED, UNUSED)
     if problem:
         raise CheckpointError(f"the checkpoint in {folder} is of another model than the config's: {problem}")

@@ -19,7 +19,7 @@ from common.checkpoint import export_weights
 from common.config import require
 from common.ema import EMA
 from common.errors import exits_cleanly
-from common.images.memory import random_flip
+from common.images.memory import random_flip, started
 from common.rates import learning_rate
 from common.run import Run
 from common.runtime import check_machine, count_parameters
@@ -59,7 +59,7 @@ def train(config: Config, options: Options) -> None:
         objective = build_objective(config.objective, measured.sigma_data)
         net = run.prepare(model)  # the same weights, compiled or spread over processes
         run.flops_per_step = training_flops(config) * config.train.batch_size
-        batches = images.batches(done + 1, config.train.batch_size, config.seed, run.device)
+        batches = started(images.batches(done + 1, config.train.batch_size, config.seed, run.device))
         run.display.say(
             f"{len(images)} images {images.shape}, {count_parameters(model) / 1e6:.1f}M parameters, "
             f"sigma_data {measured.sigma_data:.4f}"

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import re
 import statistics
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from common.checkpoint import CheckpointError, read_weights
+from common.checkpoint import UNFIT, CheckpointError, read_weights
 from common.errors import ProjectError, exits_cleanly
 from common.files import sha256, visible, write_csv, write_json
 from common.logging import read_metrics
@@ -107,11 +108,14 @@ def trained_here(config: Config, options: Options, run: Run) -> list[Path]:
 
 
 def read_trial(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The weights of one trial and what is noted beside them. `ProjectError` for a damaged file."""
+    """The weights of one trial and what is noted beside them. `ProjectError` for a damaged file and for others."""
     try:
-        return read_weights(path)
+        weights, facts = read_weights(path)
     except CheckpointError as error:
         raise ProjectError(f"{path}: {error}") from None
+    if not all(re.fullmatch(r"-?\d+", text) for text in (path.stem, facts.get("seed", ""), facts.get("step", ""))):
+        raise ProjectError(f"{path} does not say of which seed and step it is, as the files of gnn.train do")
+    return weights, facts
 
 
 def load_trial(task: Task, path: Path) -> tuple[torch.nn.Module, dict[str, str]]:
@@ -122,7 +126,7 @@ def load_trial(task: Task, path: Path) -> tuple[torch.nn.Module, dict[str, str]]
     weights, facts = read_trial(path)
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
+    except UNFIT as error:
         raise ProjectError(f"{path}: not the weights of this config's model ({str(error).splitlines()[0]})") from None
     return model.eval(), facts
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from common.checkpoint import CheckpointError, Checkpoints
+from common.checkpoint import UNFIT, CheckpointError, load_chosen
 from common.config import Options
+from common.provenance import trained_otherwise
 from common.run import Run
 from vae.config import Config
 from vae.ladder import Ladder
@@ -25,17 +24,16 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[Autoencoder,
     of the last step where train.ema is 0; and the number of updates it has seen.
     """
     folder = run.folder / "checkpoints"
-    chosen = Path(options.checkpoint)
-    if chosen.name == options.checkpoint:  # a bare name is one of this run's; a path is taken as it stands
-        chosen = folder / chosen
-    state = Checkpoints.load(chosen) if options.checkpoint else Checkpoints(folder).load_newest()
-    if state is None:
-        raise CheckpointError(f"no whole checkpoint in {folder}; train first, or give another --run")
+    state = load_chosen(folder, options.checkpoint)
+    another = f"the checkpoint in {folder} is of another model than the config's model section"
+    # before a model is built that may be far larger than what was trained
+    problem = trained_otherwise(state.get("config", ""), config, ("model.", "likelihood."), ("model.dropout",))
+    if problem:
+        raise CheckpointError(f"{another}: {problem}")
     model = build_model(config)
     try:
         model.load_state_dict(state["parts"]["ema"])
-    except (RuntimeError, KeyError, TypeError):
-        raise CheckpointError(
-            f"the checkpoint in {folder} is of another model than the config's model section"
-        ) from None
-    return model.to(run.device).eval().requires_grad_(False), int(state["step"])
+        step = int(state["step"])
+    except UNFIT:
+        raise CheckpointError(another) from None
+    return model.to(run.device).eval().requires_grad_(False), step

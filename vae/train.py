@@ -22,7 +22,7 @@ from common.config import require
 from common.ema import EMA
 from common.errors import exits_cleanly
 from common.images import Images
-from common.images.memory import random_flip
+from common.images.memory import random_flip, started
 from common.rates import learning_rate
 from common.run import Run
 from common.runtime import check_machine, count_parameters
@@ -66,7 +66,7 @@ def train(config: Config, options: Options) -> None:
         done = run.resume(**parts)  # 0 when fresh
         net = run.prepare(model)  # the same weights, compiled or spread over processes
         split_kl = torch.compile(decompose) if config.compile else decompose
-        batches = images.batches(done + 1, config.train.batch_size, config.seed, run.device)
+        batches = started(images.batches(done + 1, config.train.batch_size, config.seed, run.device))
         run.display.say(f"{len(images)} images {images.shape}, {count_parameters(model) / 1e6:.2f}M parameters")
 
         for step in run.steps(done, config.train.steps):

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from common.runtime import mix_seed
 
+T = TypeVar("T")
 DRAW_STREAM = 7_000_037  # keeps the generator of subsets apart from those of epochs
 
 
@@ -116,6 +118,11 @@ def batch_indices(step: int, batch_size: int, size: int, seed: int) -> Tensor:
     position = torch.arange((step - 1) * batch_size, step * batch_size)
     epochs = torch.unique(position // size).tolist()
     return torch.cat([_epoch(e, size, seed)[position[position // size == e] % size] for e in epochs])
+
+
+def started(batches: Iterator[T]) -> Iterator[T]:
+    """The same batches, the first one made at once: whether they can be had is known before a run begins."""
+    return itertools.chain([next(batches)], batches)
 
 
 def resize(data: MemoryImages, size: int) -> MemoryImages:

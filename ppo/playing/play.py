@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoint import CheckpointError, Checkpoints, read_weights
+from common.checkpoint import UNFIT, CheckpointError, Checkpoints, read_weights
 from common.config import ConfigError
 from common.errors import ProjectError
 from common.provenance import trained_otherwise
@@ -55,8 +55,6 @@ class Policy:
         self.space = observation_space
         self.device = device
         self.distribution = distribution_for(action_space, config.model.squash)
-        shape = observation_shape(observation_space)
-        self.model = ActorCritic(config.model, shape, self.distribution, config.precision == "bf16")
         self.scale = observation_normalizer(observation_space, config.env)
         self.facts: dict[str, str] = {}
         try:
@@ -65,8 +63,10 @@ class Policy:
             else:
                 parts, self.facts = read_policy(weights)
             problem = trained_otherwise(self.facts.get("config", ""), config, only=("model.",))
-            if problem:
+            if problem:  # before a network is built that may be far larger than what was trained
                 raise CheckpointError(problem)
+            shape = observation_shape(observation_space)
+            self.model = ActorCritic(config.model, shape, self.distribution, config.precision == "bf16")
             self.model.load_state_dict(
                 {name.removeprefix("model."): value for name, value in parts.items() if name.startswith("model.")}
             )
@@ -76,7 +76,7 @@ class Policy:
                 if name.startswith("observations.")
             }
             self.scale.load_state_dict(moments)
-        except (CheckpointError, RuntimeError, KeyError, ConfigError) as error:
+        except (CheckpointError, ConfigError, *UNFIT) as error:
             raise ProjectError(
                 f"{weights}: no policy for this config ({(str(error).splitlines() or ['unreadable'])[0][:150]}); "
                 "train first, or give another --run"
@@ -105,8 +105,11 @@ def read_policy(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         state = Checkpoints.load(path)
         parts = state["parts"]
         weights = named_weights(parts["model"], parts["collector"][0]["observations"])
-        return weights, {"update": str(state["step"]), "config": state["config"]}
-    return read_weights(path)
+        return weights, {"update": str(int(state["step"])), "config": str(state["config"])}
+    parts, facts = read_weights(path)
+    if not facts.get("update", "").isdecimal():
+        raise CheckpointError("it does not say of which update it is, as the files of ppo.train do")
+    return parts, facts
 
 
 def policy_weights(model: ActorCritic, collector: Collector) -> dict[str, Tensor]:

@@ -40,8 +40,8 @@ def test_hidden_folders_are_no_projects(tmp_path, monkeypatch):
 
 def test_a_hidden_manifest_is_no_lost_run(tmp_path):
     config = BaseConfig(run_dir=str(tmp_path / "run"), device="cpu", precision="fp32")
-    with Run.start(config, Options("train")):
-        pass
+    with Run.start(config, Options("train")) as run:
+        run.begin()
     (tmp_path / "run/checkpoints/.00000005.json").write_text("{}")
     with Run.start(config, Options("train", resume=True)) as run:
         assert run.resume() == 0
@@ -54,10 +54,11 @@ def test_a_result_that_was_cut_short_is_none(name, tmp_path):
     half = half.with_name(f".tmp-9-{half.name}")
     half.parent.mkdir(parents=True)
     half.write_bytes(b"half")
-    with Run.start(BaseConfig(run_dir=str(tmp_path / "run"), device="cpu", precision="fp32"), Options("train")):
+    with Run.start(BaseConfig(run_dir=str(tmp_path / "run"), device="cpu", precision="fp32"), Options("train")) as run:
+        run.begin()
         assert not half.exists()
     half.write_bytes(b"half")
-    assert output_hashes(tmp_path / "run", ["*", "models/*"]).keys() <= {"config.yaml", "env.json"}
+    assert output_hashes(tmp_path / "run", ["*", "models/*"]).keys() <= {"config.yaml", "env.json", "metrics.jsonl"}
 
 
 def test_names_that_only_look_like_steps(tmp_path):
@@ -69,7 +70,8 @@ def test_a_temporary_that_is_a_folder_stays(tmp_path):
     config = BaseConfig(run_dir=str(tmp_path / "run"), device="cpu", precision="fp32")
     (tmp_path / "run/.tmp-mine").mkdir(parents=True)
     (tmp_path / "run/.tmp-mine/.tmp-1-x").touch()
-    with Run.start(config, Options("train")):
+    with Run.start(config, Options("train")) as run:
+        run.begin()
         assert [path.name for path in (tmp_path / "run").rglob(".tmp-*")] == [".tmp-mine"]
 
 

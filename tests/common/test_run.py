@@ -26,6 +26,7 @@ def start(tmp_path, *flags: str, **settings) -> Run:
 
 def test_a_new_folder_holds_config_and_environment(tmp_path):
     with start(tmp_path, seed=3) as run:
+        run.begin()
         assert (run.rank, run.world, run.is_main, run.device.type) == (0, 1, True, "cpu")
     assert "seed: 3" in (tmp_path / "run/config.yaml").read_text()
     assert json.loads((tmp_path / "run/env.json").read_text())["precision"] == "float32"
@@ -143,6 +144,8 @@ def test_an_earlier_run_is_not_written_over(tmp_path):
     with pytest.raises(ProjectError, match="--resume to go on, --overwrite to delete it"):
         start(tmp_path)
     with start(tmp_path, "overwrite") as run:
+        assert run.checkpoints.list(), "the earlier run is there until this one begins"
+        run.begin()
         assert not run.checkpoints.list()
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious/thesis.txt").touch()
@@ -154,8 +157,11 @@ def test_an_earlier_run_is_not_written_over(tmp_path):
 def test_changes_on_resume_are_said(tmp_path, capfd):
     with start(tmp_path) as run:
         run.save(1, number=1)
-    with start(tmp_path, "resume", seed=9, keep_last=5):
-        pass
+    with start(tmp_path, "resume", seed=9, keep_last=5) as run:
+        run.resume()
+        assert "seed: 0" in (tmp_path / "run/config.yaml").read_text(), "nothing has been done with the new settings"
+        run.begin()
+    assert "seed: 9" in (tmp_path / "run/config.yaml").read_text()
     err = capfd.readouterr().err
     assert "note: seed was 0, is now 9" in err and "keep_last" not in err
 
@@ -230,7 +236,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capfd):
 
 def test_a_refused_resume_changes_nothing(tmp_path):
     with start(tmp_path) as run:
-        run.resume()
+        run.begin()
         run.log_file.write(1, {"loss": 1.0})
         run.save(1, model=torch.nn.Linear(2, 1))
     before = contents(tmp_path / "run")
@@ -241,7 +247,7 @@ def test_a_refused_resume_changes_nothing(tmp_path):
 
 def test_a_first_save_that_was_cut_is_no_dead_end(tmp_path):
     with start(tmp_path) as run:
-        run.resume()
+        run.begin()
     (tmp_path / "run/checkpoints/00000002.pt").write_bytes(b"half")
     for flags in ((), ("resume",)):
         with start(tmp_path, *flags) as run:
@@ -292,6 +298,7 @@ def test_other_circumstances_of_a_resumed_run_are_said(tmp_path, capfd, monkeypa
     (tmp_path / "run/env.json").write_text(json.dumps(env | other))
     with start(tmp_path, "resume") as run:
         run.resume()
+        run.begin()
     said = capfd.readouterr().err
     assert "note: processes was 2, is now 1" in said
     assert f"note: threads was {env['threads'] + 3}, is now {env['threads']}" in said
@@ -305,7 +312,8 @@ def test_temporaries_anywhere_are_removed_at_the_start(tmp_path):
     (tmp_path / "run/models").mkdir()
     for name in ("models/.tmp-9-0000.safetensors", ".tmp-9-eval.json", "checkpoints/.tmp-9-00000002.pt"):
         (tmp_path / "run" / name).write_bytes(b"half")
-    with start(tmp_path, "resume"):
+    with start(tmp_path, "resume") as run:
+        run.begin()
         assert not list((tmp_path / "run").rglob(".tmp-*"))
 
 
@@ -313,7 +321,8 @@ def test_overwrite_says_what_it_deletes(tmp_path, capfd):
     with start(tmp_path) as run:
         run.resume()
         run.save(7, number=1)
-    with start(tmp_path, "overwrite"):
+    with start(tmp_path, "overwrite") as run:
+        run.begin()
         assert f"deleting the run in {tmp_path / 'run'}, at step 7" in capfd.readouterr().err
 
 
