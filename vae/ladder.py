@@ -15,9 +15,8 @@ from vae.config import ModelConfig
 from vae.likelihoods import Likelihood, at_least_fp32
 from vae.model import ACTIVATIONS, Autoencoder, Draw, Gaussian, build_decoder, build_encoder, zeros
 
-
-# Log-variances are bent into (-6, 6), as Vahdat & Kautz 2020 bend theirs (section 3.2). A limit of each layer by itself
-# is no limit of the hierarchy: every layer's deviation scales what the layers below are told, so five large ones multiply.
+# Log-variances are bent into (-6, 6), as the program of Vahdat & Kautz 2020 bends its own. The wide limits that do for
+# one layer are none for a hierarchy: every layer's deviation scales what those below are told, and five multiply.
 LOG_VARIANCE_LIMIT = 6.0
 
 

@@ -126,7 +126,7 @@ def test_hierarchy_starts_at_the_prior_and_decodes_what_it_drew():
 
 
 def test_a_hierarchy_of_extreme_weights_stays_finite():
-    """Five layers whose deviations multiply: one of a thousand steps came to a loss of 1e17 and an infinite gradient."""
+    """Deviations of five layers multiply: a training once came to a loss of 1e17 and an infinite gradient."""
     net = build(kind="ladder", ladder=(4,) * 5, width=16, hidden=(32,))
     with torch.no_grad():
         for layer in net.levels:
