@@ -83,9 +83,7 @@ def test_two_processes_are_one(tmp_path):
 def test_one_batch_is_learnt_by_heart(tmp_path):
     config = tiny(tmp_path, "model.image.dropout=0", "data.family=1")
     towers = build_towers(config)
-    data = batches(
-        load_splits(config).train, towers.tokenizer, towers.preprocess, first_step=1, batch_size=16, seed=0
-    )
+    data = batches(load_splits(config).train, towers.tokenizer, towers.preprocess, first_step=1, batch_size=16, seed=0)
     batch = next(data)
     optimizer = torch.optim.AdamW(towers.model.parameters(), lr=1e-2)
     x = towers.preprocess.normalise(batch.images)
