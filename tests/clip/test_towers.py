@@ -18,7 +18,6 @@ from tests.clip.tiny import picture
 
 LITE = "efficientnet-lite0"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "dog", "cat", "in", "the", "snow"]
 
 
 def image(name, unlock=0, pool="mean", size=64, **words):
@@ -142,32 +141,6 @@ def test_attention_starts_as_the_mean_and_can_choose():
 
 
 # -- texts -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    """A small BERT with its tokenizer, as a folder."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("bert")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=10,
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=20,
-    )
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
-    return folder
 
 
 def text(folder, unlock=0, pool="mean", context=8):
