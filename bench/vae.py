@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ import torch
 from torch import Tensor, nn
 
 import vae.train
+from bench.rounds import interleave, ours_of, quartiles, ratio
 from common.config import Options, resolve
 from common.images import MemoryImages
 from common.run import Run
@@ -219,45 +221,16 @@ def make_sides(config: Config) -> dict[str, Ours | Peer]:
     }
 
 
-def interleave(sides: dict[str, Ours | Peer], x: Tensor, rounds: int, steps: int) -> dict[str, list[float]]:
-    """CPU-seconds of each block of steps, by side and round; `again` is ours a second time, at the end of the round."""
-    for side in sides.values():
-        for _ in range(3):  # warm-up: the optimizer's state, the choice of kernels
-            side.step(x)
-    times: dict[str, list[float]] = {name: [] for name in (*sides, "again")}
-    for index in range(rounds):
-        for name, seconds in times.items():
-            side = sides["ours" if name == "again" else name]
-            start = time.process_time()
-            for _ in range(steps):
-                side.step(x)
-            seconds.append(time.process_time() - start)
-        shown = "  ".join(f"{name} {1000 * values[-1] / steps:.2f}" for name, values in times.items())
-        print(f"round {index + 1}/{rounds}, CPU-ms a step: {shown}", flush=True)
-    return times
-
-
 def summarise(times: dict[str, list[float]], images: int) -> dict[str, Any]:
     """Medians of the per-round ratios, with quartiles, and of the rates; `images` were seen in each block."""
-    ours = [(first + again) / 2 for first, again in zip(times["ours"], times["again"], strict=True)]
-    result: dict[str, Any] = {}
-    for name, above, below in (
-        ("ratio", times["peer"], ours),
-        ("ratio_fp32", times["peer"], times["ours_fp32"]),
-        ("ratio_default", times["peer_default"], ours),
-        ("aa_ratio", times["again"], times["ours"]),
-    ):
-        ratios = [a / b for a, b in zip(above, below, strict=True)]
-        result[name] = round(statistics.median(ratios), 4)
-        result[f"{name}_iqr"] = quartiles(ratios)
+    ours = ours_of(times)
+    result: dict[str, Any] = ratio("ratio", times["peer"], ours)
+    result |= ratio("ratio_fp32", times["peer"], times["ours_fp32"])
+    result |= ratio("ratio_default", times["peer_default"], ours)
+    result |= ratio("aa_ratio", times["again"], times["ours"])
     for name, values in (("ours", ours), *((name, times[name]) for name in ("ours_fp32", "peer", "peer_default"))):
         result[name] = round(images / statistics.median(values), 1)
     return result | {"unit": "images per CPU-second"}
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """First and third; of one value, none."""
-    return [round(q, 4) for q in statistics.quantiles(values, n=4, method="inclusive")[::2]] if len(values) > 1 else []
 
 
 # -- whole programs ----------------------------------------------------------------------------------------------------
@@ -351,7 +324,8 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"ours and the peer differ by more than {TOLERANCE}: nothing was timed")
         logging.disable(logging.WARNING)  # the peer's account of its training
         sides = make_sides(config)
-        result = summarise(interleave(sides, x, args.rounds, args.steps), args.steps * len(x))
+        steps: dict[str, Callable[[], None]] = {name: partial(side.step, x) for name, side in sides.items()}
+        result = summarise(interleave(steps, args.rounds, args.steps), args.steps * len(x))
         if args.program_rounds:
             program = [*PROGRAM, f"train.steps={2 * args.program_batches}"]
             result |= compare_programs(resolve(Config, args.config, [*settings, *program]), args.program_rounds)

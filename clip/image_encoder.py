@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip.config import RESNET_STRIDE, ImageConfig
-from clip.transformer import AttentionPool, Block, initialise
+from clip.transformer import AttentionPool, Block, attend, initialise
 
 EXPANSION = 4  # a bottleneck's output has this many times the channels of its middle
 
@@ -153,7 +153,7 @@ class QueryPool(nn.Module):
             return t.view(B, -1, self.heads, C // self.heads).transpose(1, 2)  # (B, T, C) -> (B, K, T, D)
 
         q = by_head(self.q(tokens[:, :1]))  # (B, K, 1, D): only the mean asks
-        mixed = F.scaled_dot_product_attention(q, by_head(self.k(tokens)), by_head(self.v(tokens)))  # (B, K, 1, D)
+        mixed = attend(q, by_head(self.k(tokens)), by_head(self.v(tokens)))  # (B, K, 1, D)
         return mixed.reshape(B, C)
 
 

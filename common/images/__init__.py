@@ -1,7 +1,7 @@
 """Readers of public image formats, and images in the order in which a training run sees them."""
 
 from common.images.folder import FolderImages
-from common.images.formats import Split, celeba_files, read_cifar10, read_digits, read_mnist
+from common.images.formats import Split, celeba_files, read_cifar10, read_cifar100, read_digits, read_mnist
 from common.images.listing import Listing, list_images, list_split
 from common.images.memory import Images, MemoryImages, batch_indices, resize
 
@@ -16,6 +16,7 @@ __all__ = [
     "list_images",
     "list_split",
     "read_cifar10",
+    "read_cifar100",
     "read_digits",
     "read_mnist",
     "resize",

@@ -18,6 +18,8 @@ from common.images.memory import MemoryImages
 Split = Literal["train", "test"]
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # published beside the archive
+CIFAR100_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz"
+CIFAR100_MD5 = "03b5dce01913d631647c71ecec9e9cb8"
 DIGIT_NAMES = tuple("0123456789")
 MNIST_FILES = "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte"
 QMNIST_KINDS = ("images-idx3-ubyte", "labels-idx2-int")
@@ -45,18 +47,38 @@ def read_cifar10(root: Path, split: Split, otherwise: str = "") -> MemoryImages:
             CIFAR_MD5,
             root,
         )
-    records = []
-    for name in names:
-        raw = np.fromfile(folder / name, dtype=np.uint8)
-        if raw.size == 0 or raw.size % 3073:
-            raise ProjectError(
-                f"{folder / name} is damaged: its size is not a multiple of 3073 bytes, 1 label and 3 x 32 x 32 pixels"
-            )
-        records.append(raw.reshape(-1, 3073))
-    table = torch.from_numpy(np.concatenate(records))
+    table = torch.cat([_cifar_records(folder / name, 1) for name in names])
     if int(table[:, 0].max()) > 9:
         raise ProjectError(f"{folder} is damaged: labels above 9")
     return MemoryImages("cifar10", table[:, 1:].reshape(-1, 3, 32, 32).contiguous(), table[:, 0].long(), CIFAR_NAMES)
+
+
+def read_cifar100(root: Path, split: Split, otherwise: str = "") -> MemoryImages:
+    """CIFAR-100's binary version: 50,000 and 10,000 images of 3 x 32 x 32, a hundred fine classes, named by the
+    dataset's own list.
+    """
+    folder = root / "cifar-100-binary"
+    names = ["train.bin", "test.bin", "fine_label_names.txt"]
+    if not all((folder / name).is_file() for name in names):
+        _download(f"CIFAR-100: put {', '.join(names)} into {folder}{_or(otherwise)}", CIFAR100_URL, CIFAR100_MD5, root)
+    classes = tuple((folder / "fine_label_names.txt").read_text(encoding="utf-8").split())
+    table = _cifar_records(folder / f"{split}.bin", 2)  # coarse and fine label, pixels
+    if len(classes) != 100 or int(table[:, 1].max()) > 99:
+        raise ProjectError(f"{folder} is damaged: not a hundred classes")
+    names_of = tuple(name.replace("_", " ") for name in classes)
+    return MemoryImages("cifar100", table[:, 2:].reshape(-1, 3, 32, 32).contiguous(), table[:, 1].long(), names_of)
+
+
+def _cifar_records(path: Path, labels: int) -> torch.Tensor:
+    """A file of CIFAR's binary format as bytes: (N, labels + 3 * 32 * 32)."""
+    length = labels + 3 * 32 * 32
+    raw = np.fromfile(path, dtype=np.uint8)
+    if raw.size == 0 or raw.size % length:
+        words = "1 label" if labels == 1 else f"{labels} labels"
+        raise ProjectError(
+            f"{path} is damaged: its size is not a multiple of {length} bytes, {words} and 3 x 32 x 32 pixels"
+        )
+    return torch.from_numpy(raw.reshape(-1, length))
 
 
 def read_mnist(root: Path, split: Split, name: str = "mnist", otherwise: str = "") -> MemoryImages:

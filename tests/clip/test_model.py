@@ -14,6 +14,7 @@ from clip.image_encoder import drop_patches
 from clip.model import CLIP, parameter_groups
 from clip.text_encoder import TextEncoder
 from clip.tokenizer import trim
+from clip.transformer import attend
 from common.config import ConfigError
 from tests.clip import small
 
@@ -201,3 +202,23 @@ def test_one_batch_is_learned_by_heart_within_a_moment() -> None:
         model.clamp_scale()
     assert loss.item() < 0.05
     assert time.process_time() - started < 20
+
+
+@pytest.mark.parametrize(("queries", "causal"), [(9, False), (9, True), (1, False)])
+def test_attention_in_bf16_on_a_cpu_is_the_same_function(queries: int, causal: bool) -> None:
+    """There the formula is written out, because the fused kernel is slow: against that kernel in float64, values and
+    all gradients, to the eight bits that bf16 has.
+    """
+    torch.manual_seed(0)
+    exact = [torch.randn(2, 3, rows, 16).bfloat16().double().requires_grad_() for rows in (queries, 9, 9)]
+    rounded = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    weight = torch.randn(2, 3, queries, 16)
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact, is_causal=causal)
+    (expected * weight).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(*rounded, causal)
+    assert found.dtype == torch.bfloat16
+    (found * weight).sum().backward()
+    torch.testing.assert_close(found.double(), expected, atol=0.03, rtol=0.03)
+    for ours, theirs in zip(rounded, exact, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=0.06, rtol=0.03)
