@@ -43,8 +43,10 @@ from clip.contrastive import contrastive_loss
 from clip.model import CLIP, parameter_groups
 from clip.pretrained import build, translate
 from clip.tokenizer import trim
-from common.config import Options, resolve
-from common.run import Run
+from common import runtime
+from common.checkpoint import Checkpoints
+from common.config import resolve
+from common.finite import FiniteCheck
 from common.runtime import use_threads
 
 CONTEXT = 77
@@ -151,7 +153,9 @@ class Ours:
         self.config = config
         self.cut = cut
         self.model = model.train()
-        self.run = Run(config, Options("eval"))
+        self.machine = runtime.start(config)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.finite = FiniteCheck(self.machine.device, scaler, Checkpoints(Path(config.run_dir)))
         train = config.train
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, train.weight_decay), lr=train.lr, betas=train.betas, eps=train.eps, fused=True
@@ -159,11 +163,11 @@ class Ours:
 
     def step(self, images: Tensor, ids: Tensor) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        with self.run.autocast():
+        with self.machine.autocast():
             output = self.model(images, trim(ids, VOCABULARY - 1) if self.cut else ids)
         loss = contrastive_loss(output)
         loss.backward()
-        self.run.check_gradients(self.optimizer, loss, self.config.train.grad_clip)
+        self.finite.gradients(1, self.optimizer, loss, self.config.train.grad_clip)
         self.optimizer.step()
         self.model.clamp_scale()
 
@@ -173,7 +177,7 @@ class Peer:
 
     def __init__(self, config: Config, model: nn.Module, fused: bool) -> None:
         self.model = model.train()
-        self.run = Run(config, Options("eval"))  # for its autocast
+        self.machine = runtime.start(config)
         train = config.train
         self.clip = train.grad_clip
         decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -183,7 +187,7 @@ class Peer:
 
     def step(self, images: Tensor, ids: Tensor) -> None:
         self.optimizer.zero_grad()
-        with self.run.autocast():
+        with self.machine.autocast():
             loss = peer_loss(self.model, images, ids)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -308,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     result = {
         "bench": f"CLIP {args.size}, {size.vision['image_size']} pixels, batch {size.batch}",
         **result,
-        "precision": str(sides["ours"].run.machine.amp_dtype or torch.float32).removeprefix("torch."),
+        "precision": str(sides["ours"].machine.amp_dtype or torch.float32).removeprefix("torch."),
         "tokens": {"ours": trim(ids, VOCABULARY - 1).shape[1], "peer": CONTEXT},
         "rounds": args.rounds,
         "steps": args.steps,

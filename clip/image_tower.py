@@ -12,7 +12,6 @@ Legend: B images, S pixels of a side, C channels, H and W positions.
 from __future__ import annotations
 
 import contextlib
-import pickle
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -180,13 +179,26 @@ class WholeNetwork(nn.Module):
             x = self.network.forward_features(images)
             if x.ndim == 4 and getattr(self.network, "output_fmt", "NCHW") == "NHWC":
                 x = x.permute(0, 3, 1, 2)
-        elif hasattr(self.network, "features") and not hasattr(self.network, "permute"):  # torchvision
+        elif hasattr(self.network, "avgpool"):  # most of torchvision: what goes into the global pooling
+            x = self._before_pooling(images)
+        elif hasattr(self.network, "features"):
             x = self.network.features(images)
         else:
             x = self.network(images)
         if x.ndim == 3:  # tokens (B, L, C), the class token among them
             x = x.transpose(1, 2)[..., None]
         return x[:, :, None, None] if x.ndim == 2 else x
+
+    def _before_pooling(self, images: Tensor) -> Tensor:
+        caught: list[Tensor] = []
+        pooling = self.network.avgpool
+        assert isinstance(pooling, nn.Module)
+        handle = pooling.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
+        try:
+            self.network(images)
+        finally:
+            handle.remove()
+        return caught[0]
 
 
 # -- networks and weights ----------------------------------------------------------------------------------------------
@@ -252,7 +264,7 @@ def _from_torchvision(name: str, published: bool, size: int) -> tuple[nn.Module,
     words = {"image_size": size} if name.startswith("vit_") and not published else {}
     network = models.get_model(name, weights="DEFAULT" if published else None, **words)
     for last in ("heads", "head", "fc", "classifier"):
-        if hasattr(network, last) and not hasattr(network, "features"):
+        if hasattr(network, last) and not hasattr(network, "avgpool") and not hasattr(network, "features"):
             setattr(network, last, nn.Identity())
     return network, IMAGENET_MEAN, IMAGENET_STD
 
@@ -269,7 +281,7 @@ def read_network_weights(name: str, network: nn.Module) -> tuple[dict[str, Tenso
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of rubbish torch's reader raises whatever it comes upon
         raise ProjectError(f"weights {path} cannot be read: {first_line(error)}") from None
     state = state.get("state_dict", state)
     if "_conv_stem.weight" not in state:

@@ -120,11 +120,12 @@ def load_model(config: Config, folder: Path, checkpoint: str, device: torch.devi
     try:
         parts = state["parts"]
         towers.model.load_state_dict(parts["ema"])
-        locked = Locked(towers)
-        locked.load_state_dict(parts["locked"])
+        noted = {"sha256": str(parts["locked"]["sha256"])}
         step = int(state["step"])
     except UNFIT:
         raise CheckpointError(f"the checkpoint in {checkpoints} is of another model than the config's") from None
+    locked = Locked(towers)
+    locked.load_state_dict(noted)
     return Loaded(
         config,
         towers.model.to(device).eval().requires_grad_(False),

@@ -265,12 +265,12 @@ def read_activation(config: Path | None, is_openai: bool, weights: Path) -> Acti
     """The activation that the weights were trained with. `ProjectError` where nothing says it."""
     if is_openai:
         return "quick_gelu"
-    if config is None:
+    facts: dict[str, Any] = {} if config is None else json.loads(config.read_text(encoding="utf-8"))
+    if "model_cfg" not in facts and "vision_config" not in facts:  # timm's own config.json says nothing of it either
         raise ProjectError(
             f"nothing beside {weights} says whether it was trained with QuickGELU; put its {CONFIG_FILES[0]} or "
             f"{CONFIG_FILES[1]} there, or say activation=quick_gelu (OpenAI's weights) or gelu (most of OpenCLIP's)"
         )
-    facts: dict[str, Any] = json.loads(config.read_text())
     if "model_cfg" in facts:  # OpenCLIP
         return "quick_gelu" if facts["model_cfg"].get("quick_gelu", False) else "gelu"
     name = (facts.get("vision_config") or {}).get("hidden_act", "quick_gelu")  # the default of transformers' CLIPConfig
@@ -294,10 +294,11 @@ def find_weights(name: str) -> tuple[Path, Path | None]:
         weights = _from_hub(name, WEIGHT_FILES)
         if weights is not None:
             return weights, _from_hub(name, CONFIG_FILES)
-    raise ProjectError(
-        f"no weights {name}: neither a file or folder here, nor to be had from the Hugging Face Hub; download "
-        f"https://huggingface.co/{name} to a folder and name that"
-    )
+        raise ProjectError(
+            f"no weights {name}: neither a file or folder here, nor to be had from the Hugging Face Hub; download "
+            f"https://huggingface.co/{name} to a folder and name that"
+        )
+    raise ProjectError(f"no weights {name}: neither a file nor a folder, and no id on the Hugging Face Hub")
 
 
 def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
@@ -308,11 +309,18 @@ def _from_hub(repository: str, names: tuple[str, ...]) -> Path | None:
     """The first of these files that the Hub or its cache has."""
     try:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError:
         raise ProjectError(f"{repository} is on the Hugging Face Hub: pip install huggingface_hub") from None
+    offline = False
     for name in names:
-        try:
-            return Path(hf_hub_download(repository, name))
-        except (OSError, ValueError):  # not there, no network and not in the cache, no such repository
-            continue
+        for local in (True, False):  # what is in the cache needs no network
+            if offline and not local:
+                continue
+            try:
+                return Path(hf_hub_download(repository, name, local_files_only=local))
+            except LocalEntryNotFoundError:
+                offline = offline or not local  # the Hub does not answer: do not wait for it again
+            except (OSError, ValueError):  # no such file, no such repository, not a name of one
+                continue
     return None

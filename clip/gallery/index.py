@@ -52,15 +52,15 @@ def build(kind: Kind, ids: np.ndarray, vectors: np.ndarray) -> Any:
     return index
 
 
-def open_index(kind: Kind, store: Store) -> Any:
-    """An index of all that the store holds.
+def open_index(kind: Kind, store: Store) -> tuple[Any, np.ndarray]:
+    """An index of all that the store holds, and the numbers that this is: int64 (N,).
 
     A flat one is made at once. The graph is kept beside the store: images that came since are added, and removed ones
     are passed over in the search until they are too many.
     """
     ids, vectors = store.vectors()
     if kind == "flat":
-        return build(kind, ids, vectors)
+        return build(kind, ids, vectors), ids
     path = graph_path(store)
     index = _read(path, vectors.shape[1])
     present = np.empty(0, np.int64) if index is None else numbers_in(index)
@@ -70,14 +70,14 @@ def open_index(kind: Kind, store: Store) -> Any:
     else:
         fresh = ~np.isin(ids, present)
         if not fresh.any():
-            return index
+            return index, ids
         index.add_with_ids(np.ascontiguousarray(vectors[fresh]), ids[fresh])
     with atomic_open(path) as file:
         file.write(faiss().serialize_index(index).tobytes())
     for other in path.parent.glob(f"{store.path.name}-*.hnsw"):
         if other != path:  # of embeddings that were thrown away
             other.unlink(missing_ok=True)
-    return index
+    return index, ids
 
 
 def search(index: Any, queries: np.ndarray, k: int, alive: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -88,10 +88,9 @@ def search(index: Any, queries: np.ndarray, k: int, alive: np.ndarray | None = N
         alive: int64, the numbers that may be found; None = all.
     """
     library = faiss()
-    present = numbers_in(index)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
-    if alive is None or np.isin(present, alive).all():
-        scores, found = index.search(queries, min(k, len(present)))
+    if alive is None or np.isin(numbers_in(index), alive).all():
+        scores, found = index.search(queries, min(k, index.ntotal))
         return scores, found
     selector = library.IDSelectorBatch(alive)
     plain = library.downcast_index(index.index)

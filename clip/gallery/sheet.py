@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from clip.gallery.update import FAULTS, why
 from common.files import atomic_open, write_text
@@ -93,9 +93,7 @@ def save_sheet(answers: Sequence[Answer], folder: Path, page: Path, picture: Pat
 
 def thumbnail(path: Path) -> Image.Image:
     """The whole image, its longer side `THUMBNAIL` pixels."""
-    image = open_image(path)
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return image
+    return ImageOps.contain(open_image(path), (THUMBNAIL, THUMBNAIL))
 
 
 def render(answers: Sequence[Answer], folder: Path, page: Path, thumbnails: dict[str, Image.Image], note: str) -> str:

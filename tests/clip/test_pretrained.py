@@ -138,9 +138,17 @@ def test_the_hub(state, tmp_path, monkeypatch) -> None:
     save(state, tmp_path / "open_clip_pytorch_model.bin")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {}}))
 
-    def download(repository: str, name: str) -> str:
+    asked: list[str] = []
+    reachable = True
+
+    def download(repository: str, name: str, local_files_only: bool) -> str:
+        if local_files_only:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+        asked.append(name)
+        if not reachable:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
         if repository != "laion/CLIP" or not (tmp_path / name).is_file():
-            raise huggingface_hub.errors.LocalEntryNotFoundError("404")
+            raise OSError("404")
         return str(tmp_path / name)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
@@ -148,10 +156,35 @@ def test_the_hub(state, tmp_path, monkeypatch) -> None:
     assert from_pretrained("laion/CLIP").config.image.activation == "gelu"
     with pytest.raises(ProjectError, match="no weights other/CLIP: neither"):
         from_pretrained("other/CLIP")
+    # a Hub that does not answer is asked once, for each time the library waits half a minute
+    reachable = False
+    asked.clear()
+    with pytest.raises(ProjectError, match=r"download https://huggingface\.co/laion/CLIP to a folder"):
+        from_pretrained("laion/CLIP")
+    assert len(asked) == 1
+
+
+def test_what_the_cache_has_needs_no_network(state, tmp_path, monkeypatch) -> None:
+    import huggingface_hub
+
+    save(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_base_patch32_clip_224"}))  # timm's
+
+    def cached(repository: str, name: str, local_files_only: bool) -> str:
+        if not (tmp_path / name).is_file():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("neither in the cache nor to be reached")
+        assert local_files_only
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached)
+    assert find_weights("laion/CLIP") == (tmp_path / "model.safetensors", tmp_path / "config.json")
+    # the config that the cache happens to have says nothing of the activation, and nothing is made up
+    with pytest.raises(ProjectError, match="says whether it was trained with QuickGELU"):
+        from_pretrained("laion/CLIP")
 
 
 def test_what_is_no_clip_is_refused_in_one_line(state, tmp_path) -> None:
-    with pytest.raises(ProjectError, match="no weights nowhere: neither a file or folder"):
+    with pytest.raises(ProjectError, match="no weights nowhere: neither a file nor a folder"):
         from_pretrained("nowhere")
     with pytest.raises(ProjectError, match="holds none of open_clip_model"):
         from_pretrained(str(tmp_path))

@@ -5,6 +5,7 @@ in a README works.
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -147,12 +148,15 @@ def test_commands_in_readmes(readme, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     module, *words = shlex.split(command)[2:]
     project, mode = module.split(".")
-    assert mode in ("train", "eval", "sample", "sweep", "encode", "decode"), command
+    assert mode in ("train", "eval", "sample", "sweep", "encode", "decode", "search", "zero_shot", "probe"), command
     assert (ROOT / project / f"{mode}.py").is_file(), command
     if words == ["--help"]:
         return
     if mode == "sweep":
         resolve(schema_of(project), ROOT / words[words.index("--config") + 1], [word for word in words if "=" in word])
+    elif mode in ("search", "zero_shot", "probe") and hasattr(program := importlib.import_module(module), "parse"):
+        run = program.parse(words).run
+        assert run is None or (ROOT / f"configs/{Path(run).name}.yaml").is_file()
     elif mode == "train":
         load(schema_of(project), project, mode, words)
     else:
