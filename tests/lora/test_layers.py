@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -286,6 +287,7 @@ def test_tied_weights_are_refused_or_untied(target, tmp_path):
     assert gap(output(model, x), before) < 1e-5
     unload(model)
     model.save_pretrained(tmp_path)
+    assert not json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"], "readers would tie them again"
     assert gap(output(AutoModelForCausalLM.from_pretrained(tmp_path), x), before) < 1e-5
 
 
