@@ -65,8 +65,7 @@ def byte_levels(device: torch.device) -> Tensor:
     return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
 
 
-@cache
-def dynamic_levels(device: torch.device) -> Tensor:
+def dynamic_code() -> tuple[float, ...]:
     """The 256 levels of the 8-bit code of scales, rising: dynamic tree quantisation (Dettmers 2016, section 2.1).
 
     A sign; then a decimal exponent, of which small numbers use up more bits; what is left of the 7 bits divides
@@ -76,8 +75,16 @@ def dynamic_levels(device: torch.device) -> Tensor:
     for exponent in range(-6, 1):  # powers of ten
         edges = torch.linspace(0.1, 1, 2 ** (exponent + 6) + 1)
         positive += (10.0**exponent * ((edges[:-1] + edges[1:]) / 2)).tolist()
-    levels = sorted([-level for level in positive] + positive + [0.0, 1.0])
-    return torch.tensor(levels, device=device)
+    return tuple(sorted([-level for level in positive] + positive + [0.0, 1.0]))
+
+
+DYNAMIC = dynamic_code()
+
+
+@cache
+def dynamic_levels(device: torch.device) -> Tensor:
+    """`DYNAMIC`. (256,)"""
+    return torch.tensor(DYNAMIC, device=device)
 
 
 def scale_blocks(values: Tensor, size: int) -> tuple[Tensor, Tensor]:

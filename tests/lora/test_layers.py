@@ -15,7 +15,6 @@ from lora.adapters import (
     adapter_state,
     adapters_of,
     disabled,
-    find_targets,
     inject,
     load_adapter_state,
     merge,
@@ -24,6 +23,7 @@ from lora.adapters import (
     unmerge,
 )
 from lora.settings import AdapterConfig
+from lora.targets import find_targets
 from tests.lora.tiny import TinyConv, output, peft_parameters, randomise, tiny_gpt2, tiny_llama, tokens, with_peft
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
