@@ -211,12 +211,12 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def weights_hash(weights: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors on the CPU, in the order of the names; and over what is
-    noted beside them.
+    """SHA-256 over names, types, shapes and bytes of tensors, in the order of the names; and over what is noted beside
+    them.
     """
     digest = hashlib.sha256()
     for name in sorted(weights):
-        tensor = weights[name].contiguous()
+        tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     if metadata:

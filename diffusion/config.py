@@ -31,6 +31,7 @@ class DataConfig:
     image_size: int = 32  # pixels; celeba and folder images are centre-cropped and resized to it
     flip: bool = True  # random horizontal flips (Ho et al. 2020 use them on CIFAR-10; wrong for digits)
     workers: int = 2  # processes that decode celeba and folder images; the others are held in memory
+    patience: int = 300  # seconds to wait for them before the run ends, as when a network disk is gone; 0 = for ever
     max_images: int = 0  # train on only N images, drawn by seed; 0 = all
     latents: str = ""  # dataset=latents: file of training codes, as `python -m vae.encode` writes it
     held_out_latents: str = ""  # latents: of held-out images, to measure what decoding alone costs; "" = not measured
@@ -49,6 +50,7 @@ class DataConfig:
             require(is_latents or not getattr(self, name), f"data.{name}", "is for data.dataset=latents")
         require(is_latents or self.posterior == "mean", "data.posterior", "is for data.dataset=latents")
         require(self.workers >= 0, "data.workers", "must not be negative")
+        require(self.patience >= 0, "data.patience", "must not be negative")
         require(self.max_images >= 0, "data.max_images", "must not be negative")
         require(0 <= self.held_out < 1, "data.held_out", "must be in [0, 1)")
         require(

@@ -6,17 +6,15 @@ and folders of images are decoded by worker processes. The readers are in `commo
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from common.errors import ProjectError
 from common.images import (
     FolderImages,
     Images,
     Listing,
     Split,
     celeba_files,
-    list_split,
+    list_own,
     read_cifar10,
     read_digits,
     read_mnist,
@@ -26,6 +24,7 @@ from common.images.memory import draw_indices
 from diffusion.config import DataConfig
 from diffusion.latents import load_latents
 
+CELEBA_CROP = 148  # pixels a side of the centre square, as usual
 DATA_SEED = 0  # of subsets: the same images whatever the seed of a run
 OTHERWISE = "use configs/ddpm_digits.yaml, which needs no download"
 
@@ -40,11 +39,12 @@ def load_images(config: DataConfig, data_root: str, split: Split = "train") -> I
     if config.dataset == "latents":
         return load_latents(config).draw(config.max_images, DATA_SEED) if split == "train" else None
     if config.dataset == "folder":
-        return load_folder(config, root, split)
+        folder = root / Path(config.folder).expanduser()
+        own = list_own(folder, split, config.held_out, OTHERWISE, silent=split == "test")
+        return None if own is None else open_files(own, config, split)
     if config.dataset == "celeba":
         _, files = celeba_files(root, split, OTHERWISE)
-        listing = subset(Listing(files, None, ()), config, split)
-        return FolderImages("celeba", listing, config.image_size, config.workers, crop=148)
+        return open_files(Listing(files, None, ()), config, split)
     if config.dataset == "digits":
         data = read_digits(split)
     elif config.dataset == "cifar10":
@@ -55,23 +55,17 @@ def load_images(config: DataConfig, data_root: str, split: Split = "train") -> I
     return data.draw(config.max_images, DATA_SEED) if split == "train" else data
 
 
-def load_folder(config: DataConfig, root: Path, split: Split) -> Images | None:
-    """A person's own images; None where nothing is held out. What was left out of the folder is said once."""
-    folder = root / Path(config.folder).expanduser()
-    listing = list_split(folder, split, config.held_out, "data.folder", OTHERWISE)
+def open_files(listing: Listing, config: DataConfig, split: Split) -> FolderImages:
+    """Image files, of the training files `data.max_images` drawn by seed."""
     if split == "train":
-        for note in listing.notes:
-            print(f"note: {note}", file=sys.stderr)
-    if not listing.files:
-        if split == "train":
-            raise ProjectError(f"data.folder: {folder} has no image left to train on; lower data.held_out")
-        return None
-    return FolderImages("folder", subset(listing, config, split), config.image_size, config.workers, grey=config.grey)
-
-
-def subset(listing: Listing, config: DataConfig, split: Split) -> Listing:
-    """`data.max_images` of the training files, drawn by seed."""
-    if split != "train" or not config.max_images:
-        return listing
-    chosen = {listing.files[i] for i in draw_indices(len(listing.files), config.max_images, DATA_SEED).tolist()}
-    return listing.keep(lambda path: path in chosen)
+        listing = listing.at(draw_indices(len(listing.files), config.max_images, DATA_SEED).tolist())
+    is_own = config.dataset == "folder"
+    return FolderImages(
+        config.dataset,
+        listing,
+        config.image_size,
+        config.workers,
+        crop=0 if is_own else CELEBA_CROP,
+        grey=is_own and config.grey,
+        patience=config.patience,
+    )

@@ -27,17 +27,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from common.checkpoint import weights_hash
 from common.errors import exits_cleanly
 from common.files import atomic_open, sha256, write_json
 from common.metrics import FeatureStatistics, frechet_between
 from common.provenance import discard, made_by
 from common.run import Run
+from common.terminal import show_metrics
 from common.judges import CACHE
-from common.judges.classifier import checksum, json_hash
 from diffusion.data import load_images
 from common.judges.features import (
     FeatureExtractor,
@@ -135,7 +134,7 @@ def main(config: Config, options: Options) -> None:
         }
         write_json(run.folder / "eval.json", result)
         shutil.rmtree(run.folder / "eval_samples", ignore_errors=True)
-        show(metrics, f"{run.folder.name} after {step} of {config.train.steps} steps")
+        show_metrics(metrics, f"{run.folder.name} after {step} of {config.train.steps} steps")
         print(json.dumps(result), flush=True)
 
 
@@ -174,7 +173,7 @@ def build_judge(config: Config, features: str, train: Images, test: Images | Non
 def sample_key(model: Network, config: Config, count: int) -> dict[str, Any]:
     """What generated images depend on, in JSON types: none kept of an interrupted evaluation are taken for others."""
     return {
-        "weights": json_hash({name: checksum(value) for name, value in model.state_dict().items()}),
+        "weights": weights_hash(model.state_dict()),
         "objective": dataclasses.asdict(config.objective),
         "model": dataclasses.asdict(config.model),
         "image_size": config.data.image_size,
@@ -343,14 +342,6 @@ def plot_samplers(rows: dict[str, dict[str, float]], metric: str, floor: float |
     with atomic_open(path) as file:
         figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
-
-
-def show(metrics: dict[str, float], title: str) -> None:
-    """Print the metrics as a table."""
-    table = Table("metric", "value", title=title)
-    for metric, value in metrics.items():
-        table.add_row(metric, f"{value:.4f}")
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class DataConfig:
     image_size: int = 28  # pixels; celeba and folder images are centre-cropped and resized to it
     flip: bool = False  # random horizontal flips; wrong for digits
     workers: int = 2  # processes that decode celeba and folder images; the others are held in memory
+    patience: int = 300  # seconds to wait for them before the run ends, as when a network disk is gone; 0 = for ever
     max_images: int = 0  # train on only N images, drawn by seed; 0 = all
     # dynamic: a pixel is white with a probability equal to its grey value, drawn anew each time (Burda et al. 2016);
     # static: drawn once for the whole dataset; none: the grey values themselves, for a likelihood of grey values
@@ -41,6 +42,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require(self.image_size >= 4, "data.image_size", "must be at least 4 pixels")
         require(self.workers >= 0, "data.workers", "must not be negative")
+        require(self.patience >= 0, "data.patience", "must not be negative")
         require(self.max_images >= 0, "data.max_images", "must not be negative")
         require(self.validation >= 0, "data.validation", "must not be negative")
         require(0 <= self.held_out < 1, "data.held_out", "must be in [0, 1)")

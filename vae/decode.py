@@ -42,7 +42,7 @@ def main(config: Config, options: Options) -> None:
         path = Path(settings.latents).expanduser()
         latents = read_latents(path)
         key = {
-            "weights": weights_hash({name: value.cpu() for name, value in model.state_dict().items()}),
+            "weights": weights_hash(model.state_dict()),
             "latents": sha256(path),
             "format": settings.format,
         }

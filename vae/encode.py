@@ -77,7 +77,9 @@ def find_images(config: Config) -> dict[str, Dataset]:
         folder = Path(config.data_root) / Path(settings.folder).expanduser()
         listing = list_images(folder, "encode.folder")
         grey = config.model.image_channels == 1
-        data = FolderImages("folder", listing, config.data.image_size, config.data.workers, grey=grey)
+        data = FolderImages(
+            "folder", listing, config.data.image_size, config.data.workers, grey=grey, patience=config.data.patience
+        )
         return {"folder" if folder.name in ("train", "test", "validation", "") else folder.name: data}
     splits = ("train", "validation", "test") if settings.split == "all" else (settings.split,)
     found = {name: load_images(config.data, config.data_root, name) for name in splits}  # type: ignore[arg-type]
@@ -91,7 +93,7 @@ def identify(model: Autoencoder, config: Config) -> dict[str, Any]:
     """What codes depend on beside the images, in JSON types."""
     return {
         "project": "vae",
-        "weights": weights_hash({name: value.cpu() for name, value in model.state_dict().items()}),
+        "weights": weights_hash(model.state_dict()),
         "latents": model.size,
         "image_shape": [config.model.image_channels, config.data.image_size, config.data.image_size],
     }

@@ -21,19 +21,18 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from common.checkpoint import weights_hash
 from common.errors import ProjectError, exits_cleanly
 from common.files import write_csv, write_json
 from common.images import Images, MemoryImages
 from common.judges import CACHE
-from common.judges.classifier import checksum, json_hash
 from common.judges.features import Labelled, build_extractor, extract, reference_statistics
 from common.metrics import FeatureStatistics, frechet_between
 from common.provenance import discard, made_by, output_hashes
 from common.run import Run
+from common.terminal import show_metrics
 from vae import figures
 from vae.data import Dsprites, load_images
 from vae.data.dsprites import CATEGORICAL
@@ -59,7 +58,7 @@ def main(config: Config, options: Options) -> None:
         model, step = load_model(config, options, run)
         if step < config.train.steps:
             run.display.say(f"note: the weights are of step {step} of {config.train.steps}: no finished training")
-        marks = made_by(config, [json_hash({name: checksum(value) for name, value in model.state_dict().items()})])
+        marks = made_by(config, [weights_hash(model.state_dict())])
         images = load_images(config.data, config.data_root, config.eval.split)
         if images is None:
             raise ProjectError(f"there are no {config.eval.split} images; see data.held_out and data.validation")
@@ -90,7 +89,7 @@ def main(config: Config, options: Options) -> None:
             **marks,
         }
         write_json(run.folder / "eval.json", result)
-        show(metrics, f"{run.folder.name} after {step} of {config.train.steps} steps")
+        show_metrics(metrics, f"{run.folder.name} after {step} of {config.train.steps} steps")
         print(json.dumps(result), flush=True)
 
 
@@ -233,14 +232,6 @@ def write_likelihoods(bounds: Bounds, images: MemoryImages, path: Path) -> None:
         label = "" if images.labels is None else images.class_names[int(images.labels[i])]
         rows.append({"image": i, "class": label, "log_likelihood": round(value, 4)})
     write_csv(path, rows)
-
-
-def show(metrics: dict[str, float], title: str) -> None:
-    """Print the metrics as a table."""
-    table = Table("metric", "value", title=title)
-    for key, value in metrics.items():
-        table.add_row(key, f"{value:.4f}")
-    Console().print(table)
 
 
 if __name__ == "__main__":

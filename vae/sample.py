@@ -84,7 +84,7 @@ def sample_key(model: Autoencoder, config: Config) -> dict[str, Any]:
     """What the images depend on, and in which files they are, in JSON types."""
     settings = dataclasses.asdict(config.sample)
     return {
-        "weights": weights_hash({name: value.cpu() for name, value in model.state_dict().items()}),
+        "weights": weights_hash(model.state_dict()),
         "model": dataclasses.asdict(config.model),
         "likelihood": dataclasses.asdict(config.likelihood),
         "image_size": config.data.image_size,

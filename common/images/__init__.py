@@ -2,7 +2,7 @@
 
 from common.images.folder import FolderImages
 from common.images.formats import Split, celeba_files, read_cifar10, read_cifar100, read_digits, read_mnist
-from common.images.listing import Listing, list_images, list_split
+from common.images.listing import Listing, list_images, list_own, list_split
 from common.images.memory import Images, MemoryImages, batch_indices, resize
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "batch_indices",
     "celeba_files",
     "list_images",
+    "list_own",
     "list_split",
     "read_cifar10",
     "read_cifar100",

@@ -11,9 +11,11 @@ import contextlib
 import errno
 import io
 import multiprocessing
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from common.images.reading import read_image
 
 MOST_BAD = 0.01
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the machine's fault, not the file's
+SECONDS_TO_DIE = 5.0  # for a process that has been killed
 FORGIVEN = 3  # bad files that never stop a run: one percent of a small folder is less than a file
 
 
@@ -44,9 +47,19 @@ class FolderImages:
         workers: processes that decode; 0 = this one.
         crop: side of the centre square taken before resizing; 0 = the shorter side.
         grey: one channel instead of three.
+        patience: seconds that the processes may take for a batch before the run ends; 0 = wait for ever.
     """
 
-    def __init__(self, name: str, listing: Listing, size: int, workers: int, crop: int = 0, grey: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        listing: Listing,
+        size: int,
+        workers: int,
+        crop: int = 0,
+        grey: bool = False,
+        patience: int = 0,
+    ) -> None:
         self.name = name
         self.files = listing.files
         self.labels = None if listing.labels is None else torch.tensor(listing.labels)
@@ -54,6 +67,7 @@ class FolderImages:
         self.shape = (1 if grey else 3, size, size)
         self.workers = workers
         self.crop = crop
+        self.patience = patience
         self.bad: set[int] = set()
 
     def __len__(self) -> int:
@@ -117,6 +131,7 @@ class FolderImages:
             collate_fn=_collate,
             generator=apart,
             worker_init_fn=_ignore_signals if self.workers else None,
+            timeout=self.patience if self.workers else 0,
         )
         for arrays, numbers, faults in alive(loader):
             images = torch.from_numpy(arrays)
@@ -159,6 +174,11 @@ def alive(loader: DataLoader[Any]) -> Iterator[Any]:
             return
         except (RuntimeError, OSError, EOFError) as error:
             end_workers()  # else each is waited for
+            if "timed out" in str(error):  # DataLoader's own words; a network file system that is gone never answers
+                raise ProjectError(
+                    f"no batch of images has come for {loader.timeout:g} seconds: the disk or network file system does "
+                    "not answer; data.patience is how long to wait, 0 for ever"
+                ) from None
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ProjectError(
                 "a process that decodes images has died: killed, or no memory or file handle left for it; try a "
@@ -202,14 +222,28 @@ def _ignore_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-@atexit.register
 def end_workers() -> None:
     """Kill the processes that decode, whatever ends this one.
 
-    They ignore the polite signals, and Python would wait for them for ever at its exit after an error. Registered after
-    multiprocessing's own handler, so it comes before that.
+    They ignore the polite signals, and Python would wait for them for ever at its exit after an error.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler raises an error for each that dies
     for process in multiprocessing.active_children():
         process.kill()
+
+
+@atexit.register
+def leave_who_cannot_be_killed() -> None:
+    """End them, and leave without those that even a kill does not reach, for they wait for a file system that is gone:
+    Python's exit would wait for them, and so for ever. Registered after multiprocessing's own handler, so it comes
+    before that.
+    """
+    end_workers()
+    limit = time.monotonic() + SECONDS_TO_DIE
+    for process in multiprocessing.active_children():
+        process.join(max(0.0, limit - time.monotonic()))
+    if multiprocessing.active_children():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +32,35 @@ class Listing:
     classes: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
+    def at(self, numbers: Iterable[int]) -> Listing:
+        """The files of these numbers, in their order among all, with the same classes."""
+        chosen = {self.files[i] for i in numbers}
+        return self.keep(lambda path: path in chosen)
+
     def keep(self, wanted: Callable[[Path], bool]) -> Listing:
         """The files for which `wanted` holds, with the same classes."""
         kept = [i for i, path in enumerate(self.files) if wanted(path)]
         labels = None if self.labels is None else [self.labels[i] for i in kept]
         return Listing([self.files[i] for i in kept], labels, self.classes, self.notes)
+
+
+def list_own(folder: Path, split: str, held_out: float, otherwise: str, silent: bool = False) -> Listing | None:
+    """A person's own images, `data.folder`: those of a split, or None where nothing is held out.
+
+    What was left out of the folder is said, unless `silent`. `ProjectError` where nothing is left to train on.
+
+    Args:
+        split, held_out, otherwise: see `list_split`.
+    """
+    listing = list_split(folder, split, held_out, "data.folder", otherwise)
+    if not silent:
+        for note in listing.notes:
+            print(f"note: {note}", file=sys.stderr)
+    if listing.files:
+        return listing
+    if split == "test":
+        return None
+    raise ProjectError(f"data.folder: {folder} has no image left to train on; lower data.held_out")
 
 
 def list_split(folder: Path, split: str, held_out: float, key: str, otherwise: str = "") -> Listing:

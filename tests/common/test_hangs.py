@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import resource
 import shutil
@@ -20,6 +21,7 @@ from PIL import Image
 from common.checkpoint import Checkpoints
 from common.errors import ProjectError
 from common.files import read_json
+from common.images import folder
 from common.images.folder import FolderImages
 from common.images.listing import list_images
 from tests.helpers import DIGITS, ROOT, TINY, environment, errors
@@ -105,6 +107,41 @@ def test_too_few_file_handles_for_environments(tmp_path):
     status, text = end_of(command, handles=64)
     (line,) = errors(text)
     assert status == 1 and "Too many open files" in line and "env.count" in line
+
+
+def test_a_file_system_that_never_answers(pictures, monkeypatch):
+    """As a network file system whose server is gone: the reader blocks, and there is no error to be had."""
+    monkeypatch.setattr("common.images.folder.read_image", lambda *words: time.sleep(1000))
+    images = FolderImages("mine", list_images(pictures, "data.folder"), size=16, workers=2, patience=3)
+    begun = time.monotonic()
+    with pytest.raises(ProjectError, match=r"for 3 seconds: .*does not answer; data\.patience"):
+        next(images.batches(1, 8, 0, torch.device("cpu")))
+    assert time.monotonic() - begun < AT_ONCE
+    for process in multiprocessing.active_children():
+        process.join(AT_ONCE)
+    assert not multiprocessing.active_children()
+
+
+def test_who_cannot_be_killed_is_left_behind(monkeypatch, capsys):
+    """In the middle of a read from such a file system a process does not even die of kill -9."""
+
+    asked = []
+
+    class Waiting:
+        def kill(self):
+            asked.append("kill")
+
+        def join(self, seconds):
+            asked.append("join")
+
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(folder.multiprocessing, "active_children", lambda: [Waiting()])
+    monkeypatch.setattr(folder.os, "_exit", leave)
+    with pytest.raises(SystemExit) as stop:
+        folder.leave_who_cannot_be_killed()
+    assert stop.value.code == 1 and asked == ["kill", "join"]
 
 
 # -- somebody is killed ------------------------------------------------------------------------------------------------

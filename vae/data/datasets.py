@@ -7,7 +7,6 @@ the config alone and never on the seed of a run.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +19,7 @@ from common.images import (
     Listing,
     MemoryImages,
     celeba_files,
-    list_split,
+    list_own,
     read_cifar10,
     read_digits,
     read_mnist,
@@ -94,27 +93,24 @@ def load_files(config: DataConfig, root: Path, split: Split, files: FileSplit) -
         )
     if config.dataset == "celeba":
         _, found = celeba_files(root, files, OTHERWISE)
-        listing = part(Listing(found, None, ()), config, split)
-        return FolderImages("celeba", listing, config.image_size, config.workers, crop=CELEBA_CROP)
-    folder = root / Path(config.folder).expanduser()
-    listing = list_split(folder, files, config.held_out, "data.folder", OTHERWISE)
-    if split == "train":
-        for note in listing.notes:
-            print(f"note: {note}", file=sys.stderr)
-    if not listing.files and split == "test":
+        listing: Listing | None = Listing(found, None, ())
+    else:
+        folder = root / Path(config.folder).expanduser()
+        listing = list_own(folder, files, config.held_out, OTHERWISE, silent=split != "train")
+    if listing is None:
         return None
-    if not listing.files:
-        raise ProjectError(f"data.folder: {folder} has no image left to train on; lower data.held_out")
-    listing = part(listing, config, split)
-    return FolderImages("folder", listing, config.image_size, config.workers, grey=config.grey)
-
-
-def part(listing: Listing, config: DataConfig, split: Split) -> Listing:
-    """The files of a split, in their order."""
-    if split == "test":
-        return listing
-    chosen = {listing.files[i] for i in choose(len(listing.files), config, split).tolist()}
-    return listing.keep(lambda path: path in chosen)
+    if split != "test":
+        listing = listing.at(choose(len(listing.files), config, split).tolist())
+    is_own = config.dataset == "folder"
+    return FolderImages(
+        config.dataset,
+        listing,
+        config.image_size,
+        config.workers,
+        crop=0 if is_own else CELEBA_CROP,
+        grey=is_own and config.grey,
+        patience=config.patience,
+    )
 
 
 def choose(size: int, config: DataConfig, split: Split) -> Tensor:
