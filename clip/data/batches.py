@@ -46,9 +46,7 @@ class Order(NamedTuple):
     epoch: list[int]
 
 
-def order_of(
-    step: int, batch_size: int, size: int, seed: int, rank: int = 0, world: int = 1, family: int = 1
-) -> Order:
+def order_of(step: int, batch_size: int, size: int, seed: int, rank: int = 0, world: int = 1, family: int = 1) -> Order:
     """A function of (seed, step): positions (step - 1) batch_size ... of an endless row of shuffled epochs. With
     `family`, so many neighbours stay together.
     """

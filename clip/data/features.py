@@ -272,4 +272,3 @@ def _text_maker(captions: list[str], towers: Towers, run: Run) -> Maker:
 def _ready(base: nn.Module | None, run: Run) -> nn.Module:
     assert base is not None
     return base.to(run.device).eval()
-

@@ -1,9 +1,9 @@
 """The training, validation and test images of a dataset, and what is wrong with them.
 
-    flickr8k/ dataset_flickr8k.json  images/*.jpg           Karpathy & Fei-Fei 2015: splits and captions in one file
-    coco/     dataset_coco.json      train2014/ val2014/    of https://cs.stanford.edu/people/karpathy/deepimagesent/
-    FOLDER/   captions.csv or .jsonl and images             a person's own
-    FOLDER/   *.tar                                         WebDataset shards: 000.jpg, 000.txt, 001.jpg, ...
+flickr8k/ dataset_flickr8k.json  images/*.jpg           Karpathy & Fei-Fei 2015: splits and captions in one file
+coco/     dataset_coco.json      train2014/ val2014/    of https://cs.stanford.edu/people/karpathy/deepimagesent/
+FOLDER/   captions.csv or .jsonl and images             a person's own
+FOLDER/   *.tar                                         WebDataset shards: 000.jpg, 000.txt, 001.jpg, ...
 """
 
 from __future__ import annotations
