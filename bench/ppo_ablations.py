@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 RESULTS, RUNS = Path("docs/results/ppo"), Path("runs/ppo_ablations")
 CONFIGS = {"cartpole": "configs/ppo_cartpole.yaml", "lunarlander": "configs/ppo_lunarlander.yaml"}
@@ -55,7 +56,7 @@ def main() -> None:
         "overrides", nargs="*", metavar="key=value", help="for every row; a row's own change comes after"
     )
     args = parser.parse_args()
-    rows: dict[str, dict] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for number, (label, change) in enumerate(CHANGES.items()):
         folder = RUNS / args.env / f"{number:02d}"
         if not args.only or label in args.only:
@@ -93,7 +94,7 @@ def main() -> None:
     (RESULTS / f"ablations_{args.env}.md").write_text(table(rows), encoding="utf-8")
 
 
-def table(rows: dict[str, dict]) -> str:
+def table(rows: dict[str, dict[str, Any]]) -> str:
     """The rows in Markdown; a blank cell means that no seed had the figure."""
     lines = [
         "| change | return, most likely action | worst seed | return, drawn actions | steps to solve (seeds that did) "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -109,6 +111,16 @@ def end_all(jobs: list[Job]) -> None:
     for job in jobs:
         if job.process:
             job.process.wait()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[int]:
+    """Hold the lock on the folder, for as long as one of the processes that were given it lives."""
+    descriptor = lock_folder(folder)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def lock_folder(folder: Path) -> int:

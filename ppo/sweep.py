@@ -27,7 +27,7 @@ from common.logging import read_metrics
 from common.provenance import config_hash
 from common.settings import explain_settings
 from ppo.config import Config
-from ppo.jobs import Job, lock_folder, run_jobs
+from ppo.jobs import Job, locked, run_jobs
 
 
 @exits_cleanly
@@ -42,12 +42,17 @@ def main() -> None:
     folder = Path(args.folder or f"runs/{args.config.stem}_seeds")
     seeds = list(range(args.first, args.first + args.seeds))
     started = time.perf_counter()
-    lock = lock_folder(folder)
-    jobs = [job_for(seed, folder / f"{seed:03d}", config, args) for seed in seeds]
-    stopped_by = run_jobs([job for job in jobs if job.commands], args.jobs, lock)
-    if stopped_by:
-        print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(128 + stopped_by)
+    with locked(folder) as lock:
+        jobs = [job_for(seed, folder / f"{seed:03d}", config, args) for seed in seeds]
+        stopped_by = run_jobs([job for job in jobs if job.commands], args.jobs, lock)
+        if stopped_by:
+            print("stopped; the same command goes on", file=sys.stderr)
+            sys.exit(128 + stopped_by)
+        report(args, config, folder, seeds, started)
+
+
+def report(args: argparse.Namespace, config: Config, folder: Path, seeds: list[int], started: float) -> None:
+    """Write and print what the seeds amount to."""
     rows = [read_seed(folder / f"{seed:03d}", seed) for seed in seeds]
     write_csv(folder / "seeds.csv", rows)
     result = {

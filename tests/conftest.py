@@ -18,7 +18,7 @@ import torch
 from tests.helpers import stop_in_step, tiny, train
 
 torch.set_num_threads(1)
-HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.checkpoint import Checkpoints
 from common.config import BaseConfig, ConfigError, Options
 from common.errors import ProjectError
 from common.finite import NonFinite
-from common.logging import read_metrics
+from common.logging import MetricLog, read_metrics
 from common.run import Run
 from common.signals import Stopped
 from tests.helpers import start_python
@@ -232,6 +233,19 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capfd):
 
 
 # -- resuming ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_follows_it(tmp_path, monkeypatch):
+    """After a power cut a resumed run finds every line up to its checkpoint."""
+    order = []
+    flush, save = MetricLog.flush, Checkpoints.save
+    monkeypatch.setattr(MetricLog, "flush", lambda self: (order.append("log"), flush(self)))
+    monkeypatch.setattr(Checkpoints, "save", lambda self, *words: (order.append("checkpoint"), save(self, *words)))
+    with start(tmp_path) as run:
+        for step in run.steps(0, 2):
+            run.log(step, 1, loss=1.0)
+            run.save(step, number=1)
+    assert order == ["log", "checkpoint"] * 2
 
 
 def test_a_refused_resume_changes_nothing(tmp_path):

@@ -28,6 +28,7 @@ from tests.helpers import (
     log,
     same,
     tiny,
+    torchrun,
     train,
     two_processes,
 )
@@ -39,7 +40,8 @@ from tests.helpers import (
 def test_two_processes_equal_one(microbatch, tmp_path):
     words = ["precision=fp64", "model.dropout=0.0", "train.steps=5", "model.multipliers=[1,2]", "model.attention=[4]"]
     tiny_words = ["--config", str(DIGITS), *TINY, *words, f"train.microbatch={microbatch}"]
-    two_processes("diffusion.train", *tiny_words, f"run_dir={tmp_path / 'two'}")
+    start = two_processes if microbatch else torchrun
+    start("diffusion.train", *tiny_words, f"run_dir={tmp_path / 'two'}")
     assert json.loads((tmp_path / "two/env.json").read_text())["processes"] == 2
     assert train(tiny(tmp_path / "one", *words)) == 0
     for one, two in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):

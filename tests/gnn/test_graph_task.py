@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +18,9 @@ from gnn.config import Config, DataConfig, GraphConfig, ModelConfig, TrainConfig
 from gnn.eval import main as evaluate
 from gnn.train import train
 from gnn.whole_graph.task import GraphTask, best_common_epoch
-from tests.helpers import ROOT
+from tests.helpers import ROOT, two_processes
 
 DATA = Path(os.environ.get("DATA_ROOT") or ROOT / "data")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def write_tu(root: Path, count: int = 40, labelled: bool = True) -> None:
@@ -243,33 +240,10 @@ def test_two_processes(tmp_path):
         Options("train"),
     )
     (tmp_path / "empty.yaml").write_text("seed: 0\n")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        "-m",
-        "gnn.train",
-        "--config",
-        str(tmp_path / "empty.yaml"),
-        "task=graph",
-        "data.dataset=tu",
-        "data.name=TOY",
-        "graph.folds=2",
-        "model.layer=gin",
-        "model.hidden=8",
-        "model.dropout=0",
-        "train.steps=4",
-        "train.batch_size=8",
-        "train.validate_every=2",
-        "train.log_every=2",
-        f"data_root={tmp_path}",
-        "device=cpu",
-        f"run_dir={tmp_path}/two",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    settings = ["task=graph", "data.dataset=tu", "data.name=TOY", "graph.folds=2", "model.layer=gin", "model.hidden=8"]
+    settings += ["model.dropout=0", "train.steps=4", "train.batch_size=8", "train.validate_every=2", "device=cpu"]
+    settings += ["train.log_every=2", f"data_root={tmp_path}", f"run_dir={tmp_path / 'two'}"]
+    two_processes("gnn.train", "--config", str(tmp_path / "empty.yaml"), *settings)
     for trial in ("0000", "0001"):
         one, two = (load_file(tmp_path / f"{name}/models/{trial}.safetensors") for name in ("run", "two"))
         for name, value in one.items():

@@ -20,7 +20,7 @@ from common.report import read_run
 from gnn.task import Task
 from gnn.train import Best
 from tests.gnn.helpers import KARATE, config, evaluate, train
-from tests.helpers import ROOT, environment, python, same, stop_in_check, two_processes
+from tests.helpers import ROOT, command, environment, python, same, stop_in_check, two_processes
 
 SMALL = ("train.steps=6", "train.seeds=3", "train.log_every=1", "eval.figures=false")
 
@@ -125,7 +125,7 @@ def test_two_processes_equal_one(tmp_path):
     """The whole graph is in every process and all draw alike, so more processes change nothing (and gain nothing)."""
     words = ["--config", str(KARATE), "precision=fp64", "device=cpu", *SMALL]
     two_processes("gnn.train", *words, f"run_dir={tmp_path / 'two'}")
-    assert python("-m", "gnn.train", *words, f"run_dir={tmp_path / 'one'}").returncode == 0
+    assert command("gnn", "train", *words, f"run_dir={tmp_path / 'one'}") == 0
     for name, parts in weights(tmp_path / "one").items():
         for key, value in parts.items():
             torch.testing.assert_close(weights(tmp_path / "two")[name][key], value, rtol=0, atol=1e-6)
@@ -143,10 +143,10 @@ def test_processes_stop_together_after_a_seed_has_ended_early(tmp_path):
         port = free.getsockname()[1]
     shared = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     run_dir = tmp_path / "run"
-    command = ["-m", "gnn.train", "--config", str(KARATE), "device=cpu", *PATIENT, f"run_dir={run_dir}"]
+    words = ["-m", "gnn.train", "--config", str(KARATE), "device=cpu", *PATIENT, f"run_dir={run_dir}"]
     processes = [
         subprocess.Popen(
-            [sys.executable, *command],
+            [sys.executable, *words],
             cwd=ROOT,
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
@@ -228,10 +228,9 @@ def test_commands_as_a_person_types_them(tmp_path):
         ("task=graph", "task"),
     ],
 )
-def test_bad_settings_are_one_line(override, message):
-    done = python("-m", "gnn.train", "--config", "configs/gcn_karate.yaml", *override.split())
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
+def test_bad_settings_are_one_line(override, message, capsys):
+    assert command("gnn", "train", "--config", str(KARATE), *override.split()) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert message in line
 

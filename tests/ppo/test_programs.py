@@ -25,7 +25,7 @@ from ppo.config import Config
 from ppo.environments.registry import make_vector
 from ppo.environments.vectors import LocalVector
 from ppo.playing.play import Policy, play
-from tests.helpers import errors, python, same, stop_in_check
+from tests.helpers import ROOT, command, errors, python, same, stop_in_check
 from tests.ppo.helpers import TINY, UPDATES, Counting, config, evaluate, log, train, two_processes, weights
 
 NORMAL = (
@@ -44,7 +44,8 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_commands_as_a_person_types_them(tmp_path):
+def test_commands_as_a_person_types_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     words = ("--config", "configs/ppo_cartpole.yaml", *TINY, f"run_dir={tmp_path / 'run'}")
     done = python("-m", "ppo.train", *words)
     assert done.returncode == 0, done.stderr
@@ -61,9 +62,8 @@ def test_commands_as_a_person_types_them(tmp_path):
     assert {"return_mean", "return_std", "return_mean_stochastic"} <= result["metrics"].keys()
     assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in result["metrics"].values())
     assert any(line.split()[1:2] == ["return_mean"] for line in tested.stdout.splitlines()[:-1]), "the table"
-    again = python("-m", "ppo.train", *words)
-    assert again.returncode == 1
-    assert "--resume" in errors(again.stderr)[0]
+    assert command("ppo", "train", *words) == 1
+    assert "--resume" in errors(capsys.readouterr().err)[0]
 
 
 def test_dry_run_says_what_would_happen_and_makes_nothing(tmp_path, capsys):

@@ -15,7 +15,7 @@ import vae.train
 from common.checkpoint import Checkpoints
 from common.config import ConfigError, Options, load, resolve
 from common.logging import read_metrics
-from tests.helpers import ROOT, errors, python, same, status, stop_in_step
+from tests.helpers import ROOT, command, errors, python, same, status, stop_in_step, two_processes
 from vae.config import Config
 from vae.load import build_model
 
@@ -87,12 +87,11 @@ def test_trains_resumes_exactly_and_is_evaluated(kind, tmp_path, monkeypatch):
     assert ("bits_per_dim" in metrics) == (kind in ("grey", "mixture"))
 
 
-def test_training_leaves_everything(tmp_path):
+def test_training_leaves_everything(tmp_path, capsys):
     run = tmp_path / "run"
     words = ["--config", str(DIGITS), *TINY, "train.steps=2", "train.sample_every=2", f"run_dir={run}"]
-    result = python("-m", "vae.train", *words)
-    assert result.returncode == 0, result.stderr
-    assert "step 2/2" in result.stderr
+    assert command("vae", "train", *words) == 0
+    assert "step 2/2" in capsys.readouterr().err
     for name in ("config.yaml", "env.json", "metrics.jsonl", "model.safetensors", "checkpoints/00000002.pt"):
         assert (run / name).stat().st_size > 0
     assert (run / "samples/prior_00000002.png").is_file()
@@ -119,11 +118,7 @@ def test_dry_run(tmp_path):
 def test_two_processes_are_as_one(kind, tmp_path):
     """Summed over a batch that two processes share: the same weights up to the order of additions."""
     words = [str(DIGITS), *TINY, *KINDS[kind], "train.steps=3", "train.validate_every=0", "precision=fp64"]
-    two = python(
-        "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d",
-        "--rdzv_endpoint=localhost:0", "-m", "vae.train", "--config", *words, f"run_dir={tmp_path / 'two'}",
-    )  # fmt: skip
-    assert two.returncode == 0, two.stderr
+    two_processes("vae.train", "--config", *words, f"run_dir={tmp_path / 'two'}")
     assert train(resolve(Config, DIGITS, [*words[1:], f"run_dir={tmp_path / 'one'}"])) == 0
     first = Checkpoints.load(tmp_path / "one/checkpoints/00000003.pt")["parts"]["model"]
     second = Checkpoints.load(tmp_path / "two/checkpoints/00000003.pt")["parts"]["model"]
