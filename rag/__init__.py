@@ -1,0 +1,1 @@
+"""Retrieval-augmented generation whose benefit is measured: search from scratch, a trained retriever, a reader."""
