@@ -39,7 +39,15 @@ OUTPUTS = ("predictions.jsonl",)  # what is written before eval.json, and goes b
 QUESTION_STREAM = 7_600_001
 # whether one way of searching is better than another: pairs that are compared on the same questions
 COMPARED = (("trained", "zero_shot"), ("hybrid", "trained"), ("hybrid", "bm25"), ("reranked", "hybrid"))
-SHOWN = ("recall_at_1", "recall_at_5", "recall_at_20", "mrr_at_10", "ndcg_at_10", "answer_at_1", "answer_at_20")
+SHOWN = {
+    "recall_at_1": "R@1",
+    "recall_at_5": "R@5",
+    "recall_at_20": "R@20",
+    "mrr_at_10": "MRR@10",
+    "ndcg_at_10": "nDCG@10",
+    "answer_at_1": "A@1",
+    "answer_at_20": "A@20",
+}
 
 
 @exits_cleanly
@@ -130,7 +138,7 @@ def summarise(results: dict[str, Result], questions: list[Question], config: Con
 def show(metrics: dict[str, float], results: dict[str, Result], title: str) -> None:
     """Print a table with a line for each way of searching, and below it the comparisons."""
     columns = [name for name in SHOWN if name in metrics]
-    table = Table("search", *columns, "ms a question", title=title)
+    table = Table("search", *(SHOWN[name] for name in columns), "ms", title=title, caption="ms: a question")
     for name, result in results.items():
         time = sum(value for key, value in metrics.items() if key.startswith("ms_") and key.endswith(f"_{name}"))
         table.add_row(name, *(f"{np.nanmean(result.each[metric]):.4f}" for metric in columns), f"{time:.2f}")
