@@ -39,7 +39,9 @@ class DataConfig:
     world: int = 0  # factworld: the seed of the world, apart from the run's
 
     def __post_init__(self) -> None:
-        require(self.dataset not in NEEDS_FOLDER or self.folder, "data.folder", f"must name a folder for {self.dataset}")
+        require(
+            self.dataset not in NEEDS_FOLDER or self.folder, "data.folder", f"must name a folder for {self.dataset}"
+        )
         require(0 < self.validation < 1, "data.validation", "must be in (0, 1)")
         for name in ("max_passages", "max_questions", "chunk_overlap", "world"):
             require(getattr(self, name) >= 0, f"data.{name}", "must not be negative")
