@@ -139,14 +139,11 @@ def summarise(results: dict[str, Result], questions: list[Question], config: Con
 def show(metrics: dict[str, float], results: dict[str, Result], title: str) -> None:
     """Print a table with a line for each way of searching, and below it the comparisons."""
     columns = [name for name in SHOWN if name in metrics]
-    table = Table(
-        "search",
-        *(SHOWN[name] for name in columns),
-        "ms",
-        title=title,
-        caption="MRR and nDCG of the first 10; ms a question",
-        box=SIMPLE_HEAD,
-    )
+    caption = "MRR and nDCG of the first 10; ms a question"
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("search", min_width=max(map(len, ORDER)), no_wrap=True)
+    for column in [*(SHOWN[metric] for metric in columns), "ms"]:
+        table.add_column(column, justify="right")
     for name, result in results.items():
         time = sum(value for key, value in metrics.items() if key.startswith("ms_") and key.endswith(f"_{name}"))
         table.add_row(name, *(f"{np.nanmean(result.each[metric]):.4f}" for metric in columns), f"{time:.2f}")

@@ -155,7 +155,7 @@ def test_commands_in_readmes(readme, command, monkeypatch):
         resolve(schema_of(project), ROOT / words[words.index("--config") + 1], [word for word in words if "=" in word])
     elif mode == "train":
         load(schema_of(project), project, mode, words)
-    elif mode == "index" and "--run" not in words:
+    elif mode == "index":  # of a folder of documents, not of a config
         resolve(schema_of(project), None, [word for word in words if "=" in word])
     else:
         config = ROOT / f"configs/{Path(words[words.index('--run') + 1]).name}.yaml"
