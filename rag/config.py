@@ -176,7 +176,7 @@ class IndexConfig:
     # faiss: flat compares with every vector; hnsw follows a graph of neighbours; ivfpq looks into the nearest of many
     # cells, at vectors of pq_bytes each
     kind: Literal["flat", "hnsw", "ivfpq"] = "flat"
-    shard: int = 100_000  # passages encoded between two files: what an interruption may cost
+    shard: int = 4096  # passages encoded between two files: what an interruption may cost
     memory_megabytes: int = 1024  # flat and re-ranking: most vectors in memory at once
     hnsw_links: int = 32  # links a vector and layer
     hnsw_build: int = 128  # candidates while building
