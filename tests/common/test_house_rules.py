@@ -148,7 +148,8 @@ def test_commands_in_readmes(readme, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     module, *words = shlex.split(command)[2:]
     project, mode = module.split(".")
-    assert mode in ("train", "eval", "sample", "sweep", "encode", "decode", "search", "zero_shot", "probe"), command
+    programs = ("train", "eval", "sample", "sweep", "encode", "decode", "search", "zero_shot", "probe", "index")
+    assert mode in programs, command
     assert (ROOT / project / f"{mode}.py").is_file(), command
     if words == ["--help"]:
         return
@@ -159,6 +160,8 @@ def test_commands_in_readmes(readme, command, monkeypatch):
         assert run is None or (ROOT / f"configs/{Path(run).name}.yaml").is_file()
     elif mode == "train":
         load(schema_of(project), project, mode, words)
+    elif mode == "index":  # of a folder of documents, not of a config
+        resolve(schema_of(project), None, [word for word in words if "=" in word])
     else:
         config = ROOT / f"configs/{Path(words[words.index('--run') + 1]).name}.yaml"
         resolve(schema_of(project), config, [word for word in words if "=" in word])

@@ -1,0 +1,1 @@
+"""What is trained: the bi-encoder and its loss, the cross-encoder that ranks again."""

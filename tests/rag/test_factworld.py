@@ -1,0 +1,88 @@
+"""A world in which nothing leaks: not from training to test, not by memory, not by guessing."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+from rag.config import DataConfig
+from rag.data import factwords, factworld
+
+CONFIG = DataConfig(entities=300, world=5)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return factworld.make_world(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return factworld.load(CONFIG)
+
+
+def test_a_world_is_a_function_of_its_seed(data):
+    again = factworld.load(CONFIG)
+    assert again.passages.fingerprint() == data.passages.fingerprint() and again.test == data.test
+    other = factworld.load(DataConfig(entities=300, world=6))
+    assert not {p.title for p in other.passages} & {p.title for p in data.passages}
+
+
+def test_every_answer_stands_in_its_passages(data):
+    for split in ("train", "validation", "test"):
+        for question in data.questions(split):
+            texts = [data.passages[row].text for row in data.rows_of(question)]
+            assert len(texts) == (2 if question.kind == "two_hop" else 1)
+            assert any(question.answers[0] in text for text in texts), question
+
+
+def test_nothing_of_a_tested_entity_is_in_training(world, data):
+    """Neither a name nor a fact that names an entity crosses from one split into another."""
+    for split in ("train", "validation", "test"):
+        names = {item.name for item in world.entities if item.split == split}
+        others = {item.name for item in world.entities if item.split != split}
+        for question in data.questions(split):
+            assert not any(name in question.text for name in others)
+            assert question.answers[0] not in others
+        assert {question.group for question in data.questions(split)} <= names
+    assert len({item.name for item in world.entities}) == 300
+
+
+def wording(text: str, names: list[str]) -> str:
+    """A question without the name in it."""
+    return re.sub("|".join(map(re.escape, names)), "X", text)
+
+
+def test_questions_for_testing_are_worded_as_none_in_training(world, data):
+    names = sorted((item.name for item in world.entities), key=len, reverse=True)
+    trained = {wording(question.text, names) for question in data.train}
+    tested = {wording(question.text, names) for question in data.test}
+    assert trained and tested and not trained & tested
+    asked = [*factwords.QUESTIONS.values(), *factwords.TWO_HOPS.values()]
+    assert all(len(set(templates)) == len(templates) > factwords.HELD_OUT for templates in asked)
+
+
+def test_guessing_does_not_pay(data):
+    """The commonest answer to each kind of question in training, given to all test questions of the kind."""
+    common: dict[str, Counter[str]] = {}
+    for question in data.train:
+        common.setdefault(question.id.split("/")[2], Counter())[question.answers[0]] += 1
+    right = [common[q.id.split("/")[2]].most_common(1)[0][0] == q.answers[0] for q in data.test]
+    assert sum(right) / len(right) < 0.05
+
+
+def test_the_question_does_not_hold_its_answer(data):
+    for question in data.test + data.train:
+        assert question.answers[0] not in question.text
+
+
+def test_an_edited_passage_says_something_else_in_the_same_words(world, data):
+    for question in data.test[::7]:
+        passage, answer = world.edited(question)
+        row = data.passages.row_of(passage.id)
+        assert passage.id in question.gold and answer != question.answers[0]
+        before = data.passages[row]
+        assert answer in passage.text and before.text != passage.text
+        assert before.text.replace(question.answers[0], answer).lower() == passage.text.lower()
