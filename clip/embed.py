@@ -27,7 +27,7 @@ class Embedded(NamedTuple):
     image: Tensor  # float32 (N, E), of length 1, on the device
     text: Tensor  # float32 (M, E)
     owner: Tensor  # int64 (M,): the row of `image` that each caption belongs to
-    index: list[int]  # the number of each image in its dataset
+    numbers: list[int]  # of each image in its dataset
     captions: list[str]
 
 

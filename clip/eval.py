@@ -129,7 +129,7 @@ def nearest(queries: Tensor, keys: Tensor, count: int, block: int) -> Tensor:
 
 def write_results(found: Embedded, ranks: Ranks, pairs: Pairs, config: Config, folder: Path) -> None:
     """A line a caption and a line an image, by their own names; and all embeddings as NumPy arrays."""
-    names = [pairs.image_name(i) for i in found.index]
+    names = [pairs.image_name(i) for i in found.numbers]
     owner = found.owner.cpu().tolist()
     images = nearest(found.text, found.image, RESULTS, config.eval.block).tolist()
     rows = []
@@ -171,8 +171,8 @@ def draw_figures(found: Embedded, ranks: Ranks, pairs: Pairs, loaded: Loaded, co
             pairs,
             loaded.preprocess,
             [found.captions[i] for i in at.tolist()],
-            [found.index[i] for i in owner[at].tolist()],
-            [[found.index[i] for i in row] for row in best.tolist()],
+            [found.numbers[i] for i in owner[at].tolist()],
+            [[found.numbers[i] for i in row] for row in best.tolist()],
             title,
             folder / "figures" / name,
         )

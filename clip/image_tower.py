@@ -176,18 +176,22 @@ class WholeNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if hasattr(self.network, "forward_features"):  # timm
-            x = self.network.forward_features(images)
+            x = self._call("forward_features", images)
             if x.ndim == 4 and getattr(self.network, "output_fmt", "NCHW") == "NHWC":
                 x = x.permute(0, 3, 1, 2)
         elif hasattr(self.network, "avgpool"):  # most of torchvision: what goes into the global pooling
             x = self._before_pooling(images)
         elif hasattr(self.network, "features"):
-            x = self.network.features(images)
+            x = self._call("features", images)
         else:
             x = self.network(images)
         if x.ndim == 3:  # tokens (B, L, C), the class token among them
             x = x.transpose(1, 2)[..., None]
         return x[:, :, None, None] if x.ndim == 2 else x
+
+    def _call(self, name: str, images: Tensor) -> Tensor:
+        part: Any = getattr(self.network, name)
+        return part(images)
 
     def _before_pooling(self, images: Tensor) -> Tensor:
         caught: list[Tensor] = []
@@ -252,7 +256,7 @@ def _from_timm(name: str, published: bool, size: int) -> tuple[nn.Module, Any, A
         network = timm.create_model(name, pretrained=published, img_size=size)
     except TypeError:  # convolutional networks take any size, and no argument for it
         network = timm.create_model(name, pretrained=published)
-    facts = network.pretrained_cfg
+    facts: Any = network.pretrained_cfg
     return network, tuple(facts["mean"]), tuple(facts["std"])
 
 
@@ -283,11 +287,12 @@ def read_network_weights(name: str, network: nn.Module) -> tuple[dict[str, Tenso
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of rubbish torch's reader raises whatever it comes upon
         raise ProjectError(f"weights {path} cannot be read: {first_line(error)}") from None
-    state = state.get("state_dict", state)
-    if "_conv_stem.weight" not in state:
-        return state, False
-    blocks = [f"{s}.{i}" for s, stage in enumerate(network.blocks) for i in range(len(stage))]  # type: ignore[arg-type, union-attr, var-annotated]
-    return {rename_lite(key, blocks): tensor for key, tensor in state.items()}, True
+    found: Any = state.get("state_dict", state)
+    if "_conv_stem.weight" not in found:
+        return found, False
+    stages: Any = network.blocks
+    blocks = [f"{s}.{i}" for s, stage in enumerate(stages) for i in range(len(stage))]
+    return {rename_lite(key, blocks): tensor for key, tensor in found.items()}, True
 
 
 # the first block has no expansion, so its layers count differently

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -19,6 +20,8 @@ from common.checkpoint import UNFIT, CheckpointError, Checkpoints, weights_hash
 from common.config import UNUSABLE, explain, resolve
 from common.errors import ProjectError
 from common.runtime import choose_device, choose_precision
+
+Items = TypeVar("Items", Tensor, Sequence[str], "Sequence[Image.Image] | Tensor")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,6 @@ class Loaded:
         """Texts of any length, cut to the context -> float32 (N, E) of length 1, on the CPU."""
         parts = [torch.empty(0, self.model.config.embed_dim)]
         for chunk in in_chunks(texts, self.config.eval.batch_size):
-            assert not isinstance(chunk, Tensor)
             ids = self.tokenizer(chunk)
             if self.model.config.text.pool != "last":
                 ids = trim(ids, self.tokenizer.end_id)
@@ -82,11 +84,11 @@ class Loaded:
         return torch.autocast(self.device.type, kind or torch.bfloat16, enabled=kind is not None)
 
 
-def in_chunks(items: Sequence[object] | Tensor, size: int) -> Iterator[list[object] | Tensor]:  # type: ignore[type-arg]
+def in_chunks(items: Items, size: int) -> Iterator[Items]:
     """Parts of `size` items, in order."""
     for i in range(0, len(items), size):
-        part = items[i : i + size]
-        yield part if isinstance(part, Tensor) else list(part)
+        part: Any = items[i : i + size]
+        yield part
 
 
 def load_run(folder: Path, checkpoint: str = "", device: str = "auto") -> Loaded:

@@ -126,7 +126,7 @@ def build_text_tower(config: TextConfig, start: bool = True) -> tuple[nn.Module,
     model = load_encoder(folder, config.name, config.random or not (start or config.unlock != -1))
     longest = getattr(model.config, "max_position_embeddings", config.context)
     require(config.context <= longest, "model.text.context", f"must be at most {longest} for {config.name}")
-    width = int(model.config.hidden_size)  # type: ignore[union-attr]
+    width = int(model.config.hidden_size)
     pooling = Pooling("attention" if config.pool == "attention" else "mean", width)
     if config.unlock == -1:
         return Both(TextBase(model, tokenizer.end_id), TextTop(nn.ModuleList(), pooling)), None, tokenizer

@@ -42,8 +42,8 @@ class Batch(NamedTuple):
 class Order(NamedTuple):
     """Which images a step takes, and in which epoch of theirs: numbers of this process's share of the batch."""
 
-    index: list[int]
-    epoch: list[int]
+    numbers: list[int]
+    epochs: list[int]
 
 
 def order_of(step: int, batch_size: int, size: int, seed: int, rank: int = 0, world: int = 1, family: int = 1) -> Order:
@@ -148,7 +148,7 @@ def batches(
         step = first_step
         while True:
             chosen = order_of(step, batch_size, len(pairs), seed, rank, world, family)
-            yield list(zip(chosen.index, chosen.epoch, strict=True))
+            yield list(zip(chosen.numbers, chosen.epochs, strict=True))
             step += 1
 
     worker = _Worker(pairs, tokenizer, preprocess, crop, captions, seed)
@@ -200,7 +200,7 @@ def load(dataset: Dataset[Any], order: Iterator[list[tuple[int, int]]], workers:
     apart = torch.Generator()  # DataLoader draws a seed for its workers; from the global generator that shifts dropout
     loader: DataLoader[Any] = DataLoader(
         dataset,
-        batch_sampler=order,  # type: ignore[arg-type]  # of pairs of numbers instead of numbers
+        batch_sampler=order,  # of pairs of numbers instead of numbers
         num_workers=workers,
         collate_fn=_collate,
         generator=apart,

@@ -113,8 +113,8 @@ class FeaturePairs:
             order = order_of(step, config.train.batch_size, len(self), config.seed, rank, world)
             views: list[list[int]] = [[] for _ in self.images]  # places in the batch
             numbers: list[int] = []
-            index = [self.usable[i] for i in order.index]
-            for place, (i, epoch) in enumerate(zip(index, order.epoch, strict=True)):
+            index = [self.usable[i] for i in order.numbers]
+            for place, (i, epoch) in enumerate(zip(index, order.epochs, strict=True)):
                 drawn = random_of(config.seed, VIEW_STREAM, epoch, i).integers(len(self.images))
                 views[int(drawn)].append(place)
                 texts = draw_numbers(len(self.pairs.texts[i]), count, i, epoch, config.seed)
@@ -139,7 +139,7 @@ def cache_features(pairs: FilePairs, towers: Towers, config: Config, run: Run, v
     assert towers.image_base is not None
     root = Path(config.data_root) / FOLDER
     precision = str(run.machine.amp_dtype or torch.get_default_dtype())
-    facts = {"weights": weights_hash(towers.image_base.state_dict()), "precision": precision}
+    facts: dict[str, Any] = {"weights": weights_hash(towers.image_base.state_dict()), "precision": precision}
     facts |= {"preprocess": asdict(towers.preprocess), "images": fingerprint(pairs), "grid": config.model.image.grid}
     facts |= {"pool": config.model.image.pool}  # where it belongs to the locked part
     images = []

@@ -84,5 +84,5 @@ def captions_in(file: IO[bytes] | None, suffix: str) -> list[str]:
         facts = json.loads(text)
     except (ValueError, RecursionError):
         return []
-    found = next((facts[key] for key in KEYS if facts.get(key)), []) if isinstance(facts, dict) else []
+    found: object = next((facts[key] for key in KEYS if facts.get(key)), []) if isinstance(facts, dict) else []
     return found if isinstance(found, list) else [str(found)]

@@ -244,12 +244,12 @@ def test_captions_are_drawn_without_repetition_as_long_as_there_are_enough():
 def test_processes_share_a_batch(tmp_path):
     whole = order_of(5, 12, 30, 1)
     parts = [order_of(5, 12, 30, 1, rank, 3) for rank in range(3)]
-    assert list(itertools.chain(*(part.index for part in parts))) == whole.index
-    assert list(itertools.chain(*(part.epoch for part in parts))) == whole.epoch
+    assert list(itertools.chain(*(part.numbers for part in parts))) == whole.numbers
+    assert list(itertools.chain(*(part.epochs for part in parts))) == whole.epochs
 
 
 def test_families_stay_together():
-    order = order_of(1, 12, 40, 0, family=4).index
+    order = order_of(1, 12, 40, 0, family=4).numbers
     assert all(order[i] % 4 == 0 and order[i : i + 4] == list(range(order[i], order[i] + 4)) for i in range(0, 12, 4))
     pairs = ScenePairs(Scenes(0), 40, family=4)
     bases = 0

@@ -148,7 +148,7 @@ def test_images_that_cannot_be_read_are_left_out(lit, capsys):
     features, _, towers = opened(config, views=2)
     assert features.usable == [i for i in range(16) if i != 5] and len(features) == 15
     found = embed(features, towers, config, open_run(config))
-    assert len(found.image) == 15 and len(found.text) == 30 and found.index == features.usable
+    assert len(found.image) == 15 and len(found.text) == 30 and found.numbers == features.usable
     assert "skipping 007.png" in capsys.readouterr().err  # the sixth that is for training
 
 
