@@ -255,9 +255,19 @@ class Config(BaseConfig):
             "8-bit moments do not know sharded weights: leave it adamw for train.sharding=fsdp",
         )
         require(
+            self.train.sharding == "none" or self.train.method == "lora",
+            "train.method",
+            "fsdp is there for adapters on a large frozen base: leave it lora for train.sharding=fsdp",
+        )
+        require(
             self.train.sharding == "none" or not self.adapter.dora,
             "adapter.dora",
             "needs whole rows of the weights: leave it off for train.sharding=fsdp",
+        )
+        require(
+            self.train.sharding == "none" or not self.compile,
+            "compile",
+            "is not done for train.sharding=fsdp: leave one of the two off",
         )
         if self.classifies:
             require(not self.eval.shots, "eval.shots", "does nothing for classification")

@@ -147,14 +147,22 @@ def test_commands_in_readmes(readme, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     module, *words = shlex.split(command)[2:]
     project, mode = module.split(".")
-    assert mode in ("train", "eval", "sample", "sweep", "encode", "decode"), command
     assert (ROOT / project / f"{mode}.py").is_file(), command
     if words == ["--help"]:
         return
     if mode == "sweep":
-        resolve(schema_of(project), ROOT / words[words.index("--config") + 1], [word for word in words if "=" in word])
+        resolve(schema_of(project), ROOT / words[words.index("--config") + 1], settings(words))
     elif mode == "train":
         load(schema_of(project), project, mode, words)
+    elif "--config" in words:
+        resolve(schema_of(project), ROOT / words[words.index("--config") + 1], settings(words))
+    elif "--run" not in words:
+        pytest.fail(f"{command}: neither --config nor --run")
     else:
         config = ROOT / f"configs/{Path(words[words.index('--run') + 1]).name}.yaml"
-        resolve(schema_of(project), config, [word for word in words if "=" in word])
+        resolve(schema_of(project), config, settings(words))
+
+
+def settings(words: list[str]) -> list[str]:
+    """The words of a command that set something, and are no prompt."""
+    return [word for word in words if re.match(r"[a-z_.0-9]+=", word)]
