@@ -64,7 +64,10 @@ def inject_each(model: nn.Module, settings: dict[str, AdapterConfig], head: tupl
         assert kind is not None
         model.set_submodule(name, kind(base, config, rng))
     for module in heads:
-        module.requires_grad_(True)
+        for part in module.modules():
+            for key, parameter in part._parameters.items():
+                if parameter is not None:  # a copy: a head often shares its weight with the embedding, which is frozen
+                    part._parameters[key] = nn.Parameter(parameter.detach().clone())
     return list(settings)
 
 

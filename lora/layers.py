@@ -44,7 +44,7 @@ class LoRALayer(nn.Module):
     def __init__(self, base: Any, config: AdapterConfig, rng: torch.Generator) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.rank = config.rank
+        self.config = config
         self.scaling = config.scaling
         self.dropout: nn.Module = nn.Dropout(config.dropout)
         self.enabled = True
@@ -64,9 +64,16 @@ class LoRALayer(nn.Module):
 
     # -- what a kind of layer defines ----------------------------------------------------------------------------------
 
-    def initial_factors(self, rank: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A and B at step 0."""
+    @staticmethod
+    def shapes(base: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and of B."""
         raise NotImplementedError
+
+    def initial_factors(self, rank: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A and B at step 0: A uniform, as `nn.Linear` starts, and drawn on the CPU, whatever the device; B zero."""
+        a, b = self.shapes(self.base, rank)
+        bound = 1 / math.sqrt(math.prod(a[1:]))
+        return (2 * torch.rand(a, generator=rng) - 1) * bound, torch.zeros(b)
 
     def update(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """s B A x, in the type of x."""
@@ -149,18 +156,19 @@ class LoRALayer(nn.Module):
                 f"pissa needs linear layers in full precision, not {kind}: adapt first, then quantise what is left",
             )
         matrix = self.matrix()
-        if self.rank > min(matrix.shape):
+        rank = self.config.rank
+        if rank > min(matrix.shape):
             raise ConfigError("adapter.rank", f"pissa splits {tuple(matrix.shape)}: at most {min(matrix.shape)}")
         if iterations:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(0)
-                u, s, v = torch.svd_lowrank(matrix, self.rank, niter=iterations)
+                u, s, v = torch.svd_lowrank(matrix, rank, niter=iterations)
         else:
             u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
             v = vh.T
-        root = (s[: self.rank] / self.scaling).sqrt()
-        self.lora_A.copy_(root[:, None] * v.T[: self.rank])
-        self.lora_B.copy_(u[:, : self.rank] * root)
+        root = (s[:rank] / self.scaling).sqrt()
+        self.lora_A.copy_(root[:, None] * v.T[:rank])
+        self.lora_B.copy_(u[:, :rank] * root)
         self.initial_A, self.initial_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
         rest = matrix - self.delta(self.lora_A, self.lora_B)
         self.base.weight = nn.Parameter(self.as_weight(rest).to(self.base.weight), requires_grad=False)
@@ -207,17 +215,12 @@ def copy_with(layer: Any, weight: Tensor) -> nn.Module:
     return other
 
 
-def uniform(shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    """U(-1/sqrt(n), 1/sqrt(n)) with n inputs, as `nn.Linear` starts; drawn on the CPU, whatever the device."""
-    bound = 1 / math.sqrt(math.prod(shape[1:]))
-    return (2 * torch.rand(shape, generator=rng) - 1) * bound
-
-
 class LinearLoRA(LoRALayer):
     """Of `nn.Linear`, or of `QuantizedLinear`. (..., in) -> (..., out)"""
 
-    def initial_factors(self, rank: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        return uniform((rank, self.base.in_features), rng), torch.zeros(self.base.out_features, rank)
+    @staticmethod
+    def shapes(base: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (rank, base.in_features), (base.out_features, rank)
 
     def update(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         hidden = F.linear(x, a.to(x.dtype))  # (..., r)
@@ -235,9 +238,10 @@ class LinearLoRA(LoRALayer):
 class Conv1DLoRA(LinearLoRA):
     """Of transformers' `Conv1D` (GPT-2), a linear layer whose weight is (in, out)."""
 
-    def initial_factors(self, rank: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        inputs, outputs = self.base.weight.shape
-        return uniform((rank, inputs), rng), torch.zeros(outputs, rank)
+    @staticmethod
+    def shapes(base: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        inputs, outputs = base.weight.shape
+        return (rank, inputs), (outputs, rank)
 
     def matrix(self) -> Tensor:
         return self.base.weight.detach().to(self.lora_A.dtype).T
@@ -257,9 +261,14 @@ class EmbeddingLoRA(LoRALayer):
         super().__init__(base, config, rng)
         self.dropout = nn.Identity()
 
+    @staticmethod
+    def shapes(base: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        rows, width = base.weight.shape
+        return (rank, rows), (width, rank)
+
     def initial_factors(self, rank: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        rows, width = self.base.weight.shape
-        return torch.zeros(rank, rows), torch.randn(width, rank, generator=rng)
+        a, b = self.shapes(self.base, rank)
+        return torch.zeros(a), torch.randn(b, generator=rng)
 
     def update(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         dtype = self.base.weight.dtype
@@ -276,9 +285,10 @@ class EmbeddingLoRA(LoRALayer):
 class Conv2dLoRA(LoRALayer):
     """Of `nn.Conv2d`: A convolves to r channels as the base does, B mixes these. (N, C, H, W) -> (N, D, H', W')"""
 
-    def initial_factors(self, rank: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        outputs, *patch = self.base.weight.shape
-        return uniform((rank, *patch), rng), torch.zeros(outputs, rank, 1, 1)
+    @staticmethod
+    def shapes(base: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        outputs, *patch = base.weight.shape
+        return (rank, *patch), (outputs, rank, 1, 1)
 
     def update(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         hidden = self.base._conv_forward(x, a.to(x.dtype), None)  # its stride, padding, dilation

@@ -11,12 +11,16 @@ Two levels lie in a byte, the first in its upper half. Everything here agrees wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.errors import ProjectError
@@ -137,10 +141,7 @@ def dequantize(weight: Quantized, shape: tuple[int, ...], dtype: torch.dtype) ->
         else:
             part.view(-1, BLOCK).mul_(scale[:, None])
         result[start : start + CHUNK] = part
-    size = 1
-    for length in shape:
-        size *= length
-    return result[:size].view(shape)
+    return result[: math.prod(shape)].view(shape)
 
 
 class FrozenMatmul(torch.autograd.Function):
@@ -280,3 +281,104 @@ def quantize_model(model: nn.Module, double_quant: bool = True) -> list[str]:
         assert isinstance(layer, nn.Linear)
         model.set_submodule(name, QuantizedLinear.of(layer, double_quant))
     return names
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters of a shape and a type but no memory, and whole buffers: a model's size does
+    not matter, and its tables (rotary frequencies) are computed as usual.
+    """
+    register = nn.Module.register_parameter
+
+    def register_without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_without_memory  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def load_quantized(
+    build: Callable[[], nn.Module],
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    double_quant: bool = True,
+) -> nn.Module:
+    """A frozen model whose linear layers, but the head, are quantised one by one as their weights come in, so that no
+    more than one of them is in memory in full precision.
+
+    Args:
+        build: makes the model; its parameters never get memory.
+        tensors: name and value of each parameter, in any order: `stream(folder)` reads them from a checkpoint.
+        dtype: of everything that is not quantised, and of what is computed.
+
+    Raises:
+        ProjectError: a tensor of another shape, or one that is missing.
+    """
+    with parameters_on_meta():
+        model = build().to(dtype)
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}  # tied parameters have several
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append((module, key))
+    for name in inner_layers(model, is_linear):
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        inputs, outputs, bias = linear.in_features, linear.out_features, linear.bias
+        layer = QuantizedLinear(inputs, outputs, False, dtype, double_quant, device="meta")
+        if bias is not None:
+            layer.bias = bias
+            owners[id(bias)].append((layer, "bias"))
+        model.set_submodule(name, layer)
+    names = dict(model.named_modules())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."  # GPT-2's checkpoints, among others, leave it out
+    for name, tensor in tensors:
+        parent, _, key = name.rpartition(".")
+        module = names.get(parent) or names.get(prefix + parent) or names.get(parent.removeprefix(prefix))
+        if isinstance(module, QuantizedLinear) and key == "weight":
+            module.quantize_(tensor.to(device))
+        elif module is not None and module._parameters.get(key) is not None:
+            fill(owners[id(module._parameters[key])], name, tensor.to(device, dtype))
+        elif module is not None and module._buffers.get(key) is not None:
+            module._buffers[key] = tensor.to(device)
+    missing = [name for name, value in whole_state(model) if value.is_meta]
+    if missing:
+        raise ProjectError(f"the checkpoint lacks {len(missing)} tensors of this model, such as {missing[0]}")
+    return model.to(device).eval()
+
+
+def fill(places: list[tuple[nn.Module, str]], name: str, value: Tensor) -> None:
+    """Put a value where a parameter without memory stands, in every module that shares it."""
+    shape = places[0][0]._parameters[places[0][1]].shape  # type: ignore[union-attr]
+    if value.shape != shape:
+        raise ProjectError(f"{name} has shape {tuple(value.shape)}, the model expects {tuple(shape)}: another model's?")
+    parameter = nn.Parameter(value, requires_grad=False)
+    for module, key in places:
+        module._parameters[key] = parameter
+
+
+def whole_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer with its name."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def stream(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and value of every tensor of a Hugging Face folder's safetensors files, one at a time, straight from the
+    disk. `ProjectError` for a folder without such files, or a damaged one.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ProjectError(f"{folder} holds no safetensors files: quantising as a model loads needs that format")
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise ProjectError(f"{path} is damaged ({str(error).splitlines()[0]}): download it again") from error
