@@ -343,9 +343,7 @@ def _parse(
     for name, key in short.items():
         parser.add_argument(f"--{name}", help=f"the setting {key}")
     metavar = f"key=value or {words}" if words else "key=value"
-    parser.add_argument(
-        "overrides", nargs="*", metavar=metavar, help="settings over the YAML, dotted: train.lr=1e-4"
-    )
+    parser.add_argument("overrides", nargs="*", metavar=metavar, help="settings over the YAML, dotted: train.lr=1e-4")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.error = _fail  # type: ignore[method-assign]  # one line, without the usage
     return parser.parse_intermixed_args(argv)

@@ -25,9 +25,9 @@ class DataConfig:
 
     # text to text: e2e, webnlg, gsm8k, squad, alpaca, dolly, slots (made here, needs no download), json; text to label:
     # sst2, cola, csv
-    dataset: Literal[
-        "e2e", "webnlg", "gsm8k", "squad", "alpaca", "dolly", "slots", "json", "sst2", "cola", "csv"
-    ] = "e2e"
+    dataset: Literal["e2e", "webnlg", "gsm8k", "squad", "alpaca", "dolly", "slots", "json", "sst2", "cola", "csv"] = (
+        "e2e"
+    )
     # dataset=json: a JSON or JSONL file, or a dataset's id on the Hub; csv: a file. Relative to data_root, or absolute
     path: str = ""
     prompt_column: str = "instruction"  # json: what is asked
@@ -123,14 +123,14 @@ class PretrainConfig:
     text: str = "generated"
     sentences: int = 20_000  # text=generated: how many
     vocab_size: int = 512  # of the byte-pair tokenizer, trained on the same text
-    width: int = 128  # of the residual stream
-    layers: int = 4
+    width: int = 96  # of the residual stream
+    layers: int = 3  # each with attention and a gated layer
     heads: int = 4  # query heads
     kv_heads: int = 2  # key and value heads, each shared by heads / kv_heads query heads
-    mlp_width: int = 384  # of the gated layer
-    context: int = 128  # tokens a row
-    steps: int = 600  # updates
-    batch_size: int = 16  # rows a step
+    mlp_width: int = 256  # of the gated layer
+    context: int = 96  # tokens a row
+    steps: int = 500  # updates
+    batch_size: int = 8  # rows a step
     lr: float = 3e-3  # peak learning rate of AdamW
     out: str = ""  # folder to write to (--out); default base/ in the run folder
 
@@ -155,7 +155,9 @@ class GenerateConfig:
     top_p: float = 1.0  # sample from the most probable tokens that have this much probability together
     top_k: int = 0  # sample from so many most probable tokens; 0 = all
     batch_size: int = 32  # prompts at once
-    adapter: str = ""  # lora.generate: a folder or Hub id in PEFT's format instead of the run's own; `none` = the base
+    # lora.generate: an adapter in PEFT's format, a folder or Hub id, instead of the run's own; `none` = the base
+    adapter: str = ""
+    out: str = ""  # lora.generate: also write prompts and answers to this file, JSON lines (--out)
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "beams", "batch_size"):
@@ -237,7 +239,7 @@ class Config(BaseConfig):
         require(
             not self.classifies or self.model.name != PRETRAINED_HERE,
             "model.name",
-            "pretrain makes a language model; a classifier needs an encoder such as sentence-transformers/all-MiniLM-L6-v2",
+            "pretrain makes a language model; a classifier needs an encoder: sentence-transformers/all-MiniLM-L6-v2",
         )
         require(
             not full or self.model.dtype != "bf16",

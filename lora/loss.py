@@ -85,9 +85,7 @@ def torch_cross_entropy(states: Tensor, head: Any, labels: Tensor) -> Tensor:
     if not hasattr(F, "linear_cross_entropy"):
         raise ConfigError("train.loss", "this PyTorch has no F.linear_cross_entropy: choose chunked")
     options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(
-        states, head.weight, labels, linear_bias=head.bias, reduction="sum", options=options
-    )
+    return F.linear_cross_entropy(states, head.weight, labels, linear_bias=head.bias, reduction="sum", options=options)
 
 
 class TuningLoss(nn.Module):

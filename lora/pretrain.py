@@ -115,7 +115,10 @@ def train_base(config: PretrainConfig, texts: list[str], tokenizer: Any, run: Ru
         for group in optimizer.param_groups:
             group["lr"] = config.lr * rate(step, config.steps)
         starts = torch.randint(
-            len(stream) - config.context, (config.batch_size, 1), generator=run.generator(STREAM, step), device=run.device
+            len(stream) - config.context,
+            (config.batch_size, 1),
+            generator=run.generator(STREAM, step),
+            device=run.device,
         )
         window = stream[starts + torch.arange(config.context + 1, device=run.device)]  # (B, T + 1)
         with run.autocast():
@@ -123,11 +126,11 @@ def train_base(config: PretrainConfig, texts: list[str], tokenizer: Any, run: Ru
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        if not math.isfinite(loss):
+        if not math.isfinite(loss.detach()):
             raise ProjectError(f"the loss is not finite at step {step} of the pretraining: try a lower pretrain.lr")
         optimizer.step()
         if step % 100 == 0 or step == config.steps:
-            run.display.say(f"pretraining step {step} of {config.steps}: loss {float(loss):.3f}")
+            run.display.say(f"pretraining step {step} of {config.steps}: loss {float(loss.detach()):.3f}")
     return model.eval().requires_grad_(False)
 
 

@@ -69,7 +69,9 @@ def mean_loss(model: Any, examples: Sequence[Tokens], batch_size: int, run: Run)
     return float(sums.sum() / counts.sum())
 
 
-def text_losses(model: Any, tokenizer: Any, text: str, num_tokens: int, batch_size: int, run: Run) -> tuple[Tensor, Tensor]:
+def text_losses(
+    model: Any, tokenizer: Any, text: str, num_tokens: int, batch_size: int, run: Run
+) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy in nats of each window of a running text, and its number of tokens.
 
     The text is cut into windows that do not overlap, so its perplexity comes out a little higher than with a sliding

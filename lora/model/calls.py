@@ -7,6 +7,7 @@ Legend: B rows, T tokens of each, S keys, D width, V vocabulary, C classes.
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -52,12 +53,14 @@ def hidden_states(
     if isinstance(model, Llama):
         return model.hidden(tokens, positions, mask, cache)
     dtype = next(decoder_of(model).parameters()).dtype
-    answer = decoder_of(model)(
+    decoder = decoder_of(model)
+    name = "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+    answer = decoder(
         input_ids=tokens,
         position_ids=positions,
         attention_mask=None if mask is None else additive(mask, dtype),
-        past_key_values=cache,
         use_cache=cache is not None,
+        **{name: cache},  # transformers gave this argument another name in version 5
     )
     states: Tensor = answer.last_hidden_state
     return states

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import CheckpointError, Checkpoints
+from common.checkpoint import CheckpointError, Checkpoints, weights_hash
 from common.config import Options
 from common.pretrained import find
 from common.run import Run
@@ -31,12 +31,14 @@ class Base:
     Attributes:
         folder: of its files.
         dtype: of its weights.
+        mark: a hash of what a run has learned; empty for the base as it comes.
     """
 
     model: Any
     tokenizer: Any
     folder: Path
     dtype: torch.dtype
+    mark: str = ""
 
 
 class Learned(nn.Module):
@@ -123,10 +125,12 @@ def load_tuned(config: Config, options: Options, run: Run, num_classes: int = 0)
         raise CheckpointError(f"no whole checkpoint in {folder}; train first, or give another --run")
     base = load_base(config, run, num_classes)
     prepare(base, config)
+    learned = Learned(base.model)
     try:
-        Learned(base.model).load_state_dict(state["parts"]["learned"])
+        learned.load_state_dict(state["parts"]["learned"])
         step = int(state["step"])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"the checkpoint in {folder} is not of this project") from None
+    base.mark = weights_hash({name: value.cpu() for name, value in learned.state_dict().items()})
     base.model.eval().requires_grad_(False)
     return base, step

@@ -24,9 +24,7 @@ T = TypeVar("T")
 def share_of(rows: Sequence[T], run: Run) -> Sequence[T]:
     """This process's rows of a batch. `ConfigError` where they cannot be divided evenly."""
     if len(rows) % run.world:
-        raise ConfigError(
-            "train.batch_size", f"{len(rows)} must be divisible by the number of processes, {run.world}"
-        )
+        raise ConfigError("train.batch_size", f"{len(rows)} must be divisible by the number of processes, {run.world}")
     return rows[run.rank :: run.world]
 
 

@@ -39,9 +39,7 @@ class Instructions:
         """What the training loop draws from."""
         tokens = encode(self.examples, self.config.data, tokenizer)
         settings = self.config
-        return Batches(
-            tokens, settings.data.max_length, settings.data.pack, settings.train.batch_size, settings.seed
-        )
+        return Batches(tokens, settings.data.max_length, settings.data.pack, settings.train.batch_size, settings.seed)
 
     def validate(self, model: Any, tokenizer: Any, run: Run) -> dict[str, float]:
         """The mean loss of the labels of some validation examples: what choices are made on."""
@@ -79,8 +77,9 @@ class Classes:
         """Loss and accuracy of some validation texts: what choices are made on."""
         part = self.load("validation")
         chosen = draw(range(len(part)), self.config.train.validate_examples, self.config.seed)
-        loss, predicted = class_scores(model, [part.texts[i] for i in chosen], [part.labels[i] for i in chosen],
-                                       tokenizer, self.config, run)
+        loss, predicted = class_scores(
+            model, [part.texts[i] for i in chosen], [part.labels[i] for i in chosen], tokenizer, self.config, run
+        )
         right = sum(int(a == part.labels[i]) for a, i in zip(predicted, chosen, strict=True))
         return {"val_loss": loss, "val_accuracy": right / len(chosen)}
 
