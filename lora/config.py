@@ -121,7 +121,7 @@ class PretrainConfig:
 
     # a text file, relative to data_root or absolute; `generated`: sentences made here
     text: str = "generated"
-    sentences: int = 20_000  # text=generated: how many
+    sentences: int = 6_000  # text=generated: how many
     vocab_size: int = 512  # of the byte-pair tokenizer, trained on the same text
     width: int = 96  # of the residual stream
     layers: int = 3  # each with attention and a gated layer
@@ -129,7 +129,7 @@ class PretrainConfig:
     kv_heads: int = 2  # key and value heads, each shared by heads / kv_heads query heads
     mlp_width: int = 256  # of the gated layer
     context: int = 96  # tokens a row
-    steps: int = 500  # updates
+    steps: int = 400  # updates
     batch_size: int = 8  # rows a step
     lr: float = 3e-3  # peak learning rate of AdamW
     out: str = ""  # folder to write to (--out); default base/ in the run folder

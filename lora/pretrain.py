@@ -13,7 +13,7 @@ from common.config import Options, load, require
 from lora.config import Config, PretrainConfig
 
 if __name__ == "__main__":
-    CONFIG, OPTIONS = load(Config, "lora", "pretrain", short={"out": "pretrain.out"})
+    CONFIG, OPTIONS = load(Config, "lora", "pretrain", short={"out": "pretrain.out"}, takes="config")
 
 import math
 from pathlib import Path
@@ -108,7 +108,7 @@ def train_base(config: PretrainConfig, texts: list[str], tokenizer: Any, run: Ru
     )
     model = Llama(shape_of(config, len(tokenizer))).to(run.device)
     initialise(model, run.config.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     run.display.say(f"pretraining {count_parameters(model):,} parameters on {len(stream):,} tokens")
     stream = stream.to(run.device)
     for step in run.track(range(1, config.steps + 1)):
