@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from common.errors import ProjectError
 from common.files import atomic_open, read_json, write_json
 from lora.adapters import adapters_of, inject_each, kind_of, within
-from lora.layers import EmbeddingLoRA, LinearLoRA, LoRALayer
+from lora.layers import EmbeddingLoRA, LinearLoRA, LoRALayer, Wrapper
 from lora.settings import AdapterConfig
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -77,7 +77,7 @@ def fingerprint(model: nn.Module, head: tuple[str, ...] = ()) -> str:
     Args:
         head: modules to leave out, for they learn.
     """
-    layers = {f"{name}.base": name for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    layers = {f"{name}.base": name for name, module in model.named_modules() if isinstance(module, Wrapper)}
     vectors = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer) or within(name, head):
@@ -285,6 +285,8 @@ def load_adapter(model: nn.Module, folder: Path, check_base: bool = True) -> Sav
     Args:
         check_base: refuse a base that is not the one of training, which our own files know.
     """
+    if any(isinstance(module, Wrapper) for module in model.modules()):
+        raise ProjectError("the model has adapters already: merge and unload them first, or load the base anew")
     saved = read_adapter(folder)
     check_fit(model, saved, check_base)
     inject_each(model, saved.settings, saved.head, seed=0)
@@ -302,6 +304,7 @@ def check_fit(model: nn.Module, saved: SavedAdapter, check_base: bool = True) ->
     modules = dict(model.named_modules())
     for name, settings in saved.settings.items():
         base = modules.get(name)
+        base = base.base if isinstance(base, Wrapper) else base
         kind = None if base is None else kind_of(base)
         if base is None or kind is None:
             raise ProjectError(f"{made_for}: it adapts {name}, which this model lacks or cannot adapt")

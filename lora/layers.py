@@ -30,11 +30,21 @@ from lora.quantize import QuantizedLinear
 from lora.settings import AdapterConfig
 
 
-class LoRALayer(nn.Module):
+class Wrapper(nn.Module):
+    """A module in the place of a frozen layer, which it holds as `base`."""
+
+    base: Any
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's: code around a model may ask a layer for its device or type."""
+        return self.base.weight
+
+
+class LoRALayer(Wrapper):
     """A frozen layer and its update; what differs between kinds of layer is in the subclasses.
 
     Attributes:
-        base: the frozen layer.
         lora_A: (r, in); convolutions (r, in, k, k).
         lora_B: (out, r); convolutions (out, r, 1, 1). Zero at first (an embedding: A instead), so step 0 is the base.
         lora_magnitude: m (out,), of DoRA; else None.
@@ -92,11 +102,6 @@ class LoRALayer(nn.Module):
         return vector
 
     # -- what all have in common ---------------------------------------------------------------------------------------
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's: code around a model may ask a layer for its device or type."""
-        return self.base.weight
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)

@@ -159,8 +159,9 @@ class FrozenMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight = dequantize(Quantized(*ctx.saved_tensors), ctx.shape, gradient.dtype)
-        return gradient @ weight, None, None, *(None for _ in ctx.saved_tensors)
+        saved = Quantized(*ctx.saved_tensors)
+        weight = dequantize(saved, ctx.shape, gradient.dtype)
+        return gradient @ weight, None, None, *(None for _ in saved)
 
 
 class QuantizedLinear(nn.Module):
@@ -263,8 +264,15 @@ def inner_layers(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> list[
     return names
 
 
-def is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of the layers to quantise. `ProjectError` if there are none."""
+    names = inner_layers(model, lambda module: type(module) is nn.Linear)
+    if not names:
+        kind = type(model).__name__
+        raise ProjectError(
+            f"{kind} has no linear layers beside its head (GPT-2's are of another kind): nothing to quantise"
+        )
+    return names
 
 
 def quantize_model(model: nn.Module, double_quant: bool = True) -> list[str]:
@@ -275,7 +283,7 @@ def quantize_model(model: nn.Module, double_quant: bool = True) -> list[str]:
     Returns:
         The names of the quantised layers.
     """
-    names = inner_layers(model, is_linear)
+    names = linear_names(model)
     for name in names:
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
@@ -295,7 +303,7 @@ def parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_without_memory  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_without_memory  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -321,32 +329,36 @@ def load_quantized(
         ProjectError: a tensor of another shape, or one that is missing.
     """
     with parameters_on_meta():
-        model = build().to(dtype)
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}  # tied parameters have several
+        model = build()
+    shared: dict[int, list[tuple[nn.Module, str]]] = {}  # where a parameter stands; tied ones stand in several places
     for module in model.modules():
         for key, parameter in module._parameters.items():
-            owners.setdefault(id(parameter), []).append((module, key))
-    for name in inner_layers(model, is_linear):
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        inputs, outputs, bias = linear.in_features, linear.out_features, linear.bias
-        layer = QuantizedLinear(inputs, outputs, False, dtype, double_quant, device="meta")
-        if bias is not None:
-            layer.bias = bias
-            owners[id(bias)].append((layer, "bias"))
+            shared.setdefault(id(parameter), []).append((module, key))
+    places = {place: group for group in shared.values() for place in group}
+    for name in linear_names(model):
+        linear: Any = model.get_submodule(name)
+        layer = QuantizedLinear(linear.in_features, linear.out_features, False, dtype, double_quant, device="meta")
+        if linear.bias is not None:
+            layer.bias = linear.bias
+            places[layer, "bias"] = [(layer, "bias")]
         model.set_submodule(name, layer)
-    names = dict(model.named_modules())
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."  # GPT-2's checkpoints, among others, leave it out
+    modules = dict(model.named_modules())
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."  # some checkpoints leave it out, and some models do
     for name, tensor in tensors:
         parent, _, key = name.rpartition(".")
-        module = names.get(parent) or names.get(prefix + parent) or names.get(parent.removeprefix(prefix))
-        if isinstance(module, QuantizedLinear) and key == "weight":
-            module.quantize_(tensor.to(device))
-        elif module is not None and module._parameters.get(key) is not None:
-            fill(owners[id(module._parameters[key])], name, tensor.to(device, dtype))
-        elif module is not None and module._buffers.get(key) is not None:
-            module._buffers[key] = tensor.to(device)
-    missing = [name for name, value in whole_state(model) if value.is_meta]
+        found = [modules[path] for path in (parent, prefix + parent, parent.removeprefix(prefix)) if path in modules]
+        owner = found[0] if found else None
+        if isinstance(owner, QuantizedLinear) and key == "weight":
+            owner.quantize_(tensor.to(device))
+        elif owner is not None and owner._parameters.get(key) is not None:
+            fill(places[owner, key], name, tensor.to(device, dtype))
+        elif owner is not None and owner._buffers.get(key) is not None:
+            owner._buffers[key] = tensor.to(device)
+        del tensor  # before the next one is read
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and module.codes.is_meta:
+            missing.append(f"{name}.weight")
     if missing:
         raise ProjectError(f"the checkpoint lacks {len(missing)} tensors of this model, such as {missing[0]}")
     return model.to(device).eval()
@@ -360,12 +372,6 @@ def fill(places: list[tuple[nn.Module, str]], name: str, value: Tensor) -> None:
     parameter = nn.Parameter(value, requires_grad=False)
     for module, key in places:
         module._parameters[key] = parameter
-
-
-def whole_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer with its name."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def stream(folder: Path) -> Iterator[tuple[str, Tensor]]:
