@@ -36,7 +36,7 @@ from lora.adapters import find_targets, kind_of
 from lora.model import Llama, LlamaShape, read_settings, read_shape
 from lora.model.files import settings_of
 from lora.pretrain import shape_of
-from lora.quantize import BLOCK, SCALES, inner_layers, is_linear
+from lora.quantize import BLOCK, SCALES, linear_names
 from lora.tuning.base import weight_type
 
 GIB = 2**30
@@ -197,7 +197,7 @@ def base_bytes(model: Any, config: Config, itemsize: int) -> int:
     """Weights as they are kept. NF4 (QLoRA): half a byte a number, and a scale for each block of 64."""
     total = count(model) * itemsize
     if config.model.quantize == "nf4":
-        for name in inner_layers(model, is_linear):
+        for name in linear_names(model):
             numbers = model.get_submodule(name).weight.numel()
             blocks = -(numbers // -BLOCK)
             scales = blocks + 4 * -(blocks // -SCALES) if config.model.double_quant else 4 * blocks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,13 @@ from common.files import write_text
 from lora.config import ModelConfig
 from lora.model.files import read_settings, read_shape, read_tensors, settings_of
 from lora.model.llama import Llama
-from lora.quantize import QuantizedLinear, inner_layers, is_linear, quantize_model
+from lora.quantize import load_quantized, quantize_model
 
 SKIPPED = ("rotary_emb.inv_freq",)  # computed here, though older files hold it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Say = Callable[[str], None]
 
 
-def load_language_model(
-    config: ModelConfig, folder: Path, dtype: torch.dtype, device: torch.device, say: Say = print
-) -> Any:
+def load_language_model(config: ModelConfig, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """A causal language model, frozen, in evaluation mode.
 
     Args:
@@ -37,13 +33,19 @@ def load_language_model(
     if config.code == "ours":
         model: Any = load_llama(folder, dtype, device, config.quantize == "nf4", config.double_quant)
     else:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        model = from_transformers(AutoModelForCausalLM, folder, dtype)
         if config.quantize == "nf4":
-            say("note: model.code=transformers reads all weights, then quantises; model.code=ours does so one by one")
-            quantize_model(model, config.double_quant)
-        model = model.to(device)
+            settings = AutoConfig.from_pretrained(folder)
+            model = load_quantized(
+                lambda: AutoModelForCausalLM.from_config(settings),
+                read_tensors(folder),
+                dtype,
+                device,
+                config.double_quant,
+            )
+        else:
+            model = from_transformers(AutoModelForCausalLM, folder, dtype).to(device)
     return model.eval().requires_grad_(False)
 
 
@@ -54,17 +56,12 @@ def load_llama(
     layer's weight is in memory besides what is kept.
     """
     shape = read_shape(read_settings(folder), folder)
+    if quantize:
+        quantized: Any = load_quantized(lambda: Llama(shape), read_tensors(folder), dtype, device, double_quant)
+        return quantized  # type: ignore[no-any-return]
     with torch.device("meta"):  # no memory yet
         model = Llama(shape)
-    if quantize:
-        for name in inner_layers(model, is_linear):
-            old: Any = model.get_submodule(name)
-            new = QuantizedLinear(
-                old.in_features, old.out_features, old.bias is not None, dtype, double_quant, device=device
-            )
-            model.set_submodule(name, new)
     expected = {name for name, _ in model.named_parameters()}
-    expected |= {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     for name, tensor in read_tensors(folder):
         if name in expected:
             place(model, name, tensor, dtype, device)
@@ -78,13 +75,10 @@ def load_llama(
 
 
 def place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    """Put one tensor where it belongs; into 4 bits where that is a quantised layer's weight."""
+    """Put one tensor where it belongs."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     tensor = tensor.to(device, dtype)
-    if isinstance(module, QuantizedLinear) and leaf == "weight":
-        module.quantize_(tensor)
-        return
     here = getattr(module, leaf)
     if here.shape != tensor.shape:
         raise ProjectError(

@@ -89,7 +89,7 @@ def load_base(config: Config, run: Run, num_classes: int = 0) -> Base:
     if config.classifies:
         model = load_classifier(config.model, folder, num_classes, dtype, device, config.seed)
     else:
-        model = load_language_model(config.model, folder, dtype, device, run.display.say)
+        model = load_language_model(config.model, folder, dtype, device)
     return Base(model, tokenizer, folder, dtype)
 
 

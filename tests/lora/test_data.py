@@ -13,7 +13,18 @@ from common.config import ConfigError
 from common.errors import ProjectError
 from common.pretrained import available, find
 from lora.config import SMOLLM, DataConfig
-from lora.data import Batches, Example, Tokens, collate, encode, load_examples, load_labelled, pack, prompt_text, visible
+from lora.data import (
+    Batches,
+    Example,
+    Tokens,
+    collate,
+    encode,
+    load_examples,
+    load_labelled,
+    pack,
+    prompt_text,
+    visible,
+)
 from lora.data.slots import slot_examples
 from lora.data.templates import chat_text, encode_prompts
 from lora.model import hidden_states, load_tokenizer
@@ -21,7 +32,9 @@ from lora.model.load import load_llama
 from tests.helpers import ROOT
 
 DATA = ROOT / "data"
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+)
 
 
 def some_tokens(count: int, seed: int = 0, longest: int = 30) -> list[Tokens]:
@@ -350,7 +363,9 @@ def test_instructions_in_three_parts(dataset, folder, count):
     if not (DATA / folder).is_dir():
         pytest.skip(f"needs data/{folder}")
     said: list[str] = []
-    parts = [load_examples(DataConfig(dataset=dataset), str(DATA), s, said.append) for s in ("train", "validation", "test")]
+    parts = [
+        load_examples(DataConfig(dataset=dataset), str(DATA), s, said.append) for s in ("train", "validation", "test")
+    ]
     assert sum(map(len, parts)) == count
     assert sum(int(text.split()[1]) for text in said) == (10 if dataset == "alpaca" else 0)
 

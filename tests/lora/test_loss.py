@@ -52,7 +52,9 @@ def test_a_head_with_an_adapter_learns_through_chunks():
     states, _, labels = pieces()
     expected = F.cross_entropy(model[0](states), labels, reduction="sum")
     wanted = torch.autograd.grad(expected, [states, model[0].lora_A, model[0].lora_B])
-    found = torch.autograd.grad(chunked_cross_entropy(states, model[0], labels, 8), [states, model[0].lora_A, model[0].lora_B])
+    found = torch.autograd.grad(
+        chunked_cross_entropy(states, model[0], labels, 8), [states, model[0].lora_A, model[0].lora_B]
+    )
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 

@@ -15,7 +15,7 @@ from lora.config import Config
 from lora.data import collate
 from lora.layers import LoRALayer
 from lora.loss import TuningLoss
-from lora.model import set_checkpointing, token_logits, hidden_states
+from lora.model import hidden_states, set_checkpointing, token_logits
 from lora.model.load import load_llama
 from lora.settings import AdapterConfig
 from lora.tuning import build_optimizer
