@@ -124,14 +124,14 @@ class PretrainConfig:
     sentences: int = 6_000  # text=generated: how many
     vocab_size: int = 512  # of the byte-pair tokenizer, trained on the same text
     width: int = 96  # of the residual stream
-    layers: int = 3  # each with attention and a gated layer
+    layers: int = 2  # each with attention and a gated layer
     heads: int = 4  # query heads
     kv_heads: int = 2  # key and value heads, each shared by heads / kv_heads query heads
-    mlp_width: int = 256  # of the gated layer
-    context: int = 96  # tokens a row
-    steps: int = 400  # updates
-    batch_size: int = 8  # rows a step
-    lr: float = 3e-3  # peak learning rate of AdamW
+    mlp_width: int = 192  # of the gated layer
+    context: int = 64  # tokens a row
+    steps: int = 800  # updates
+    batch_size: int = 12  # rows a step
+    lr: float = 5e-3  # peak learning rate of AdamW
     out: str = ""  # folder to write to (--out); default base/ in the run folder
 
     def __post_init__(self) -> None:

@@ -283,7 +283,8 @@ def test_missing_data_say_what_goes_where(tmp_path, dataset):
 
 def test_e2e_in_the_challenges_own_format(tmp_path):
     (tmp_path / "e2e_nlg").mkdir()
-    text = 'mr,ref\n"name[Blue Spice], food[Thai]",Thai at Blue Spice.\n"name[Blue Spice], food[Thai]","Blue Spice, Thai"\n'
+    meaning = '"name[Blue Spice], food[Thai]"'
+    text = f'mr,ref\n{meaning},Thai at Blue Spice.\n{meaning},"Blue Spice, Thai"\n'
     (tmp_path / "e2e_nlg/devset.csv").write_text(text)
     (example,) = load_examples(DataConfig(dataset="e2e"), str(tmp_path), "validation")
     assert example.prompt == "name: Blue Spice, food: Thai"
