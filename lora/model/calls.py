@@ -115,7 +115,8 @@ def set_checkpointing(model: Any) -> None:
         model.model.checkpointing = True
     elif getattr(model, "supports_gradient_checkpointing", False):
         # not the re-entrant kind, which loses the gradients of adapters where a layer's input needs none itself
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     else:
         raise ProjectError(f"{type(model).__name__} cannot recompute its layers: leave train.checkpointing off")
 

@@ -20,7 +20,7 @@ SHAPE = LlamaShape(
 )
 SETTINGS = [
     "data.dataset=slots",
-    "data.max_length=96",
+    "data.max_length=128",
     "adapter.rank=4",
     "train.steps=4",
     "train.batch_size=4",

@@ -56,7 +56,7 @@ def test_one_batch_is_learnt_by_heart(base):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("code", ["ours", "transformers"])
 def test_every_b_moves_in_the_first_step(base, tmp_path, checkpointing, code):
-    words = [f"train.checkpointing={checkpointing}", f"model.code={code}", "train.steps=1"]
+    words = [f"train.checkpointing={checkpointing}", f"model.code={code}", "train.steps=1", "train.decay=constant"]
     assert train(base, tmp_path / "run", *words) == 0
     state = learned(tmp_path / "run", 1)
     second = {name: value for name, value in state.items() if name.endswith("lora_B")}
