@@ -42,10 +42,13 @@ class _FrozenHead(torch.autograd.Function):
         for start in range(0, len(states), chunk):
             part = states[start : start + chunk].to(weight.dtype)  # (n, D)
             label = labels[start : start + chunk, None]  # (n, 1)
-            logits = F.linear(part, weight, bias).float()  # (n, V)
-            normaliser = logits.logsumexp(1, keepdim=True)  # (n, 1)
-            total += (normaliser - logits.gather(1, label)).sum()
-            error = logits.sub_(normaliser).exp_()  # softmax, in the logits' own memory
+            logits = F.linear(part, weight, bias).float()  # (n, V); all that follows happens in its memory
+            logits -= logits.amax(1, keepdim=True)
+            right = logits.gather(1, label)  # (n, 1)
+            error = logits.exp_()
+            normaliser = error.sum(1, keepdim=True)  # (n, 1)
+            total += (normaliser.log() - right).sum()
+            error /= normaliser  # softmax
             error.scatter_add_(1, label, error.new_full(label.shape, -1.0))
             grads[start : start + chunk] = error.to(weight.dtype) @ weight
         ctx.save_for_backward(grads)

@@ -8,9 +8,9 @@ pass, which grows with the tokens of a microbatch. And what exists for a moment 
 backward pass of one layer makes. The peak is at the end of the forward pass or right after it, when all activations
 are there and the first of these moments comes.
 
-For lora/model/llama.py the terms below are counted from its code, tensor by tensor; a test holds them against measured
-peaks. For other architectures activations are an estimate: 34 bytes a token, layer and unit of width in 16 bits
-(Korthikanti et al. 2022, section 4.1, without the scores of attention, which are never held here).
+For lora/model/llama.py the terms below are counted from its code, tensor by tensor, as if every token had a label; a
+test holds them against measured peaks. For other architectures activations are an estimate: 34 bytes a token, layer and
+unit of width in 16 bits (Korthikanti et al. 2022, section 4.1, without the scores of attention, never held here).
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
@@ -115,7 +115,7 @@ def remarks(plan: Plan, config: Config) -> list[str]:
     """What a person should know of a plan."""
     lines = []
     if not plan.exact:
-        lines.append("activations are an estimate for this architecture")
+        lines.append("activations are an estimate for this architecture or method")
     available = config.plan.device_memory * GIB
     if available and plan.peak <= available:
         lines.append(
@@ -149,12 +149,13 @@ def make_plan(config: Config) -> Plan:
     learning = count(model) if config.train.method == "full" else adapters
     tokens = rows_at_once(config) * config.data.max_length
     moments = 2 * (1 if "8bit" in config.train.optimizer else 4)
-    if isinstance(model, Llama) and config.model.code == "ours":
+    if isinstance(model, Llama):
         kept, moment = llama_activations(model, config, tokens, size)
     else:
         kept, moment = estimated_activations(settings, config, tokens, size)
     if config.train.method == "full" and size < 4:
         kept += count(model) * size  # autocast keeps its copy of the weights until the step's end
+    counted = isinstance(model, Llama) and config.train.method == "lora" and not config.adapter.dora
     return Plan(
         base=base,
         adapters=4 * adapters,
@@ -162,7 +163,7 @@ def make_plan(config: Config) -> Plan:
         optimizer=moments * learning,
         activations=kept,
         moment=moment,
-        exact=isinstance(model, Llama) and config.model.code == "ours" and config.train.method == "lora",
+        exact=counted,
     )
 
 
@@ -242,17 +243,19 @@ def llama_activations(model: Llama, config: Config, tokens: int, size: int) -> t
     keys = shape.kv_heads * shape.head_width
     full = config.train.method == "full"
     adapted = {} if full else adapted_parts(model, config)
-    block = block_numbers(shape, adapted, config.adapter.rank, config.adapter.dropout > 0, full) * size * tokens
+    dropout = 0.0 if full or not config.adapter.dropout else mask_size(config, size)
+    block = round(block_numbers(shape, adapted, config.adapter.rank, dropout, full) * size * tokens)
     block += tokens * 4 * (shape.heads + 2)  # float32: attention's log-sums, the norms' scales
     # what one layer's backward pass makes beside what is kept: the gated layer's, or attention's, whichever is more
-    backward = max(7 * shape.mlp_width, 4 * queries + 4 * keys + 2 * shape.width) * size * tokens
+    backward = max(4 * shape.mlp_width, 4 * queries + 4 * keys + 2 * shape.width) * size * tokens
     masks = tokens * config.data.max_length * size if config.data.pack else 0
     once = tokens * (2 * shape.head_width * size + 3 * shape.width * size + 8 * 4) + masks
     if config.model.quantize == "nf4":
         widest = max(shape.mlp_width, queries) * shape.width
         backward += widest * size  # one layer's weight, dequantised
     logits = min(config.train.loss_chunk, tokens) if config.train.loss != "full" else tokens
-    loss = logits * shape.vocab_size * (4 + size)  # in float32, and as they are multiplied back
+    # in float32, and as they come and are multiplied back
+    loss = logits * shape.vocab_size * (4 if size >= 4 else 4 + size)
     if config.train.checkpointing:
         return shape.layers * shape.width * size * tokens + once, max(block + backward, loss)
     return shape.layers * block + once, max(backward, loss)
@@ -264,11 +267,21 @@ def adapted_parts(model: Llama, config: Config) -> dict[str, int]:
     return {name: names.count(name) for name in set(names)}
 
 
-def block_numbers(shape: LlamaShape, adapted: dict[str, int], rank: int, dropout: bool, full: bool) -> int:
-    """Numbers a token that one block keeps; layers that few blocks adapt count as if all did."""
+def mask_size(config: Config, size: int) -> float:
+    """What PyTorch's dropout keeps to know what it dropped, over the number it is about: on a CPU a number of the same
+    type, on a GPU a byte.
+    """
+    return 1.0 if choose_device(config.device).type == "cpu" else 1 / size
+
+
+def block_numbers(shape: LlamaShape, adapted: dict[str, int], rank: int, dropout: float, full: bool) -> float:
+    """Numbers a token that one block keeps; layers that few blocks adapt count as if all did.
+
+    dropout: of `mask_size`; 0 without dropout.
+    """
     queries = shape.heads * shape.head_width
     keys = shape.kv_heads * shape.head_width
-    numbers = 2 * shape.width  # what enters the two norms
+    numbers = 2.0 * shape.width  # what enters the two norms
     numbers += 2 * queries + 2 * keys  # attention's queries and result, keys and values
     numbers += 2 * shape.mlp_width  # both inputs of the gated product
     inputs = {
@@ -283,10 +296,10 @@ def block_numbers(shape: LlamaShape, adapted: dict[str, int], rank: int, dropout
     shared = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
     for group in shared:
         users = [name for name in group if full or name in adapted]
-        if dropout and not full:
-            # every adapter drops other inputs: each keeps its own, and a byte a number says which
+        if dropout:
+            # every adapter drops other inputs: each keeps its own, and which they are
             wide = [queries if name == "o_proj" else inputs[name] for name in users]
-            numbers += round(1.5 * sum(wide))
+            numbers += (1 + dropout) * sum(wide)
         elif users:
             numbers += inputs[group[0]]
         numbers += 0 if full else rank * len(users)

@@ -116,6 +116,7 @@ def test_pairs_are_drawn_together():
 
 def test_perplexity_of_text_is_that_of_its_windows(base):
     from lora.metrics import losses
+
     model = load_llama(base, torch.float32, torch.device("cpu"))
     tokenizer = load_tokenizer(base)
 

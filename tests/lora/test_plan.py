@@ -90,10 +90,10 @@ def measured(config: Config) -> int:
     model.train()
     optimizer = build_optimizer(parameter_groups(model, 1e-3, config.adapter), config.train)
     length = config.data.max_length
-    example = Tokens([5] * (length // 4 - 10), [6] * 10)
+    example = Tokens([5], [6] * (length // 4 - 1))  # a plan is for the worst case: every token has a label
     rows = [[example] * 4] * config.train.batch_size
     if not config.data.pack:
-        rows = [[Tokens([5] * (length - 40), [6] * 40)]] * config.train.batch_size
+        rows = [[Tokens([5], [6] * (length - 1))]] * config.train.batch_size
     objective = TuningLoss(model, config.train.loss, config.train.loss_chunk)
     with LiveBytes() as live:
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -120,9 +120,7 @@ def planned(tmp_path, monkeypatch, *words: str) -> tuple[Plan, Config]:
 def test_the_plan_is_what_is_measured(words, tmp_path, monkeypatch):
     plan, config = planned(tmp_path, monkeypatch, *words)
     assert plan.exact
-    found = measured(config)
-    print(f"RATIO {plan.peak / found:.3f} {found} {plan}")
-    assert plan.peak == pytest.approx(found, rel=0.1)
+    assert plan.peak == pytest.approx(measured(config), rel=0.05)
 
 
 def test_weights_in_four_bits_are_counted_to_the_byte(tmp_path, monkeypatch):
