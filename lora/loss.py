@@ -71,7 +71,7 @@ def chunked_cross_entropy(states: Tensor, head: Any, labels: Tensor, chunk: int)
     """
     plain = type(head) is nn.Linear
     if plain and not head.weight.requires_grad and not torch.is_autocast_enabled(states.device.type):
-        total: Tensor = _FrozenHead.apply(states, head.weight, head.bias, labels, chunk)  # type: ignore[no-untyped-call]
+        total: Tensor = _FrozenHead.apply(states, head.weight, head.bias, labels, chunk)
         return total
 
     def part(some: Tensor, label: Tensor) -> Tensor:

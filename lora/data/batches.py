@@ -154,4 +154,3 @@ class Batches:
         packed = f" in {len(self.rows):,} rows of {self.capacity}, {share:.1%} of them full" if self.packed else ""
         left = f"; {self.too_long:,} are longer than {self.capacity} tokens and left out" if self.too_long else ""
         return f"{len(self.kept):,} examples of {used / max(1, len(self.kept)):.0f} tokens{packed}{left}"
-

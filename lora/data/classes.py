@@ -1,7 +1,7 @@
 """Texts with classes: SST-2, CoLA, or a CSV file of one's own.
 
-    sst2/{train,dev,test}.tsv                            sentence, label
-    cola/in_domain_train.tsv, in_domain_dev.tsv, ...     source, label, the author's mark, sentence
+sst2/{train,dev,test}.tsv                            sentence, label
+cola/in_domain_train.tsv, in_domain_dev.tsv, ...     source, label, the author's mark, sentence
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ from lora.data.slots import slot_examples
 
 Split = Literal["train", "validation", "test"]
 Say = Callable[[str], None]
-SPLIT_SEED = 20_240_601  # cuts a dataset without parts of its own; the same for every run, so that no test example leaks
+SPLIT_SEED = (
+    20_240_601  # cuts a dataset without parts of its own; the same for every run, so that no test example leaks
+)
 HUB = {  # where a dataset is had from when it is not on this machine: id, part of it
     "gsm8k": ("openai/gsm8k", "main"),
     "squad": ("rajpurkar/squad", None),
@@ -170,7 +172,10 @@ def read_squad(folder: Path, split: Split) -> list[Example]:
     path = folder / f"{name}-v1.1.json"
     if not path.is_file():
         rows = hub_rows(*HUB["squad"], "validation" if name == "dev" else "train")
-        return [answered(row["id"], row["context"], row["question"], row["answers"]["text"], row["title"]) for _, row in rows]
+        return [
+            answered(row["id"], row["context"], row["question"], row["answers"]["text"], row["title"])
+            for _, row in rows
+        ]
     try:
         articles = json.loads(read_text(path))["data"]
         return [
@@ -208,7 +213,9 @@ def read_instructions(config: DataConfig, root: Path) -> list[Example]:
         answer = text_of(place, row, names[2])
         name = str(row.get("id", place.rsplit(", ")[-1]))
         examples.append(
-            Example(name, text_of(place, row, names[0]), answer, text_of(place, row, names[1], optional=True), (answer,))
+            Example(
+                name, text_of(place, row, names[0]), answer, text_of(place, row, names[1], optional=True), (answer,)
+            )
         )
     return examples
 
@@ -236,6 +243,4 @@ def texts_of(place: str, row: dict[str, Any], column: str) -> list[str]:
 
 def missing(folder: Path, files: str, source: str) -> ProjectError:
     """What to put where."""
-    return ProjectError(
-        f"put {files} into {folder} ({source}); configs/lora_tiny.yaml needs no download"
-    )
+    return ProjectError(f"put {files} into {folder} ({source}); configs/lora_tiny.yaml needs no download")

@@ -111,4 +111,4 @@ def final_number(text: str) -> str:
     if not numbers:
         return ""
     number = (numbers[0] if "####" in text else numbers[-1]).replace(",", "")
-    return number.removesuffix(".0").removesuffix(".00")
+    return number.rstrip("0").rstrip(".") if "." in number else number

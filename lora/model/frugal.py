@@ -63,11 +63,11 @@ class _SwiGLU(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Each vector divided by its root mean square, times a weight. (..., D), (D,) -> (..., D), in the type of x."""
-    result: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    result: Tensor = _RMSNorm.apply(x, weight, eps)
     return result
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up. (..., M), (..., M) -> (..., M)"""
-    result: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    result: Tensor = _SwiGLU.apply(gate, up)
     return result

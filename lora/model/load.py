@@ -58,7 +58,7 @@ def load_llama(
     shape = read_shape(read_settings(folder), folder)
     if quantize:
         quantized: Any = load_quantized(lambda: Llama(shape), read_tensors(folder), dtype, device, double_quant)
-        return quantized  # type: ignore[no-any-return]
+        return quantized
     with torch.device("meta"):  # no memory yet
         model = Llama(shape)
     expected = {name for name, _ in model.named_parameters()}
@@ -125,16 +125,16 @@ def from_transformers(kind: Any, folder: Path, dtype: torch.dtype, **settings: A
     """`from_pretrained`, quiet, from files only. `ProjectError` in one line for whatever goes wrong."""
     from transformers.utils import logging as wordy
 
-    before = wordy.get_verbosity()  # type: ignore[no-untyped-call]
-    wordy.set_verbosity_error()  # type: ignore[no-untyped-call]  # that a new head is new we know
-    wordy.disable_progress_bar()  # type: ignore[no-untyped-call]
+    before = wordy.get_verbosity()
+    wordy.set_verbosity_error()  # that a new head is new we know
+    wordy.disable_progress_bar()
     try:
         return kind.from_pretrained(folder, dtype=dtype, local_files_only=True, **settings)
     except Exception as error:  # readers of foreign formats raise whatever they come upon
         raise ProjectError(f"{folder} cannot be loaded as {kind.__name__}: {first_line(error)}") from None
     finally:
-        wordy.set_verbosity(before)  # type: ignore[no-untyped-call]
-        wordy.enable_progress_bar()  # type: ignore[no-untyped-call]
+        wordy.set_verbosity(before)
+        wordy.enable_progress_bar()
 
 
 def write_folder(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:

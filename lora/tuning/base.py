@@ -54,13 +54,13 @@ class Learned(nn.Module):
             if parameter.requires_grad:
                 yield name, parameter
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """Their values by name."""
         return adapter_state(self.whole[0])
 
-    def load_state_dict(self, state: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """Take such values over. `ProjectError` for other names or shapes."""
-        load_adapter_state(self.whole[0], state)
+        load_adapter_state(self.whole[0], state_dict)
 
 
 def weight_type(config: Config, amp: torch.dtype | None) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> torch.
         device = groups[0]["params"][0].device
         return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"), **settings)
     try:
-        from bitsandbytes import optim
+        optim: Any = importlib.import_module("bitsandbytes.optim")
     except ImportError:
         raise ProjectError(f"train.optimizer={config.optimizer} needs: pip install bitsandbytes") from None
     kind = optim.AdamW8bit if config.optimizer == "adamw8bit" else optim.PagedAdamW8bit

@@ -51,15 +51,15 @@ def shard_model(objective: nn.Module, run: Run) -> nn.Module:
             parameter.data = parameter.data.to(run.device)
             dist.broadcast(parameter.data, 0)
     for block in blocks_of(objective):
-        fully_shard(block, mesh=mesh, ignored_params=small)  # type: ignore[call-overload]
-    fully_shard(objective, mesh=mesh, ignored_params=small)  # type: ignore[call-overload]
+        fully_shard(block, mesh=mesh, ignored_params=small)
+    fully_shard(objective, mesh=mesh, ignored_params=small)
     return objective
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The layers of a transformer: the members of its longest list of modules."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], run: Run) -> None:

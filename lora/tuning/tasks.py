@@ -35,7 +35,7 @@ class Instructions:
         """One part of the data."""
         return load_examples(self.config.data, self.config.data_root, split, self.say)
 
-    def batches(self, tokenizer: Any) -> Batches:
+    def batches(self, tokenizer: Any) -> Any:  # as Classes has it
         """What the training loop draws from."""
         tokens = encode(self.examples, self.config.data, tokenizer)
         settings = self.config
@@ -69,7 +69,7 @@ class Classes:
         """One part of the data."""
         return load_labelled(self.config.data, self.config.data_root, split, self.say)
 
-    def batches(self, tokenizer: Any) -> TextBatches:
+    def batches(self, tokenizer: Any) -> Any:  # as Instructions has it
         """What the training loop draws from."""
         return TextBatches(self.labelled, tokenizer, self.config)
 

@@ -17,5 +17,5 @@ def base(tmp_path_factory):
 def trained(base, tmp_path_factory):
     """The folder of a finished run of four steps; nothing may be written there."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
-    assert train(base, run_dir) == 0
+    assert train(base, run_dir, "train.lr=0.01") == 0
     return run_dir

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -125,6 +126,8 @@ def test_perplexity_of_text_is_that_of_its_windows(base):
 
         def track(self, items):
             return items
+
+        autocast = contextlib.nullcontext
 
     text = "Red Fox is a pub near the river. " * 20
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:101]
@@ -270,7 +273,9 @@ def test_a_merged_model_answers_as_base_and_adapter(trained, base, tmp_path):
     tokens = torch.arange(40)[None]
     with torch.no_grad():
         expected = token_logits(model, hidden_states(model, tokens))
-        torch.testing.assert_close(theirs(input_ids=tokens).logits, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(theirs(input_ids=tokens).logits, expected, atol=5e-3, rtol=1e-3)
+        untrained = load_llama(base, torch.float32, torch.device("cpu"))(tokens)
+    assert (untrained - expected).abs().max() > 0.5
     assert (out / "tokenizer.json").is_file()
     assert call("merge", trained, f"--out={out}", short={"out": "merge.out"}) == 1
 
