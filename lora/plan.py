@@ -35,6 +35,7 @@ from common.runtime import choose_device, choose_precision
 from lora.adapters import find_targets, kind_of
 from lora.model import Llama, LlamaShape, read_settings, read_shape
 from lora.model.files import settings_of
+from lora.model.frugal import LONGEST
 from lora.pretrain import shape_of
 from lora.quantize import BLOCK, SCALES, linear_names
 from lora.tuning.base import weight_type
@@ -247,8 +248,14 @@ def llama_activations(model: Llama, config: Config, tokens: int, size: int) -> t
     block = round(block_numbers(shape, adapted, config.adapter.rank, dropout, full) * size * tokens)
     block += tokens * 4 * (shape.heads + 2)  # float32: attention's log-sums, the norms' scales
     # what one layer's backward pass makes beside what is kept: the gated layer's, or attention's, whichever is more
-    backward = max(4 * shape.mlp_width, 4 * queries + 4 * keys + 2 * shape.width) * size * tokens
-    masks = tokens * config.data.max_length * size if config.data.pack else 0
+    length = config.data.max_length
+    backward = 3 * shape.mlp_width * size * tokens
+    masks = tokens * length * size if config.data.pack else 0
+    if choose_device(config.device).type == "cpu":
+        masks = max(masks, length * length * size)
+        if length <= LONGEST:  # the scores of attention, twice in float32; the gated layer's tensors have gone by then
+            gone = ((3 if "down_proj" in adapted else 2) * shape.mlp_width + 2 * shape.width) * size
+            backward = max(backward, (8 * shape.heads * length + 2 * queries * size - gone) * tokens)
     once = tokens * (2 * shape.head_width * size + 3 * shape.width * size + 8 * 4) + masks
     if config.model.quantize == "nf4":
         widest = max(shape.mlp_width, queries) * shape.width

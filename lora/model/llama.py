@@ -24,11 +24,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora.model.frugal import rms_norm, swiglu
+from lora.model.frugal import attention, rms_norm, swiglu
 
 
 @dataclass(frozen=True)
@@ -127,10 +126,8 @@ class Attention(nn.Module):
         key = rotate(key, *angles)
         if cache is not None:
             key, value = cache.append(self.layer, key, value)  # (B, G, S, K)
-        causal = mask is None and query.shape[2] > 1
-        shared = query.shape[1] != key.shape[1]
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=shared)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # (B, H, T, K) -> (B, T, H K) -> (B, T, D)
+        mixed = attention(query, key, value, mask)  # (B, H, T, K)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # -> (B, T, H K) -> (B, T, D)
 
     def split(self, x: Tensor) -> Tensor:
         """Heads apart. (B, T, heads K) -> (B, heads, T, K)"""
@@ -189,8 +186,10 @@ class Decoder(nn.Module):
             positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)[None]
         x = self.embed_tokens(tokens)  # (B, T, D)
         angles = rotary(positions, self.shape, x.dtype)
-        if mask is None and past > 0 and tokens.shape[1] > 1:
+        several = tokens.shape[1] > 1
+        if mask is None and several and (past > 0 or (x.device.type == "cpu" and torch.is_grad_enabled())):
             mask = torch.ones(tokens.shape[1], past + tokens.shape[1], dtype=torch.bool, device=x.device).tril(past)
+            mask = mask[None, None]
         if mask is not None and mask.dtype == torch.bool:  # once, not in each layer: 0 where seen, -inf where not
             mask = torch.zeros(mask.shape, dtype=x.dtype, device=x.device).masked_fill_(~mask, -math.inf)
         for block in self.layers:

@@ -46,7 +46,7 @@ def write_base(folder: Path, shape: LlamaShape = SHAPE, seed: int = 0) -> Path:
             if parameter.ndim == 1:  # norms that differ from layer to layer
                 parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
             else:
-                parameter *= 6
+                parameter *= 1.5
     write_folder(folder, model, tokenizer, torch.float32)
     return folder
 

@@ -14,7 +14,7 @@ from common.pretrained import available, find
 from lora.config import SMOLLM, ModelConfig
 from lora.model import Llama, LlamaShape, hidden_states, load_language_model, new_cache, token_logits
 from lora.model.files import load_tokenizer, read_settings, read_shape, settings_of
-from lora.model.frugal import rms_norm, swiglu
+from lora.model.frugal import attention, rms_norm, swiglu
 from lora.model.llama import RopeScaling, initialise, stretch
 from lora.model.load import load_llama
 from tests.lora.small import SHAPE, write_base
@@ -108,6 +108,29 @@ def test_frugal_operations_are_the_formulas():
     torch.testing.assert_close(swiglu(gate, up), torch.nn.functional.silu(gate) * up)
     assert torch.autograd.gradcheck(lambda a, b: rms_norm(a, b, 1e-6), (x, weight))
     assert torch.autograd.gradcheck(swiglu, (gate, up))
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (4, 1)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_learns_as_pytorchs(heads, masked):
+    rng = torch.Generator().manual_seed(5)
+    query = torch.randn(2, heads[0], 7, 6, dtype=torch.float64, generator=rng, requires_grad=True)
+    key, value = (
+        torch.randn(2, heads[1], 7, 6, dtype=torch.float64, generator=rng, requires_grad=True) for _ in range(2)
+    )
+    seen = torch.ones(7, 7, dtype=torch.bool).tril().expand(2, 1, 7, 7).clone()
+    if masked:
+        seen[1, 0, 4:, :4] = False  # a second example begins
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, enable_gqa=True)
+    added = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)
+    found = attention(query, key, value, added)
+    assert type(found.grad_fn).__name__ == "_AttentionBackward"
+    torch.testing.assert_close(attention(query, key, value, None)[0], expected[0])
+    torch.testing.assert_close(found, expected)
+    outer = torch.randn(expected.shape, dtype=torch.float64, generator=rng)
+    wanted = torch.autograd.grad(expected, [query, key, value], outer)
+    for a, b in zip(torch.autograd.grad(found, [query, key, value], outer), wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-7)
 
 
 def test_frugal_operations_keep_less():
