@@ -65,8 +65,7 @@ def byte_levels(device: torch.device) -> Tensor:
     return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
 
 
-@cache
-def dynamic_levels(device: torch.device) -> Tensor:
+def dynamic_code() -> tuple[float, ...]:
     """The 256 levels of the 8-bit code of scales, rising: dynamic tree quantisation (Dettmers 2016, section 2.1).
 
     A sign; then a decimal exponent, of which small numbers use up more bits; what is left of the 7 bits divides
@@ -76,8 +75,16 @@ def dynamic_levels(device: torch.device) -> Tensor:
     for exponent in range(-6, 1):  # powers of ten
         edges = torch.linspace(0.1, 1, 2 ** (exponent + 6) + 1)
         positive += (10.0**exponent * ((edges[:-1] + edges[1:]) / 2)).tolist()
-    levels = sorted([-level for level in positive] + positive + [0.0, 1.0])
-    return torch.tensor(levels, device=device)
+    return tuple(sorted([-level for level in positive] + positive + [0.0, 1.0]))
+
+
+DYNAMIC = dynamic_code()
+
+
+@cache
+def dynamic_levels(device: torch.device) -> Tensor:
+    """`DYNAMIC`. (256,)"""
+    return torch.tensor(DYNAMIC, device=device)
 
 
 def scale_blocks(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -89,8 +96,14 @@ def scale_blocks(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
-    """The index of the nearest level of each value; between two levels their middle decides. (n,) -> (n,) int32"""
-    return torch.bucketize(values, (levels[:-1] + levels[1:]) / 2, out_int32=True)
+    """The index of the nearest level of each value; in the middle between two, the lower. (n,) -> (n,) uint8"""
+    middles = (levels[:-1] + levels[1:]) / 2
+    if len(levels) > 16:
+        return torch.bucketize(values, middles, out_int32=True).to(torch.uint8)
+    index = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    for middle in middles:  # 15 comparisons of whole vectors take half the time of a search for every number
+        index += values > middle
+    return index
 
 
 class Quantized(NamedTuple):
@@ -113,7 +126,7 @@ def quantize(weight: Tensor, double_quant: bool = True) -> Quantized:
     codes, largest = [], []
     for part in flat.split(CHUNK):
         scaled, scale = scale_blocks(part, BLOCK)
-        code = F.pad(nearest(scaled, levels), (0, part.numel() % 2), value=NF4.index(0.0)).to(torch.uint8)
+        code = F.pad(nearest(scaled, levels), (0, part.numel() % 2), value=NF4.index(0.0))
         codes.append(code[::2] << 4 | code[1::2])
         largest.append(scale)
     scales = torch.cat(largest)
@@ -121,8 +134,7 @@ def quantize(weight: Tensor, double_quant: bool = True) -> Quantized:
         return Quantized(torch.cat(codes), scales, scales.new_empty(0), scales.new_zeros(()))
     offset = scales.mean()
     scaled, outer = scale_blocks(scales - offset, SCALES)
-    inner = nearest(scaled, dynamic_levels(weight.device)).to(torch.uint8)
-    return Quantized(torch.cat(codes), inner, outer, offset)
+    return Quantized(torch.cat(codes), nearest(scaled, dynamic_levels(weight.device)), outer, offset)
 
 
 def dequantize(weight: Quantized, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

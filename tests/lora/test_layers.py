@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from lora.adapters import (
     adapter_state,
     adapters_of,
     disabled,
-    find_targets,
     inject,
     load_adapter_state,
     merge,
@@ -23,6 +23,7 @@ from lora.adapters import (
     unmerge,
 )
 from lora.settings import AdapterConfig
+from lora.targets import find_targets
 from tests.lora.tiny import TinyConv, output, peft_parameters, randomise, tiny_gpt2, tiny_llama, tokens, with_peft
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
@@ -286,6 +287,7 @@ def test_tied_weights_are_refused_or_untied(target, tmp_path):
     assert gap(output(model, x), before) < 1e-5
     unload(model)
     model.save_pretrained(tmp_path)
+    assert not json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"], "readers would tie them again"
     assert gap(output(AutoModelForCausalLM.from_pretrained(tmp_path), x), before) < 1e-5
 
 

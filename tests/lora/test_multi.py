@@ -80,8 +80,9 @@ def test_outside_the_bank_is_the_base(folders):
     with bank.use(["plain", "dora"]):
         inside = output(bank.model, x)
         with bank.use(["base", "plain"]):
-            output(bank.model, x)
+            other = output(bank.model, x)
         assert torch.equal(output(bank.model, x), inside), "the outer names hold again"
+    torch.testing.assert_close(other[1], alone(folders["plain"], x)[1], rtol=1e-5, atol=2e-5)
     assert torch.equal(output(bank.model, x), output(tiny_llama(), x))
     with pytest.raises(ZeroDivisionError), bank.use(["plain", "dora"]):
         _ = 1 / 0

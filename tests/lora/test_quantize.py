@@ -16,6 +16,7 @@ from lora.quantize import (
     NF4,
     Quantized,
     QuantizedLinear,
+    byte_levels,
     dequantize,
     dynamic_levels,
     load_quantized,
@@ -247,6 +248,26 @@ def test_a_step_of_qlora(dora):
     assert losses[-1] < losses[0]
     assert all(bool(layer.lora_B.any()) for layer in adapters_of(model).values())
     assert torch.equal(model.model.layers[0].self_attn.q_proj.base.codes, codes)
+
+
+def test_a_quantised_layer_with_its_adapter_is_one_graph():
+    """`torch.compile` finds no break in it, and leaves no tensors of its own in our tables."""
+    for table in (nf4_levels, byte_levels, dynamic_levels):
+        table.cache_clear()
+    model = tiny_llama()
+    quantize_model(model)
+    inject(model, AdapterConfig(rank=4))
+    randomise(model)
+    layer = model.model.layers[0].mlp
+    results = []
+    for call in (torch.compile(layer, backend="aot_eager", fullgraph=True), layer):
+        x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        y = call(x)
+        y.sum().backward()
+        results.append((y, x.grad, layer.up_proj.lora_B.grad.clone()))
+        layer.zero_grad()
+    for compiled, plain in zip(*results):
+        torch.testing.assert_close(compiled, plain)
 
 
 @pytest.mark.parametrize("dora", [False, True])
