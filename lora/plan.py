@@ -241,7 +241,6 @@ def llama_activations(model: Llama, config: Config, tokens: int, size: int) -> t
     """
     shape = model.shape
     queries = shape.heads * shape.head_width
-    keys = shape.kv_heads * shape.head_width
     full = config.train.method == "full"
     adapted = {} if full else adapted_parts(model, config)
     dropout = 0.0 if full or not config.adapter.dropout else mask_size(config, size)
