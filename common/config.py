@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,13 +25,13 @@ from omegaconf.errors import OmegaConfBaseException
 from common.settings import explain_settings
 from common.terminal import accept_any_letter
 
-Mode = Literal["train", "eval", "sample", "encode", "decode", "index"]
+Mode = str  # which program: train, eval, sample, ...
 WITHOUT_RUN = ("index",)  # programs that need no run to begin with: their settings start from the defaults
 
 
 # what may differ between a run and its --resume without a word
 FREE_KEYS = ("run_dir", "data_root", "device", "compile", "keep_last", "keep_every", "tensorboard", "wandb")
-FREE_SECTIONS = ("sample", "eval", "encode", "decode")
+FREE_SECTIONS = ("sample", "eval", "encode", "decode", "generate", "merge", "plan")
 
 
 class ConfigError(ValueError):
@@ -75,6 +76,7 @@ class Options:
     dry_run: bool = False
     overwrite: bool = False
     checkpoint: str = ""  # all but train: a checkpoint other than the newest
+    words: tuple[str, ...] = ()  # what was given beside options and settings, to programs that ask for it
 
 
 C = TypeVar("C", bound=BaseConfig)
@@ -91,6 +93,8 @@ def load(
     mode: Mode = "train",
     argv: list[str] | None = None,
     short: Mapping[str, str] = MappingProxyType({}),
+    takes: Literal["", "config", "run"] = "",
+    words: str = "",
 ) -> tuple[C, Options]:
     """Read the command line of `python -m <project>.<mode>` into a checked config.
 
@@ -98,13 +102,19 @@ def load(
     Any mistake prints one line on stderr and exits with status 2.
 
     Args:
+        takes: `config` for a program other than train that takes `--config FILE`, too.
+        words: what this program calls free text on its command line, such as "question"; empty: it takes none.
         short: options of this program that stand for settings: {"out": "sample.out"} makes `--out DIR` mean
             `sample.out=DIR`.
     """
     accept_any_letter()  # --help ends the program
-    args = _parse(schema, project, mode, sys.argv[1:] if argv is None else argv, short)
-    args.overrides += [f"{key}={getattr(args, name)}" for name, key in short.items() if getattr(args, name) is not None]
-    if mode == "train":
+    takes = takes or ("config" if mode == "train" else "run")
+    args = _parse(schema, project, mode, sys.argv[1:] if argv is None else argv, short, takes, words)
+    free = tuple(item for item in args.overrides if words and not _is_setting(schema, item))
+    args.overrides = [item for item in args.overrides if item not in free]
+    given = {key: getattr(args, name.replace("-", "_")) for name, key in short.items()}
+    args.overrides += [f"{key}={value}" for key, value in given.items() if value is not None]
+    if takes == "config":
         if not args.config:
             known = ", ".join(list_configs(project)) or "none here; run from the repository's root"
             _fail(f"--config is required; {project} has: {known}")
@@ -126,7 +136,14 @@ def load(
     options = {
         name: getattr(args, name) for name in ("resume", "dry_run", "overwrite", "checkpoint") if hasattr(args, name)
     }
-    return config, Options(mode, **options)
+    return config, Options(mode, **options, words=free)
+
+
+def _is_setting(schema: type, item: str) -> bool:
+    """Whether a word of the command line is meant as `key=value`: a dotted name, right or wrong, or a known one."""
+    key, equals, _ = item.partition("=")
+    known = {field.name for field in dataclasses.fields(schema)}
+    return bool(equals) and (key in known or re.fullmatch(r"[a-z_]+(\.[a-z0-9_]+)+", key) is not None)
 
 
 def resolve(schema: type[C], path: Path | None, overrides: list[str] = [], run_dir: str = "") -> C:  # noqa: B006 (never mutated)
@@ -299,13 +316,22 @@ def explain(error: Exception, schema: type[BaseConfig], path: Path) -> str:
     return f"{path}: {text}"
 
 
-def _parse(schema: type[C], project: str, mode: Mode, argv: list[str], short: Mapping[str, str]) -> argparse.Namespace:
+def _parse(
+    schema: type[C],
+    project: str,
+    mode: Mode,
+    argv: list[str],
+    short: Mapping[str, str],
+    takes: str = "run",
+    words: str = "",
+) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"python -m {project}.{mode}", allow_abbrev=False, add_help=False)
     explain_settings(parser, schema)
-    if mode == "train":
+    if takes == "config":
         parser.add_argument(
             "--config", help="YAML file: " + (", ".join(list_configs(project)) or "configs/<name>.yaml")
         )
+    if mode == "train":
         parser.add_argument(
             "--resume", action="store_true", help="continue from the newest valid checkpoint of the run folder"
         )
@@ -313,16 +339,15 @@ def _parse(schema: type[C], project: str, mode: Mode, argv: list[str], short: Ma
         parser.add_argument(
             "--dry-run", action="store_true", help="print the resolved config, parameter count and shapes, then stop"
         )
-    else:
+    if takes == "run":
         parser.add_argument("--run", help="a run folder, such as runs/<config name>")
         parser.add_argument(
             "--checkpoint", default="", help="a file in its checkpoints/ (default: the newest valid one)"
         )
     for name, key in short.items():
         parser.add_argument(f"--{name}", help=f"the setting {key}")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings over the YAML, dotted: train.lr=1e-4"
-    )
+    metavar = f"key=value or {words}" if words else "key=value"
+    parser.add_argument("overrides", nargs="*", metavar=metavar, help="settings over the YAML, dotted: train.lr=1e-4")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.error = _fail  # type: ignore[method-assign]  # one line, without the usage
     return parser.parse_intermixed_args(argv)

@@ -1,0 +1,24 @@
+"""Examples from their files, as tokens, as rows of a batch."""
+
+from lora.data.batches import Batch, Batches, collate, visible
+from lora.data.classes import Labelled, load_labelled
+from lora.data.examples import Example, load_examples
+from lora.data.packing import pack
+from lora.data.templates import Tokens, encode, encode_prompts, encode_texts, prompt_text
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Example",
+    "Labelled",
+    "Tokens",
+    "collate",
+    "encode",
+    "encode_prompts",
+    "encode_texts",
+    "load_examples",
+    "load_labelled",
+    "pack",
+    "prompt_text",
+    "visible",
+]
