@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from common.config import ConfigError
+from common.processes import JOINED, leave
 from common.remedies import remedy
 from common.terminal import accept_any_letter, imports_are_done, reader_gone
 
@@ -25,6 +26,20 @@ def exits_cleanly(function: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        status = 0
+        try:
+            one_line(*args, **kwargs)
+        except SystemExit as stop:
+            if isinstance(stop.code, str) or not last_act():
+                raise
+            status = stop.code or 0
+        if last_act():
+            leave(status)
+
+    def last_act() -> bool:  # not where somebody else has called, who goes on
+        return JOINED.is_set() and function.__module__ == "__main__"
+
+    def one_line(*args: P.args, **kwargs: P.kwargs) -> None:
         imports_are_done()
         accept_any_letter()
         if "--debug" in sys.argv:

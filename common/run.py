@@ -96,8 +96,7 @@ class Run:
             self.log_file.close()
         if self.lock:
             self.lock.release()
-        if self.world > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        self.machine.leave_group(together=error is None)
         if (error is None or kind is Stopped) and self.signals.received:
             after = f" after step {self.step}; add --resume to the same command to go on" if self.step else ""
             self.display.say(f"stopped by {self.signals.received}{after}")

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from common.config import BaseConfig, ConfigError
+from common.processes import JOINED
 from common.signals import end_with_parent
 
 PEAK_BF16_FLOPS = {  # dense bf16 tensor-core peak, FLOP/s, from NVIDIA's data sheets (SXM variants)
@@ -63,6 +64,20 @@ class Runtime:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
         return bool(value)
 
+    def leave_group(self, together: bool) -> None:
+        """The end of what the processes do in common.
+
+        Args:
+            together: wait for the others, so that none closes a connection that another still reads from. One that
+                fails must not: they may be waiting for it elsewhere, and its end is what frees them.
+        """
+        if self.world == 1 or not dist.is_initialized():
+            return
+        if together:
+            with contextlib.suppress(RuntimeError):  # another one has failed, and says so itself
+                dist.barrier(group=self.control)
+        dist.destroy_process_group()
+
 
 def start(config: BaseConfig) -> Runtime:
     """Join the process group if torchrun started this process, choose device and precision, seed everything."""
@@ -70,6 +85,7 @@ def start(config: BaseConfig) -> Runtime:
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", "0")))
     control = None
     if world > 1:
+        JOINED.set()
         end_with_parent()  # torchrun's agent
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -12,18 +12,33 @@ import torch
 from torch import Tensor, nn
 
 from vae.config import ModelConfig
-from vae.likelihoods import Likelihood
+from vae.likelihoods import Likelihood, at_least_fp32
 from vae.model import ACTIVATIONS, Autoencoder, Draw, Gaussian, build_decoder, build_encoder, zeros
 
 
+# Log-variances are bent into (-6, 6), as Vahdat & Kautz 2020 bend theirs (section 3.2). A limit of each layer by itself
+# is no limit of the hierarchy: every layer's deviation scales what the layers below are told, so five large ones multiply.
+LOG_VARIANCE_LIMIT = 6.0
+
+
+def bent_gaussian(output: Tensor) -> Gaussian:
+    """(..., 2 Z) -> mean and log-variance, the latter in (-6, 6) by a smooth curve that leaves small numbers alone."""
+    mean, log_variance = at_least_fp32(output).chunk(2, -1)
+    return Gaussian(mean, LOG_VARIANCE_LIMIT * torch.tanh(log_variance / LOG_VARIANCE_LIMIT))
+
+
 class ResidualLinear(nn.Module):
-    """h + linear(act(linear(act(h)))), the identity at first. (S, W) -> (S, W)"""
+    """h + linear(act(linear(act(norm(h))))), the identity at first. (S, W) -> (S, W)
+
+    The layer norm keeps what a block adds at the size it had when it was trained, however large the state has become.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         act = ACTIVATIONS[config.activation]
         last = zeros(nn.Linear(config.width, config.width))
-        self.layers = nn.Sequential(act(), nn.Linear(config.width, config.width), act(), last)
+        first = nn.Linear(config.width, config.width)
+        self.layers = nn.Sequential(nn.LayerNorm(config.width), act(), first, act(), last)
 
     def forward(self, h: Tensor) -> Tensor:
         return h + self.layers(h)
@@ -38,9 +53,13 @@ class Layer(nn.Module):
         super().__init__()
         act = ACTIVATIONS[config.activation]
         # both start at zero: the prior as a standard normal distribution, the posterior as the prior
-        self.prior = nn.Sequential(ResidualLinear(config), act(), zeros(nn.Linear(config.width, 2 * latents)))
+        self.prior = nn.Sequential(
+            ResidualLinear(config), nn.LayerNorm(config.width), act(), zeros(nn.Linear(config.width, 2 * latents))
+        )
         self.join = nn.Linear(2 * config.width, config.width)
-        self.correction = nn.Sequential(ResidualLinear(config), act(), zeros(nn.Linear(config.width, 2 * latents)))
+        self.correction = nn.Sequential(
+            ResidualLinear(config), nn.LayerNorm(config.width), act(), zeros(nn.Linear(config.width, 2 * latents))
+        )
         self.read = nn.Linear(latents, config.width)
         self.onward = ResidualLinear(config)
 
@@ -91,9 +110,9 @@ class Ladder(Autoencoder):
         latents, divergences = [], []
         log_q = log_p = torch.zeros((), device=x.device)
         for layer, d, e in zip(self.levels, told, noise.flatten(0, 1).split(self.sizes, 1), strict=True):
-            prior = Gaussian.from_network(layer.prior(h))  # (S, Z_l)
+            prior = bent_gaussian(layer.prior(h))  # (S, Z_l)
             seen = torch.cat([h, d.repeat_interleave(samples, 0)], 1)  # (S, 2 W)
-            correction = Gaussian.from_network(layer.correction(layer.join(seen)))
+            correction = bent_gaussian(layer.correction(layer.join(seen)))
             # a mean in units of the prior's standard deviation, a factor on its variance (Vahdat & Kautz 2020, eq. 2)
             posterior = Gaussian(prior.sample(correction.mean), prior.log_variance + correction.log_variance)
             z = posterior.sample(e)
@@ -135,7 +154,7 @@ class Ladder(Autoencoder):
         latents = []
         parts = zip(self.levels, z.split(self.sizes, 1), noise.split(self.sizes, 1), strict=True)
         for level, (layer, given, e) in enumerate(parts):
-            part = given if level < kept else Gaussian.from_network(layer.prior(h)).sample(e)
+            part = given if level < kept else bent_gaussian(layer.prior(h)).sample(e)
             h = layer.step(h, part)
             latents.append(part)
         return torch.cat(latents, 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -141,13 +142,21 @@ class Losses(NamedTuple):
     shown: dict[str, Tensor]
 
 
-def objective(config: ObjectiveConfig, step: int, data: int, draw: Draw, critic: nn.Module | None = None) -> Losses:
+def objective(
+    config: ObjectiveConfig,
+    step: int,
+    data: int,
+    draw: Draw,
+    critic: nn.Module | None = None,
+    split_kl: Callable[[Gaussian, Tensor, Tensor], Decomposition] = decompose,
+) -> Losses:
     """The loss of one batch.
 
     Args:
         step: 1, 2, ...; decides the warm-up and the capacity.
         data: N, for the estimate of q(z).
         critic: only for objective.kind=factor.
+        split_kl: `decompose`, or the same compiled.
     """
     log_likelihood = draw.log_likelihood.mean()
     kl = draw.kl.sum(2).mean()
@@ -164,7 +173,7 @@ def objective(config: ObjectiveConfig, step: int, data: int, draw: Draw, critic:
     assert draw.posterior is not None
     if config.kind == "tcvae":  # Chen et al. 2018, eq. 4 with alpha = gamma = 1
         log_weight = ESTIMATORS[config.estimator](len(z), data).to(z.device, z.dtype)
-        parts = decompose(draw.posterior, z, log_weight)
+        parts = split_kl(draw.posterior, z, log_weight)
         loss = parts.mutual + weight * parts.total_correlation + parts.dimension_wise - log_likelihood
         return Losses(loss, {name: value.detach() for name, value in parts._asdict().items()})
     assert critic is not None  # Kim & Mnih 2018, eq. 2: gamma there is weight here, beside the KL of weight 1

@@ -32,7 +32,7 @@ from vae.images import prepare
 from vae.load import build_model
 from vae.metrics.likelihood import Bounds, active_units, estimate_bounds
 from vae.model import Autoencoder, Draw
-from vae.objectives import Critic, Losses, critic_loss, objective
+from vae.objectives import Critic, Losses, critic_loss, decompose, objective
 
 VALIDATION_SAMPLES = 10  # draws of z for the bound of validation images
 
@@ -65,6 +65,7 @@ def train(config: Config, options: Options) -> None:
             parts |= {"critic": critic, "critic_optimizer": critic_optimizer}
         done = run.resume(**parts)  # 0 when fresh
         net = run.prepare(model)  # the same weights, compiled or spread over processes
+        split_kl = torch.compile(decompose) if config.compile else decompose
         batches = images.batches(done + 1, config.train.batch_size, config.seed, run.device)
         run.display.say(f"{len(images)} images {images.shape}, {count_parameters(model) / 1e6:.2f}M parameters")
 
@@ -82,7 +83,7 @@ def train(config: Config, options: Options) -> None:
             optimizer.zero_grad(set_to_none=True)
             with run.autocast():
                 draw = net(x, noise)
-            losses = objective(config.objective, step, len(images), draw, critic)
+            losses = objective(config.objective, step, len(images), draw, critic, split_kl)
             run.scaler.scale(losses.loss).backward()
             grad_norm = run.check_gradients(optimizer, losses.loss, config.train.grad_clip)
             run.scaler.step(optimizer)  # in fp16 left out where a gradient overflowed; else simply optimizer.step()

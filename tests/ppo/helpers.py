@@ -109,6 +109,7 @@ def two_processes(folder: Path, source: str) -> None:
         from pathlib import Path
         import pytest
         from common.checkpoint import Checkpoints
+        from common.processes import leave
         from tests.helpers import stop_in_check
         from tests.ppo import helpers
         from tests.ppo.helpers import *
@@ -120,7 +121,7 @@ def two_processes(folder: Path, source: str) -> None:
             return helpers.train(config, **options)
 
     """
-    script.write_text(textwrap.dedent(prelude) + textwrap.dedent(source))
+    script.write_text(textwrap.dedent(prelude) + textwrap.dedent(source) + "\nleave(0)\n")
     shared = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     said = [folder / f"stderr{rank}.txt" for rank in range(2)]
     started = [

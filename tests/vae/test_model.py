@@ -125,6 +125,20 @@ def test_hierarchy_starts_at_the_prior_and_decodes_what_it_drew():
     torch.testing.assert_close(again, draw.log_likelihood[:, 0])
 
 
+def test_a_hierarchy_of_extreme_weights_stays_finite():
+    """Five layers whose deviations multiply: one of a thousand steps came to a loss of 1e17 and an infinite gradient."""
+    net = build(kind="ladder", ladder=(4,) * 5, width=16, hidden=(32,))
+    with torch.no_grad():
+        for layer in net.levels:
+            for head in (layer.prior[-1], layer.correction[-1]):
+                head.weight.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+                head.bias[4:] = 50.0  # log-variances
+    draw = net(images(2), net.noise(2, 3, torch.Generator().manual_seed(0)))
+    assert draw.elbo.abs().max() < 1e6
+    draw.elbo.mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().max() < 1e8 for p in net.parameters() if p.grad is not None)
+
+
 def test_log_variance_is_limited():
     wild = Gaussian.from_network(torch.tensor([[0.0, 1e30]], dtype=torch.float16).clamp(max=6e4))
     assert wild.log_variance.item() == LOG_VARIANCE_RANGE[1]
