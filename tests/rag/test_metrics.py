@@ -16,6 +16,7 @@ def rankings(count: int, length: int = 20, seed: int = 0) -> tuple[list[list[str
     return found, gold
 
 
+@pytest.mark.slow  # ranx compiles for a minute
 def test_equal_to_ranx():
     ranx = pytest.importorskip("ranx")
     found, gold = rankings(50)
@@ -31,6 +32,7 @@ def test_equal_to_ranx():
         assert np.mean([scores[ours] for scores in each]) == pytest.approx(theirs[peer], abs=1e-9), ours
 
 
+@pytest.mark.slow
 def test_reciprocal_rank_fusion_equals_ranx():
     ranx = pytest.importorskip("ranx")
     rng = np.random.default_rng(0)
@@ -46,6 +48,18 @@ def test_reciprocal_rank_fusion_equals_ranx():
         theirs = fused.run[f"q{q}"]
         np.testing.assert_allclose(scores[q], sorted(theirs.values(), reverse=True)[:12], rtol=1e-6)
         np.testing.assert_allclose([theirs[str(row)] for row in rows[q]], scores[q], rtol=1e-6)
+
+
+def test_gain_equals_scikit_learn():
+    from sklearn.metrics import ndcg_score
+
+    found, gold = rankings(20, length=40)
+    for ranking, grades in zip(found, gold, strict=True):
+        every = sorted({*ranking, *grades})
+        place = {name: rank for rank, name in enumerate(ranking)}
+        score = [[100.0 - place[name] if name in place else -1.0 - i for i, name in enumerate(every)]]
+        theirs = ndcg_score([[grades.get(name, 0) for name in every]], score, k=10)
+        assert metrics.ndcg_at(ranking, grades) == pytest.approx(theirs, abs=1e-9)
 
 
 def test_reciprocal_ranks_by_hand():
