@@ -23,6 +23,7 @@ from rag.search.bm25 import BM25
 CONTEXT_STREAM, ORDER_STREAM, EXAMPLE_STREAM = range(7_400_001, 7_400_004)
 EXAMPLE_WORDS = 60  # of a passage in a worked example
 EXAMPLE_PASSAGES = 2
+EXAMPLE_ANSWER = 4  # words of an answer in a worked example, at most: they show what a short answer is
 TRIES = 50  # questions looked at for each worked example
 
 # for a corpus without questions, such as a person's own documents
@@ -201,11 +202,11 @@ def worked_examples(collection: Collection, config: Config) -> list[Example]:
         text = window(right.text, question.answers, EXAMPLE_WORDS, rng)
         other = collection.passages[int(rng.integers(0, len(collection.passages)))]
         answer = min(question.answers, key=len)
-        if answer not in text or other.group == right.group or answer_at([other.whole], question.answers, 1):
+        if answer not in text or len(answer.split()) > EXAMPLE_ANSWER or other.group == right.group or answer_at([other.whole], question.answers, 1):
             continue
         passages = [replace(right, text=text), replace(other, text=window(other.text, (), EXAMPLE_WORDS, rng))]
         passages = passages[: min(EXAMPLE_PASSAGES, config.reader.passages)]
-        turn = len(passages) == 2 and bool(rng.integers(0, 2))
+        turn = len(passages) == 2 and len(examples) % 2 == 0  # else a model may learn that the first is always right
         shown = tuple(reversed(passages)) if turn else tuple(passages)
         examples.append(Example(question.text, shown, answer, (int(turn),)))
     return examples

@@ -103,8 +103,10 @@ def build_reader(
 def load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """A language model of transformers and its tokenizer. `ProjectError` for what is none."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers.utils import logging as wordy
 
     folder = find(name)
+    wordy.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         shape = AutoConfig.from_pretrained(folder)
         kind = AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
@@ -112,6 +114,8 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ProjectError(f"{name} cannot be read as a language model: {first_line(error)}") from None
+    finally:
+        wordy.enable_progress_bar()  # type: ignore[no-untyped-call]
     if not tokenizer.is_fast:
         raise ProjectError(f"{name} has no fast tokenizer (tokenizer.json), which is needed to cut passages by tokens")
     return model, tokenizer
