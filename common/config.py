@@ -24,7 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from common.settings import explain_settings
 from common.terminal import accept_any_letter
 
-Mode = Literal["train", "eval", "sample", "encode", "decode"]
+Mode = Literal["train", "eval", "sample", "encode", "decode", "index"]
+WITHOUT_RUN = ("index",)  # programs that need no run to begin with: their settings start from the defaults
 
 
 # what may differ between a run and its --resume without a word
@@ -107,8 +108,11 @@ def load(
         if not args.config:
             known = ", ".join(list_configs(project)) or "none here; run from the repository's root"
             _fail(f"--config is required; {project} has: {known}")
-        path = Path(args.config)
+        path: Path | None = Path(args.config)
         run_dir = f"runs/{Path(args.config).stem}"
+    elif mode in WITHOUT_RUN and not args.run:
+        path = None
+        run_dir = ""
     else:
         if not args.run:
             example = Path((list_configs(project) or ["<name>"])[0]).stem
@@ -118,7 +122,7 @@ def load(
     try:
         config = resolve(schema, path, args.overrides, run_dir)
     except UNUSABLE as error:
-        _fail(explain(error, schema, path))
+        _fail(explain(error, schema, path or Path("settings")))
     options = {
         name: getattr(args, name) for name in ("resume", "dry_run", "overwrite", "checkpoint") if hasattr(args, name)
     }

@@ -186,6 +186,7 @@ class IndexConfig:
     train_vectors: int = 100_000  # ivfpq: at most so many vectors, drawn by seed, make the cells and codes
     uri: str = ""  # milvus: a file (default milvus.db in the index's folder) or http://host:19530
     collection: str = "passages"  # milvus
+    ask: str = ""  # rag.index: a question to search for once the index is up to date (--ask)
 
     def __post_init__(self) -> None:
         for name in ("shard", "memory_megabytes", "hnsw_links", "hnsw_build", "hnsw_search", "probe", "pq_bytes"):

@@ -124,9 +124,13 @@ class LineTable(Passages):
         row = range(len(self))[row]
         line = self._text[self._starts[row] : self._starts[row + 1]]
         passage = self._parse(line.decode("utf-8", errors="replace").rstrip("\r\n"))
+        self.check_id(passage, row)
+        return passage
+
+    def check_id(self, passage: Passage, row: int) -> None:
+        """`ProjectError` for a line whose id is not the next number: judgements would speak of other passages."""
         if passage.id != str(row + self._first):
             raise ProjectError(f"{self.path}, passage {row + self._first}: has the id {passage.id[:50]!r}")
-        return passage
 
     def row_of(self, passage_id: str) -> int | None:
         row = int(passage_id) - self._first if passage_id.isdecimal() else -1

@@ -330,12 +330,12 @@ class BM25:
         """
         about = read_json(folder / "bm25.json")
         if about.get("format") != FORMAT:
-            raise ProjectError(f"{folder} holds no lexical index of format {FORMAT}; build it anew: python -m rag.index")
+            raise ProjectError(f"{folder} holds no lexical index of format {FORMAT}; build it anew")
         analyser = Analyser(AnalyserConfig(**about["analyser"]))
         if analyser.fingerprint != about["fingerprint"]:
             raise ProjectError(
                 f"{folder}: this machine's PyStemmer or list of stop words gives other terms than the index was made "
-                "with; build it anew: python -m rag.index --overwrite"
+                "with; build it anew"
             )
         index = cls(BM25Config(**about["bm25"]), analyser)
         try:
@@ -348,7 +348,7 @@ class BM25:
             raise ProjectError(f"{folder}: the lexical index is damaged: {error}; build it anew") from None
         fits = {name: len(array) for name, array in mapped.items()} == about["sizes"]
         if not fits or sha256(folder / "vocabulary.txt") != about["vocabulary"]:
-            raise ProjectError(f"{folder}: the lexical index is damaged; build it anew: python -m rag.index --overwrite")
+            raise ProjectError(f"{folder}: the lexical index is damaged; build it anew")
         index.vocabulary = {term: i for i, term in enumerate(terms) if term}
         index.lengths = mapped["lengths"]
         index.alive = mapped["alive"]

@@ -21,7 +21,9 @@ import numpy as np
 from common.config import ConfigError
 from common.errors import ProjectError, first_line
 from rag.config import BM25Config, IndexConfig
+from rag.data.corpus import Passages
 from rag.search.analyser import Analyser
+from rag.search.vectors import VectorFiles
 
 Array = np.ndarray[Any, Any]
 BATCH = 500  # passages sent at once
@@ -149,6 +151,17 @@ class MilvusIndex:
             found |= {int(item["row"]) for item in batch}
         walk.close()
         return found
+
+    def synchronise(self, passages: Passages, files: VectorFiles, alive: Array) -> None:
+        """Make the collection that of these passages: put in what is missing, take out what is not alive. Doing it
+        twice, or again after an interruption, changes nothing more.
+        """
+        there = self.rows()
+        self.remove(there - set(np.flatnonzero(alive).tolist()))
+        missing = [int(row) for row in np.flatnonzero(alive) if int(row) not in there]
+        for start in range(0, len(missing), BATCH):
+            part = missing[start : start + BATCH]
+            self.add(part, [passages[row].whole for row in part], files.take(np.array(part, np.int64)))
 
     def as_terms(self, text: str) -> str:
         """The terms of a text, each a word of plain letters and digits whatever it was."""

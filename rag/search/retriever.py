@@ -106,8 +106,11 @@ class Retriever:
                 vectors = self.embedder.questions(questions)
             with Stage(seconds, "dense"):
                 dense = self.dense.search(vectors, depth)
-        with Stage(seconds, "fuse"):
-            scores, rows = self.fuse(lexical, dense, depth)
+        if mode == "hybrid":
+            with Stage(seconds, "fuse"):
+                scores, rows = self.fuse(lexical, dense, depth)
+        else:
+            scores, rows = lexical or dense  # type: ignore[misc]  # the one there is
         if self.reranker is not None:
             with Stage(seconds, "rerank"):
                 scores, rows = self.reranker.rank(questions, rows, self.passages, self.rerank.depth)
@@ -116,11 +119,8 @@ class Retriever:
     def fuse(
         self, lexical: tuple[Array, Array] | None, dense: tuple[Array, Array] | None, k: int
     ) -> tuple[Array, Array]:
-        """One ranking of two, or the one there is."""
-        if lexical is None or dense is None:
-            only = lexical if dense is None else dense
-            assert only is not None
-            return only
+        """One ranking of two."""
+        assert lexical is not None and dense is not None
         if self.config.fusion == "rrf":
             return fuse.reciprocal_rank([lexical[1], dense[1]], k, self.config.rrf_k)
         weight = self.config.dense_weight

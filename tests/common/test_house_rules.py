@@ -147,7 +147,7 @@ def test_commands_in_readmes(readme, command, monkeypatch):
     monkeypatch.chdir(ROOT)
     module, *words = shlex.split(command)[2:]
     project, mode = module.split(".")
-    assert mode in ("train", "eval", "sample", "sweep", "encode", "decode"), command
+    assert mode in ("train", "eval", "sample", "sweep", "encode", "decode", "index"), command
     assert (ROOT / project / f"{mode}.py").is_file(), command
     if words == ["--help"]:
         return
@@ -155,6 +155,8 @@ def test_commands_in_readmes(readme, command, monkeypatch):
         resolve(schema_of(project), ROOT / words[words.index("--config") + 1], [word for word in words if "=" in word])
     elif mode == "train":
         load(schema_of(project), project, mode, words)
+    elif mode == "index" and "--run" not in words:
+        resolve(schema_of(project), None, [word for word in words if "=" in word])
     else:
         config = ROOT / f"configs/{Path(words[words.index('--run') + 1]).name}.yaml"
         resolve(schema_of(project), config, [word for word in words if "=" in word])
