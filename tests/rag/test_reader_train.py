@@ -211,13 +211,13 @@ def test_it_learns_one_batch_by_heart(world, config):
         batch = Batches(task, Contexts(collection, bm25, config), config).at(1)
         optimizer = torch.optim.Adam(trained(task.model), 1e-2)
         losses = []
-        for _ in range(100):
+        for _ in range(60):
             optimizer.zero_grad()
             loss = task.loss(task.model, batch)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-    assert losses[0] > 4 and losses[-1] < 0.5, losses[::10]
+    assert losses[0] > 4 and losses[-1] < 0.5, losses[::6]
 
 
 def test_batches_have_similar_lengths_and_every_context(world, config):

@@ -67,6 +67,7 @@ def llama(seed: int = 0, layers: int = 2):
         for weight in model.parameters():
             if weight.ndim == 2:
                 weight.mul_(4)
+        model.lm_head.weight.mul_(5)  # so that it can be sure of something
     return model
 
 
