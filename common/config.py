@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.settings import explain_settings
 from common.terminal import accept_any_letter
 
-Mode = Literal["train", "eval", "sample", "encode", "decode", "index"]
+Mode = Literal["train", "eval", "sample", "encode", "decode", "index", "answer", "ask", "serve"]
 WITHOUT_RUN = ("index",)  # programs that need no run to begin with: their settings start from the defaults
 
 

@@ -28,13 +28,12 @@ from common.runtime import check_machine, count_parameters, mix_seed
 from rag.data import Collection, Passage, Question, load_collection
 from rag.data.corpus import drawn
 from rag.metrics import exact_match, f1
+from rag.negatives import build_bm25
 from rag.reader.examples import Contexts
 from rag.reader.extractive import SpanTask
 from rag.reader.finetune import Batches, LanguageModelTask, Task, trained
 from rag.reader.reader import Reader
 from rag.reader.weights import FOLDER
-from rag.search.analyser import Analyser
-from rag.search.bm25 import BM25
 
 VALIDATION_STREAM = 7_400_021
 
@@ -46,19 +45,23 @@ def train(config: Config, options: Options) -> None:
     settings = config.reader_train
     check(config)
     collection = load_collection(config.data, config.data_root)
-    contexts = Contexts(collection, index(collection, config), config)
+    contexts = Contexts(collection, build_bm25(collection, config), config)
     if options.dry_run:
         return describe(config, contexts)
     with Run.start(config, options) as run:
         task: Task[Any, Any]
-        task = LanguageModelTask(config, run) if config.reader.kind == "generative" else SpanTask(config, run, collection)
+        task = (
+            LanguageModelTask(config, run) if config.reader.kind == "generative" else SpanTask(config, run, collection)
+        )
         optimizer = torch.optim.AdamW(trained(task.model), lr=settings.lr, weight_decay=settings.weight_decay)
         parts = {"model": task.learned, "optimizer": optimizer}
         done = run.resume(**parts)  # 0 when fresh
         net = run.prepare(task.model.train())
         batches = Batches(task, contexts, config)
         size = sum(parameter.numel() for parameter in trained(task.model))
-        run.display.say(f"{len(contexts)} contexts, {size:,} of {count_parameters(task.model):,} parameters are trained")
+        run.display.say(
+            f"{len(contexts)} contexts, {size:,} of {count_parameters(task.model):,} parameters are trained"
+        )
 
         for step in run.steps(done, settings.steps):
             for group in optimizer.param_groups:
@@ -93,13 +96,6 @@ def check(config: Config) -> None:
     )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("reader_train", "a reader is trained in one process; start it without torchrun")
-
-
-def index(collection: Collection, config: Config) -> BM25:
-    """The passages, to be searched for others that look alike."""
-    bm25 = BM25(config.bm25, Analyser(config.analyser))
-    bm25.add(passage.whole for passage in collection.passages)
-    return bm25
 
 
 def validate(task: Task[Any, Any], collection: Collection, contexts: Contexts, config: Config) -> dict[str, float]:

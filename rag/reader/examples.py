@@ -32,7 +32,9 @@ PLAIN_EXAMPLES = (
         "When was the lighthouse at Norrvik first lit?",
         (
             Passage("a", "The keeper's house at Norrvik is open to visitors from May to September.", "Norrvik house"),
-            Passage("b", "Built of granite, the lighthouse at Norrvik was first lit in 1862 and still works.", "Norrvik"),
+            Passage(
+                "b", "Built of granite, the lighthouse at Norrvik was first lit in 1862 and still works.", "Norrvik"
+            ),
         ),
         "1862",
         (1,),
@@ -40,7 +42,9 @@ PLAIN_EXAMPLES = (
     Example(
         "Who repairs the bells of Saint Odo?",
         (
-            Passage("c", "The four bells of Saint Odo are repaired by Maren Tolle, as they were by her father.", "Bells"),
+            Passage(
+                "c", "The four bells of Saint Odo are repaired by Maren Tolle, as they were by her father.", "Bells"
+            ),
             Passage("d", "Saint Odo has a choir of thirty voices, which sings on Sundays.", "Choir"),
         ),
         "Maren Tolle",
@@ -50,7 +54,9 @@ PLAIN_EXAMPLES = (
         "What does the ferry to Lysholm carry in winter?",
         (
             Passage("e", "A new ferry terminal is planned in Lysholm, where the old one leaks.", "Terminal"),
-            Passage("f", "In summer the ferry to Lysholm carries cars; in winter it carries mail and medicine.", "Ferry"),
+            Passage(
+                "f", "In summer the ferry to Lysholm carries cars; in winter it carries mail and medicine.", "Ferry"
+            ),
         ),
         "mail and medicine",
         (1,),
@@ -100,7 +106,9 @@ class Contexts:
                 groups.setdefault(key, []).append(question)
         self.groups = list(groups.values())
         if not self.groups:
-            raise ProjectError(f"{collection.name} has no training questions with answers; a reader cannot learn from it")
+            raise ProjectError(
+                f"{collection.name} has no training questions with answers; a reader cannot learn from it"
+            )
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -202,7 +210,12 @@ def worked_examples(collection: Collection, config: Config) -> list[Example]:
         text = window(right.text, question.answers, EXAMPLE_WORDS, rng)
         other = collection.passages[int(rng.integers(0, len(collection.passages)))]
         answer = min(question.answers, key=len)
-        if answer not in text or len(answer.split()) > EXAMPLE_ANSWER or other.group == right.group or answer_at([other.whole], question.answers, 1):
+        if (
+            answer not in text
+            or len(answer.split()) > EXAMPLE_ANSWER
+            or other.group == right.group
+            or answer_at([other.whole], question.answers, 1)
+        ):
             continue
         passages = [replace(right, text=text), replace(other, text=window(other.text, (), EXAMPLE_WORDS, rng))]
         passages = passages[: min(EXAMPLE_PASSAGES, config.reader.passages)]

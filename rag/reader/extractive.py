@@ -1,8 +1,8 @@
 """An encoder that marks where the answer stands, or that it stands nowhere (Devlin et al. 2019, section 4.2 and 4.3).
 
 Question and passage are read together. Two numbers a token say how well an answer begins and ends there; those of the
-first token, [CLS], stand for no answer. Of several passages the one wins whose best span is furthest above its own score
-for no answer. What it says always stands in the passage it names: it cannot invent, nor put together.
+first token, [CLS], stand for no answer. Of several passages the one wins whose best span is furthest above its own
+score for no answer. What it says always stands in the passage it names: it cannot invent, nor put together.
 
 Legend: B pairs of question and passage, T tokens of the longest, Q questions.
 """
@@ -81,9 +81,7 @@ class PairBatch:
     spans: Tensor
 
 
-def encode_pairs(
-    tokenizer: Tokenizer, questions: Sequence[str], texts: Sequence[str], device: torch.device
-) -> Pairs:
+def encode_pairs(tokenizer: Tokenizer, questions: Sequence[str], texts: Sequence[str], device: torch.device) -> Pairs:
     """Each question with its passage. Only passages are cut; `ProjectError` for a question too long to leave room."""
     inner = tokenizer.inner
     longest = min(tokenizer.config.query_length + tokenizer.config.passage_length, int(inner.model_max_length))

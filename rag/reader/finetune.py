@@ -6,8 +6,6 @@ what was learned is written down.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -18,10 +16,10 @@ from torch import Tensor, nn
 
 from common.config import ConfigError
 from common.errors import ProjectError, first_line
-from common.files import TEMPORARY
 from common.run import Run
 from common.runtime import mix_seed
 from rag.config import Config
+from rag.load import write_folder
 from rag.reader.examples import Context, Contexts
 from rag.reader.prompt import Prompter
 from rag.reader.reader import Reader
@@ -196,16 +194,7 @@ class LanguageModelTask:
         """`adapter/` in peft's format: whole, or as it was."""
         # where the model was found on this machine says nothing to another
         self.model.peft_config["default"].base_model_name_or_path = self.config.model
-        target = folder / ADAPTER
-        temporary = folder / f"{TEMPORARY}{os.getpid()}-{ADAPTER}"
-        try:
-            self.model.save_pretrained(temporary, save_embedding_layers=False)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
-        except OSError as error:
-            raise ProjectError(f"cannot write {target}: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        write_folder(folder / ADAPTER, lambda path: self.model.save_pretrained(path, save_embedding_layers=False))
 
 
 def trained(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 # control, format (zero-width, bidirectional, tags), surrogate, private and unassigned characters
 UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn")
 SELECTORS = ((0xFE00, 0xFE0F), (0xE0100, 0xE01EF), (0x180B, 0x180F))  # variation selectors: marks that carry bytes
-# delimiters of widespread chat templates, whatever model reads here: <|...|>, Llama 2 and 3, Gemma, Phi, Mistral, ChatML
+# delimiters of widespread chat templates, whatever model reads here: ChatML, Llama 2 and 3, Gemma, Phi, Mistral
 CHAT = re.compile(
     r"<\|[^<>]{0,64}\|>"
     r"|</?(?:s|pad|unk|bos|eos|start_of_turn|end_of_turn|begin_of_text|end_of_text|think|tool_call|tool_response)>"

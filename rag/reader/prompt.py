@@ -71,6 +71,7 @@ class Prompter:
         self.tokenizer = tokenizer
         self.config = config
         self.longest = longest
+        self.examples = list(examples)
         self.forbidden = set(tokenizer.added_tokens_decoder)
         self.special = [token.content for token in tokenizer.added_tokens_decoder.values()]
         plain = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -80,8 +81,8 @@ class Prompter:
         self.last: list[int] = whole[at + len(plain) :]
         if config.style == "chat" and not tokenizer.chat_template:
             raise ConfigError("reader.style", f"{config.model} has no chat template; use completion")
-        self.prefix = self._prefix(list(examples), closed=False)
-        self.closed_prefix = self._prefix(list(examples), closed=True)
+        self.prefix = self._prefix(self.examples, closed=False)
+        self.closed_prefix = self._prefix(self.examples, closed=True)
 
     # -- text to tokens ------------------------------------------------------------------------------------------------
 
@@ -133,7 +134,8 @@ class Prompter:
 
     def fit(self, passages: list[Passage], room: int) -> tuple[list[Passage], list[str]]:
         """The passages that so many tokens have room for, and their texts as they are shown."""
-        shown, texts = [], []
+        shown: list[Passage] = []
+        texts: list[str] = []
         for passage in passages[: self.config.passages]:
             text, size = self.cut(self.clean(passage.whole), self.config.passage_tokens)
             label = 6  # tokens of `[12]` and the line's end, at most
@@ -213,6 +215,6 @@ def parse(said: str, count: int) -> tuple[str, tuple[int, ...]]:
     Args:
         count: passages in the prompt.
     """
-    line = said.split("\n")[0]
+    line = said.partition("\n")[0]
     numbers = dict.fromkeys(int(number) for number in CITED.findall(line))
     return CITED.sub("", line).strip(), tuple(n - 1 for n in numbers if 1 <= n <= count)

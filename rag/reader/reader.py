@@ -4,9 +4,9 @@ The confidence of an answer is a probability that the reader itself assigns:
 
     (1 - P(no answer)) * exp(mean over the answer's tokens of log P(token | before))
 
-where P(no answer) is that of the abstention word in place of a first token; near 0 for a model that was not finetuned to
-say it. The answer is what the reader would say if it had to: whether it is shown or withheld is decided afterwards, by
-comparing the confidence with a threshold that was set on validation questions.
+where P(no answer) is that of the abstention word in place of a first token; near 0 for a model that was not finetuned
+to say it. The answer is what the reader would say if it had to: whether it is shown or withheld is decided afterwards,
+by comparing the confidence with a threshold that was set on validation questions.
 
 Legend: Q questions, B prompts read at once.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rag.config import ReaderConfig
@@ -118,6 +118,13 @@ class GenerativeReader:
                     shown = text
         yield text[len(shown) :]
         yield self.finish(prompt, said, log_probs, no_answer)
+
+    def unguarded(self) -> GenerativeReader:
+        """The same model without `reader.neutralise`: to measure what that is worth, and for nothing else."""
+        config = replace(self.config, neutralise=False)
+        old = self.prompter
+        prompter = Prompter(old.tokenizer, config, old.longest, old.examples)
+        return GenerativeReader(config, self.decoder, prompter, self.rules, self.track)
 
     def _batch(self, prefix: list[int], prompts: list[Prompt]) -> list[Answer]:
         """Answers of B prompts."""

@@ -6,7 +6,7 @@
 
 Prompts that begin alike are written once, as a trunk, with what differs behind it, as branches. Positions go on from
 the trunk in every branch, and the attention mask keeps branches apart: every token sees what it would see in a prompt
-of its own, so that the loss is that of separate prompts, at a fraction of the cost. (SQuAD has five questions a passage.)
+of its own, so that the loss is that of separate prompts, at a fraction of the cost: SQuAD has five questions a passage.
 
 Legend: B rows, T tokens of the longest, K last tokens of a row that may be asked for a next one, V vocabulary.
 """
@@ -14,7 +14,6 @@ Legend: B rows, T tokens of the longest, K last tokens of a row that may be aske
 from __future__ import annotations
 
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -64,10 +63,9 @@ class TreeBatch:
 
 def grow(prompts: list[list[int]], answers: list[list[int]]) -> Tree:
     """A tree of prompts with the answers that follow them."""
-    trunk: list[int] = commonprefix(prompts)
-    trunk = trunk[: min(len(prompt) for prompt in prompts) - 1]  # a branch begins with a token that is no answer's
-    size = len(trunk)
-    ids = list(trunk)
+    # a branch begins with a token that is no answer's
+    size = min(shared(prompts), min(len(prompt) for prompt in prompts) - 1)
+    ids = prompts[0][:size]
     positions = list(range(size))
     branches = [0] * size
     targets = [NONE] * size
@@ -79,6 +77,12 @@ def grow(prompts: list[list[int]], answers: list[list[int]]) -> Tree:
         branches += [number] * len(branch)
         targets += [NONE] * asked + answer + [NONE]
     return Tree(ids, positions, branches, targets)
+
+
+def shared(rows: list[list[int]]) -> int:
+    """How many tokens all rows begin with alike."""
+    shortest = min(rows, key=len)
+    return next((i for i, token in enumerate(shortest) if any(row[i] != token for row in rows)), len(shortest))
 
 
 def collate(trees: list[Tree], pad: int, device: torch.device) -> TreeBatch:

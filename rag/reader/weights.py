@@ -17,6 +17,7 @@ from rag.reader.decode import Causal, Decoder, Seq2Seq
 from rag.reader.prompt import Example, Prompter
 from rag.reader.reader import GenerativeReader, Reader, Track, stop_rules
 
+CALIBRATION = "calibration.json"  # of a run: the threshold of abstention that `rag.answer` has set
 ADAPTER = "adapter"  # folder of a finetuned reader's run, in peft's format
 MARKER = "reader.safetensors"  # file of a finetuned extractive reader
 FOLDER = "reader"  # of a run, where its finetuned reader is
@@ -32,8 +33,8 @@ def find_reader(config: Config) -> Path | None:
     if config.reader.weights == "base":
         return None
     auto = config.reader.weights == "auto"
-    folder = Path(config.run_dir) / FOLDER if auto else Path(config.reader.weights).expanduser()
-    for path in (folder,) if auto else (folder, folder / FOLDER):
+    folder = Path(config.run_dir) if auto else Path(config.reader.weights).expanduser()
+    for path in (folder / FOLDER, folder):
         if (path / ADAPTER / "adapter_config.json").is_file() or (path / MARKER).is_file():
             return path
     if not auto:

@@ -26,7 +26,11 @@ PASSAGES = [
     Passage("b", "Mira Tolle was born in 1871 and worked as a glazier. " * 3, "Mira Tolle"),
     Passage("c", "The Denver Broncos won the game in 2016.", "Denver Broncos"),
 ]
-QUESTIONS = ["Who won the game?", "When was she born, and where does the house of her family stand now?", "Which river?"]
+QUESTIONS = [
+    "Who won the game?",
+    "When was she born, and where does the house of her family stand now?",
+    "Which river?",
+]
 GIVEN = [PASSAGES[:2], PASSAGES, PASSAGES[2:]]
 MODELS = {"llama": tiny_lm.llama, "gpt2": tiny_lm.gpt2, "t5": tiny_lm.t5}
 
