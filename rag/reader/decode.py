@@ -172,7 +172,7 @@ class Seq2Seq:
 
 
 def cache_name(model: Any) -> str:
-    """What transformers calls the keys and values of earlier tokens: `past_key_values`, or in newer releases `cache`."""
+    """What transformers calls the keys and values of earlier tokens: `past_key_values`, or `cache` in newer ones."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 

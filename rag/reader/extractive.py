@@ -113,7 +113,7 @@ def locate(pairs: Pairs, texts: Sequence[str], answers: Sequence[str]) -> Tensor
         start = text.find(answer) if answer else -1
         if start < 0:
             continue
-        inside = pairs.allowed[row].cpu()
+        inside = pairs.allowed[row].cpu().clone()  # on a CPU it would be the tensor itself
         inside[0] = False
         begins, ends = pairs.offsets[row].unbind(1)
         covered = inside & (begins < start + len(answer)) & (ends > start)

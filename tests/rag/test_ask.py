@@ -44,8 +44,7 @@ def test_words_of_the_command_line_are_the_question(config):
     made, _ = load(Config, "rag", "ask", ask.as_settings(words), short={"question": "ask.question"})
     assert made.ask.question == "When was Ada=Eve born?" and made.ask.json and made.reader.passages == 2
     assert ask.as_settings(["--run", "runs/x"]) == ["--run", "runs/x"]
-    made, _ = load(Config, "rag", "ask", ask.as_settings(["--run", config.run_dir, "x=1?"]))
-    assert made.ask.question == "x=1?" if False else True
+    assert ask.as_settings(["what is x=3?"]) == ["ask.question=what is x=3?"]
 
 
 def test_one_question(config, question, capsys):
@@ -86,7 +85,7 @@ def test_mistakes(config, capsys, monkeypatch):
 def test_sources_are_shown_around_the_answer_and_cannot_steer_a_terminal(capsys):
     from rich.console import Console
 
-    text = "word " * 200 + "It was \x1b[31mAda\x1b[0m who came. " + "word " * 200
+    text = "word " * 200 + "It was \x1b]0;x\x07 Ada who came. " + "word " * 200
     reply = Reply("q", Answer("ada", (Passage("x", text, "T\x07itle"), Passage("y", "Other.")), (0,), 0.5), False, {})
     console = Console(width=400, highlight=False)
     ask.print_sources(reply, console)

@@ -26,9 +26,11 @@ PASSAGES = (Passage("a<b>.txt#1", EVIL, "<h1>Title</h1>"), Passage("c", "Nothing
 class Fixed:
     """A retriever and a reader that say the same."""
 
-    seconds = {"prompt": 0.0, "read": 0.1, "write": 0.2}
     answer_ = Answer("Ada <i>&", PASSAGES, (0,), 0.7)
     passages = PASSAGES
+
+    def __init__(self):
+        self.seconds = {"prompt": 0.0, "read": 0.1, "write": 0.2}
 
     def find(self, questions, k):
         from numpy import array
