@@ -88,25 +88,27 @@ def embedder_of(model: Encoder, tokenizer: Tokenizer, config: Config, run: Run) 
 
 def open_vectors(collection: Collection, config: Config, run: Run, embedder: Embedder, folder: Path) -> VectorIndex:
     """The vectors of all passages, those that are not on the disk yet made now; then the index over them."""
-    files = vector_files(collection, config, run, embedder, folder)
+    files = vector_files(collection, embedder, folder, config.index.shard, run.display.say)
     index = VectorIndex(files, config.index).build(config.seed, run.track)
     run.display.say(f"index: {index.described}, {len(files)} vectors")
     return index
 
 
-def vector_files(collection: Collection, config: Config, run: Run, embedder: Embedder, folder: Path) -> VectorFiles:
+def vector_files(
+    collection: Collection, embedder: Embedder, folder: Path, shard: int, say: Callable[[str], None]
+) -> VectorFiles:
     """Vectors in a folder named after passages, weights and precision; an interrupted making goes on."""
     about = [
         collection.passages.fingerprint(),
         fingerprint(embedder.model, embedder.tokenizer.config),
-        str(run.machine.amp_dtype),
+        embedder.precision,
     ]
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:20]
     files = VectorFiles(folder / key, embedder.model.dimension)
     missing = len(collection.passages) - len(files)
     if missing:
-        run.display.say(f"encoding {missing} passages: {files.folder}")
-    embed_into(files, collection.passages, embedder, config.index.shard)
+        say(f"encoding {missing} passages: {files.folder}")
+    embed_into(files, collection.passages, embedder, shard)
     return files
 
 
@@ -115,7 +117,7 @@ def open_milvus(collection: Collection, config: Config, run: Run, embedder: Embe
     from rag.search.analyser import Analyser
     from rag.search.milvus import MilvusIndex
 
-    files = vector_files(collection, config, run, embedder, run.folder / "vectors")
+    files = vector_files(collection, embedder, run.folder / "vectors", config.index.shard, run.display.say)
     index = MilvusIndex(
         config.index, config.bm25, Analyser(config.analyser), run.folder / "milvus.db", embedder.model.dimension
     )

@@ -89,7 +89,7 @@ class ModelConfig:
     passage_length: int = 256  # tokens
     query_prefix: str = ""  # such as "query: ", where an encoder was trained with one
     passage_prefix: str = ""
-    vocabulary: int = 8000  # scratch: word pieces, learned from the corpus
+    vocabulary: int = 8000  # scratch: word pieces, learned from the corpus; 261 of them are bytes and marks
     width: int = 128  # scratch: numbers a token
     layers: int = 2  # scratch
     heads: int = 4  # scratch: attention heads a layer
@@ -101,7 +101,7 @@ class ModelConfig:
             require(getattr(self, name) >= 8, f"model.{name}", "must be at least 8 tokens")
         for name in ("width", "layers", "heads"):
             require(getattr(self, name) >= 1, f"model.{name}", "must be at least 1")
-        require(self.vocabulary >= 200, "model.vocabulary", "must be at least 200")
+        require(self.vocabulary >= 300, "model.vocabulary", "must be at least 300: bytes and marks are 261")
         require(self.width % self.heads == 0, "model.width", "must be a multiple of model.heads")
         require(self.dropout < 1, "model.dropout", "must be below 1")
 

@@ -19,6 +19,7 @@ import json
 import time
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -138,7 +139,7 @@ def summarise(results: dict[str, Result], questions: list[Question], config: Con
 def show(metrics: dict[str, float], results: dict[str, Result], title: str) -> None:
     """Print a table with a line for each way of searching, and below it the comparisons."""
     columns = [name for name in SHOWN if name in metrics]
-    table = Table("search", *(SHOWN[name] for name in columns), "ms", title=title, caption="ms: a question")
+    table = Table("search", *(SHOWN[name] for name in columns), "ms", title=title, caption="ms: a question", box=SIMPLE_HEAD)
     for name, result in results.items():
         time = sum(value for key, value in metrics.items() if key.startswith("ms_") and key.endswith(f"_{name}"))
         table.add_row(name, *(f"{np.nanmean(result.each[metric]):.4f}" for metric in columns), f"{time:.2f}")

@@ -34,9 +34,12 @@ def read_records(path: Path) -> list[tuple[str, dict[str, str]]]:
     return records
 
 
-def make_passages(path: Path) -> Passages:
-    """Title and abstract of each document."""
-    return Passages(Passage(i, item.get("W", ""), item.get("T", "")) for i, item in read_records(path))
+def make_passages(path: Path, fields: str) -> Passages:
+    """The title of each document, and the text of its other fields."""
+    return Passages(
+        Passage(number, " ".join(item[name] for name in fields if name in item), item.get("T", ""))
+        for number, item in read_records(path)
+    )
 
 
 def read_judgements(path: Path) -> Iterable[tuple[str, str, str]]:
@@ -48,11 +51,11 @@ def read_judgements(path: Path) -> Iterable[tuple[str, str, str]]:
 
 
 def load_cacm(root: Path) -> Collection:
-    """CACM: 3,204 titles from the Communications of the ACM, half of them with an abstract; 64 queries, of which 52 are
-    judged and tested on.
+    """CACM: 3,204 titles from the Communications of the ACM, half of them with an abstract, with authors and keywords;
+    64 queries, some of which ask for an author, of which 52 are judged and tested on.
     """
     folder = root / "ir_cacm"
-    passages = make_passages(find(folder / "cacm.all", CACM_REMEDY))
+    passages = make_passages(find(folder / "cacm.all", CACM_REMEDY), "WAK")
     gold: dict[str, dict[str, int]] = {}
     for query, document, _ in read_judgements(find(folder / "qrels.text", CACM_REMEDY)):
         gold.setdefault(query, {})[document] = 1
@@ -67,7 +70,7 @@ def load_cranfield(root: Path) -> Collection:
     least interest (-1, which each question has once, is taken for a 1); it becomes a grade of 4 to 1.
     """
     folder = root / "ir_cranfield"
-    passages = make_passages(find(folder / "cran.all.1400", CRANFIELD_REMEDY))
+    passages = make_passages(find(folder / "cran.all.1400", CRANFIELD_REMEDY), "W")
     gold: dict[str, dict[str, int]] = {}
     for query, document, code in read_judgements(find(folder / "cranqrel", CRANFIELD_REMEDY)):
         gold.setdefault(query, {})[document] = 5 - min(5, max(1, int(code)))

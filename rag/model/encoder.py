@@ -159,16 +159,24 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
 
 
 def learn_word_pieces(texts: Sequence[str], size: int):  # type: ignore[no-untyped-def]  # a class of transformers
-    """A WordPiece vocabulary (Schuster & Nakajima 2012) of the texts, lower case, in BERT's layout."""
+    """Byte-pair merges (Sennrich et al. 2016) of the texts' bytes, lower case, framed as BERT frames its input.
+
+    Over bytes, because the library's WordPiece, which BERT has, is another one each time it learns: equal counts are
+    ordered by chance there.
+    """
     from tokenizers import Tokenizer as Plain
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    plain = Plain(models.WordPiece(unk_token="[UNK]"))
-    plain.normalizer = normalizers.BertNormalizer()
-    plain.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    plain.decoder = decoders.WordPiece()
-    plain.train_from_iterator(texts, trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL))
+    plain = Plain(models.BPE())
+    plain.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    plain.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    plain.train_from_iterator(texts, trainer)
     ids = [(token, plain.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     plain.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids

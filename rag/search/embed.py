@@ -40,6 +40,13 @@ class Embedder:
         self.batch_size = batch_size
         self.track = track
 
+    @property
+    def precision(self) -> str:
+        """What the forward pass computes in: vectors of another precision differ in their last digits."""
+        device = next(self.model.parameters()).device.type
+        with self.autocast():
+            return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "torch.float32"
+
     def questions(self, texts: Sequence[str]) -> Array:
         """float32 (Q, D), of length 1."""
         return self._embed(texts, self.tokenizer.questions)

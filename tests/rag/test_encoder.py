@@ -19,7 +19,7 @@ TEXTS = [
     "the cat sleeps", "a dog runs in the park", "birds fly", "fish swim in the sea all day long",
     "who sleeps?", "what runs?", "who can fly?", "where do fish swim?",
 ]  # fmt: skip
-SMALL = ModelConfig(name="scratch", vocabulary=200, width=16, layers=2, heads=2, query_length=16, passage_length=24)
+SMALL = ModelConfig(name="scratch", vocabulary=400, width=16, layers=2, heads=2, query_length=16, passage_length=24)
 needs_minilm = pytest.mark.skipif(not available(MINILM.name), reason="all-MiniLM-L6-v2 is not here: make offline")
 
 
@@ -155,6 +155,14 @@ def test_the_cut_of_a_pair_never_takes_the_question(small):
     assert tokens["token_type_ids"].max() == 1
 
 
+def test_word_pieces_are_the_same_each_time(small):
+    learned = [build_tokenizer(SMALL, TEXTS * 5).inner.get_vocab() for _ in range(3)]
+    assert learned[0] == learned[1] == learned[2] and len(learned[0]) > 261
+    text = "Naïve ÅNGSTRÖM 日本?"
+    ids = small[0].inner(text)["input_ids"]
+    assert small[0].inner.decode(ids, skip_special_tokens=True).strip() == text.lower()
+
+
 def test_a_cross_encoder_and_its_loss(small):
     tokenizer, _ = small
     model = build_model(ModelConfig(**{**SMALL.__dict__, "kind": "cross_encoder"}), len(tokenizer.inner))
@@ -170,7 +178,7 @@ def test_a_cross_encoder_and_its_loss(small):
 def test_fingerprints(small):
     tokenizer, model = small
     same = fingerprint(model, SMALL)
-    assert same == fingerprint(model, ModelConfig(**{**SMALL.__dict__, "vocabulary": 300}))
+    assert same == fingerprint(model, ModelConfig(**{**SMALL.__dict__, "vocabulary": 500}))
     assert same != fingerprint(model, ModelConfig(**{**SMALL.__dict__, "query_prefix": "query: "}))
     other = build_model(SMALL, len(tokenizer.inner))
     assert same != fingerprint(other, SMALL)

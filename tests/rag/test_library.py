@@ -20,7 +20,7 @@ from rag.search.embed import Embedder
 from rag.search.library import Library
 from tests.helpers import errors, status
 
-SMALL = ModelConfig(name="scratch", vocabulary=200, width=16, layers=1, heads=2, query_length=16, passage_length=32)
+SMALL = ModelConfig(name="scratch", vocabulary=400, width=16, layers=1, heads=2, query_length=16, passage_length=32)
 TEXTS = {
     "cats.md": "# Cats\n\nCats sleep all day.\n\n# Food\n\nThey eat fish.",
     "dogs.txt": "Dogs run in the park.",
