@@ -273,8 +273,8 @@ class ReaderConfig:
     answer_tokens: int = 32  # of an answer, with its citation; extractive: of a marked span
     abstain: str = "unknown"  # what a finetuned reader answers where the passages do not say
     # where an answer's source comes from. model: the reader writes [2] behind it; match: the first passage that has the
-    # answer's words
-    cite: Literal["model", "match"] = "model"
+    # answer's words; auto: model for a finetuned reader, match for one that has not learned to cite
+    cite: Literal["auto", "model", "match"] = "auto"
     # control characters, chat tokens and delimiters inside passages are made harmless; off only to measure its worth
     neutralise: bool = True
     batch_tokens: int = 8192  # read at once, padding included

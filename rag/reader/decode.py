@@ -39,7 +39,9 @@ class Rules:
     """What decoding knows of the tokens.
 
     Attributes:
-        stop: tokens that end an answer: the end of a line or of the text. An answer has at least one other token.
+        stop: tokens that end an answer: the end of a line or of the text.
+        never_first: tokens that no answer begins with: those that stop, and brackets, with which a citation begins. An
+            answer comes first and is never empty.
         abstain: first token of the word for no answer, or -1. Its probability is reported; it is never chosen, so that
             there is an answer to measure in any case.
         pad: what stands where nothing is read.
@@ -47,6 +49,7 @@ class Rules:
     """
 
     stop: tuple[int, ...]
+    never_first: tuple[int, ...]
     abstain: int
     pad: int
     longest: int
@@ -185,7 +188,7 @@ def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Ten
 
 
 def first_token(logits: Tensor, rules: Rules) -> tuple[Step, Tensor]:
-    """The first token of each answer: neither an end nor the word for no answer, whose probability is noted.
+    """The first token of each answer: no end, no citation and not the word for no answer, whose probability is noted.
 
     The log-probability is that among what may be chosen: how sure the reader is of its answer, given that it gives one.
     """
@@ -194,7 +197,7 @@ def first_token(logits: Tensor, rules: Rules) -> tuple[Step, Tensor]:
     if rules.abstain >= 0:
         abstain = logits.softmax(1)[:, rules.abstain]
         allowed[:, rules.abstain] = -torch.inf
-    allowed[:, list(rules.stop)] = -torch.inf
+    allowed[:, list(rules.never_first)] = -torch.inf
     log_probs, tokens = allowed.log_softmax(1).max(1)
     return Step(tokens, log_probs, abstain), torch.zeros_like(tokens, dtype=torch.bool)
 

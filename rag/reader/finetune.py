@@ -24,7 +24,7 @@ from rag.reader.examples import Context, Contexts
 from rag.reader.prompt import Prompter
 from rag.reader.reader import Reader
 from rag.reader.tree import Tree, TreeBatch, collate, grow, tree_loss
-from rag.reader.weights import ADAPTER, build_reader, load_base, longest_of
+from rag.reader.weights import ADAPTER, build_reader, citing, load_base, longest_of
 
 WINDOW = 16  # batches whose contexts are sorted by length together
 BATCH_STREAM = 7_400_011
@@ -154,11 +154,11 @@ class LanguageModelTask:
         except ValueError as error:
             raise ProjectError(f"{config.reader.model} cannot be adapted: {first_line(error)}") from None
         self.model.to(run.device)
-        self.config = config.reader
+        self.config = citing(config.reader, finetuned=True)
         self.device = run.device
         self.track = run.track
         self.learned = Adapter(self.model)
-        self.prompter = Prompter(self.tokenizer, config.reader, longest_of(base.config))
+        self.prompter = Prompter(self.tokenizer, self.config, longest_of(base.config))
         self.pad = self.tokenizer.pad_token_id or 0
 
     def row(self, context: Context) -> Tree | None:

@@ -25,7 +25,8 @@ from rag.config import ReaderConfig
 from rag.data.corpus import Passage
 from rag.reader.neutralise import neutralise
 
-WITH_PASSAGES = "Answer each question with a few words taken from the passages, and name the passage, such as [1]."
+WITH_PASSAGES = "Answer each question with a few words taken from the passages."
+WITH_SOURCES = "Answer each question with a few words taken from the passages, and name the passage, such as [1]."
 CLOSED_BOOK = "Answer each question with a few words."
 CITED = re.compile(r"\s*\[(\d{1,3})\]")
 HOLE = "\ue000{}\ue001"  # stands for text in a chat template while that is rendered; never reaches a model
@@ -152,6 +153,10 @@ class Prompter:
         """The tokens that a reader is trained to say: the answer, its citations, the end of the line."""
         return self.encode(self.lead + self._said(answer, sources) + "\n")
 
+    def instruction(self, closed: bool) -> str:
+        """What a prompt begins with."""
+        return CLOSED_BOOK if closed else WITH_SOURCES if self.config.cite == "model" else WITH_PASSAGES
+
     @property
     def lead(self) -> str:
         """What stands between the prompt and the first word of an answer."""
@@ -165,7 +170,7 @@ class Prompter:
         """Tokens of what is the same for every question."""
         if self.config.style == "chat":
             return self._chat(examples, "", closed)[0]
-        parts = [CLOSED_BOOK if closed else WITH_PASSAGES]
+        parts = [self.instruction(closed)]
         for example in examples:
             texts = None if closed else self.fit(list(example.passages), self.config.context_tokens)[1]
             said = self._said(example.answer, () if closed else example.sources)
@@ -182,7 +187,7 @@ class Prompter:
         """The model's own chat template around examples and a question: tokens before the last thing a user says, and
         from there on.
         """
-        instruction = CLOSED_BOOK if closed else WITH_PASSAGES
+        instruction = self.instruction(closed)
         said = []
         for example in examples:
             texts = None if closed else self.fit(list(example.passages), self.config.context_tokens)[1]

@@ -209,8 +209,10 @@ def stop_rules(tokenizer: Any, config: ReaderConfig, lead: str, pad: int, ends: 
     vocabulary = len(tokenizer)
     spelled = tokenizer.batch_decode([[i] for i in range(vocabulary)], clean_up_tokenization_spaces=False)
     lines = [i for i, text in enumerate(spelled) if "\n" in text]
+    brackets = [i for i, text in enumerate(spelled) if text.strip().startswith("[")]
     special = set(tokenizer.all_special_ids)
     word = tokenizer(lead + config.abstain, add_special_tokens=False)["input_ids"]
     # a tokenizer may put a mark of white space first, which any answer begins with
     first = next((i for i in word if spelled[i].strip()), -1)
-    return Rules(tuple(sorted({*lines, *special, *ends})), first, pad, config.answer_tokens)
+    stop = {*lines, *special, *ends}
+    return Rules(tuple(sorted(stop)), tuple(sorted({*stop, *brackets})), first, pad, config.answer_tokens)

@@ -53,6 +53,7 @@ def as_trained(config: Config, folder: Path | None) -> Config:
     except ConfigError as error:
         raise ProjectError(f"the config of the finetuned reader cannot be read: {error}") from None
     kept = {name: getattr(before.reader, name) for name in TRAINED}
+    kept["cite"] = citing(before.reader, finetuned=True).cite
     config = replace(config, reader=replace(config.reader, examples=0, **kept))
     return replace(config, model=before.model) if before.reader.kind == "extractive" else config
 
@@ -74,6 +75,7 @@ def open_reader(
         if folder is None:
             raise ProjectError("an extractive reader has to be trained first: python -m rag.train_reader")
         return load_extractive(config, folder, device, track), f"extractive, {config.model.name}"
+    config = replace(config, reader=citing(config.reader, folder is not None))
     shown = list(examples[: config.reader.examples])
     if config.reader.backend == "llama.cpp":
         from rag.reader.llama import open_llama
@@ -86,6 +88,11 @@ def open_reader(
         name = f"{config.reader.model}, finetuned"
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     return build_reader(config.reader, model, tokenizer, shown, track), name
+
+
+def citing(config: ReaderConfig, finetuned: bool) -> ReaderConfig:
+    """The config with reader.cite=auto decided: only a reader that was trained to cite is asked to."""
+    return replace(config, cite="model" if finetuned else "match") if config.cite == "auto" else config
 
 
 def build_reader(

@@ -14,11 +14,11 @@ from rag.data.corpus import Passage
 from rag.reader.examples import PLAIN_EXAMPLES
 from rag.reader.neutralise import neutralise
 from rag.reader.poison import FORGED, HARMLESS, POISONS, TARGET, damage, poisoned
-from rag.reader.prompt import CLOSED_BOOK, WITH_PASSAGES, Prompter, block
+from rag.reader.prompt import CLOSED_BOOK, WITH_PASSAGES, WITH_SOURCES, Prompter, block
 from rag.reader.weights import build_reader
 from tests.rag import tiny_lm
 
-CONFIG = ReaderConfig(answer_tokens=4)
+CONFIG = ReaderConfig(answer_tokens=4, cite="model")
 PASSAGES = [
     Passage("a", "The river Aln flows through the town of Brel.", "Aln"),
     Passage("b", "Mira Tolle was born in 1871 and worked as a glazier.", "Mira Tolle"),
@@ -47,7 +47,7 @@ def text_of(made, question, passages):
 def test_a_completion_prompt_reads_as_described():
     made = prompter(examples=PLAIN_EXAMPLES[:1])
     assert text_of(made, QUESTION, PASSAGES) == (
-        f"{WITH_PASSAGES}\n\n"
+        f"{WITH_SOURCES}\n\n"
         "Passages:\n"
         "[1] Norrvik house. The keeper's house at Norrvik is open to visitors from May to September.\n"
         "[2] Norrvik. Built of granite, the lighthouse at Norrvik was first lit in 1862 and still works.\n"
@@ -62,6 +62,8 @@ def test_a_completion_prompt_reads_as_described():
         "Question: What is the capital?\nAnswer:"
     )
     assert closed.passages == ()
+    text = text_of(prompter(examples=PLAIN_EXAMPLES[:1], cite="match"), QUESTION, PASSAGES)
+    assert text.startswith(f"{WITH_PASSAGES}\n\n") and "Answer: 1862\n\nPassages" in text
 
 
 @pytest.mark.parametrize("name", ["tiny", "HuggingFaceTB/SmolLM2-135M-Instruct"])
@@ -80,10 +82,10 @@ def test_chat_prompts_are_those_of_apply_chat_template(name, shots):
     messages = []
     for example in examples:
         texts = [passage.whole for passage in example.passages]
-        messages.append({"role": "user", "content": f"{WITH_PASSAGES}\n\n{block(example.question, texts)}"})
+        messages.append({"role": "user", "content": f"{WITH_SOURCES}\n\n{block(example.question, texts)}"})
         messages.append({"role": "assistant", "content": f"{example.answer} [{example.sources[0] + 1}]"})
     texts = [passage.whole for passage in PASSAGES]
-    messages.append({"role": "user", "content": f"{WITH_PASSAGES}\n\n{block(QUESTION, texts)}"})
+    messages.append({"role": "user", "content": f"{WITH_SOURCES}\n\n{block(QUESTION, texts)}"})
     expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     assert made.prefix + made.build(QUESTION, PASSAGES).ids == expected["input_ids"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -15,12 +16,13 @@ from rag.config import Config, ReaderConfig
 from rag.data.corpus import Passage
 from rag.reader.decode import Causal, Rules
 from rag.reader.examples import PLAIN_EXAMPLES
+from rag.reader.llama import LlamaCpp, find_gguf
 from rag.reader.prompt import parse
 from rag.reader.reader import Answer, batches, matching
 from rag.reader.weights import build_reader, open_reader
 from tests.rag import tiny_lm
 
-CONFIG = ReaderConfig(answer_tokens=6, examples=2)
+CONFIG = ReaderConfig(answer_tokens=6, examples=2, cite="model")
 PASSAGES = [
     Passage("a", "The river Aln flows through the town of Brel.", "Aln"),
     Passage("b", "Mira Tolle was born in 1871 and worked as a glazier. " * 3, "Mira Tolle"),
@@ -67,7 +69,7 @@ def test_the_kept_prefix_is_that_of_a_prompt_read_whole(kind):
             logits = model(ids).logits[0, -1]
         if i == 0:
             assert torch.allclose(step.abstain[0], logits.softmax(0)[reader.rules.abstain], atol=1e-6)
-            logits[[*reader.rules.stop, reader.rules.abstain]] = -torch.inf
+            logits[[*reader.rules.never_first, reader.rules.abstain]] = -torch.inf
         assert int(step.tokens[0]) == int(logits.argmax())
         assert torch.allclose(step.log_probs[0], logits.log_softmax(0).max(), atol=1e-4)
         ids = torch.cat([ids, step.tokens.reshape(1, 1)], 1)
@@ -138,7 +140,8 @@ def test_an_answer_is_never_empty_nor_the_word_for_none():
     word = tokenizer(" unknown", add_special_tokens=False)["input_ids"][0]
     assert reader.rules.abstain == word
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
-    assert {newline, *tokenizer.all_special_ids} <= set(reader.rules.stop)
+    assert {newline, *tokenizer.all_special_ids} <= set(reader.rules.stop) <= set(reader.rules.never_first)
+    assert tokenizer(" [", add_special_tokens=False)["input_ids"][-1] in reader.rules.never_first
     with torch.no_grad():  # whatever it reads, it would rather end or say that it does not know
         model.lm_head.weight.zero_()
         for token, value in ((newline, 3.0), (word, 2.0), (50, 1.0)):
@@ -180,7 +183,7 @@ def test_weights_from_a_folder(tmp_path):
 
 
 def test_a_word_for_none_of_several_tokens():
-    rules = Rules((1,), -1, 0, 4)
+    rules = Rules((1,), (1,), -1, 0, 4)
     assert rules.abstain == -1
     reader = make(tiny_lm.llama(), abstain="zebra")
     assert reader.decode([reader.rules.abstain]).strip()
@@ -194,3 +197,67 @@ def test_smollm2_reads():
     with_passage, without = reader.answer([question], [PASSAGES[2:]]), reader.answer([question], None)
     assert "2016" in with_passage[0].text
     assert without[0].passages == ()
+
+
+# -- llama.cpp ---------------------------------------------------------------------------------------------------------
+
+
+class FakeLlama:
+    """What is used of llama_cpp.Llama, with a model of transformers behind it."""
+
+    def __init__(self, model):
+        self.model, self.ids, self.n_tokens, self.read = model, [], 0, 0
+        self.ctx = self
+
+    def reset(self):
+        self.n_tokens = 0
+
+    def eval(self, tokens):
+        self.ids = self.ids[: self.n_tokens] + tokens
+        self.n_tokens = len(self.ids)
+        self.read += len(tokens)
+
+    def n_vocab(self):
+        return self.model.config.vocab_size
+
+    def llama_get_logits_ith(self, ctx, place):
+        import ctypes
+
+        with torch.no_grad():
+            logits = self.model(torch.tensor([self.ids])).logits[0, place].float().numpy()
+        self.kept = logits.copy()
+        return self.kept.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+
+
+def test_llama_cpp_is_driven_to_the_same_answers():
+    """Against a stand-in for the library: that prompts, the kept prefix and the choice of tokens are as elsewhere."""
+    reader = make(tiny_lm.llama())
+    expected = reader.answer(QUESTIONS, GIVEN)
+    fake = FakeLlama(tiny_lm.llama())
+    reader.decoder = LlamaCpp(fake, fake)
+    for answer, other in zip(reader.answer(QUESTIONS, GIVEN), expected, strict=True):
+        assert (answer.text, answer.cited) == (other.text, other.cited)
+        assert math.isclose(answer.confidence, other.confidence, abs_tol=1e-4)
+    *parts, last = reader.stream(QUESTIONS[1], GIVEN[1])
+    assert last.text == expected[1].text and len(parts) > 1
+    prompts = sum(len(reader.prompter.build(q, its).ids) for q, its in zip(QUESTIONS, GIVEN))
+    again = len(reader.prompter.build(QUESTIONS[1], GIVEN[1]).ids)
+    assert fake.read <= len(reader.prompter.prefix) + prompts + again + 4 * CONFIG.answer_tokens, "the prefix: once"
+
+
+def test_llama_cpp_reads():
+    pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python")
+    if not available(ReaderConfig.model):
+        pytest.skip("SmolLM2 is not on this machine; make offline")
+    config = Config(reader=ReaderConfig(examples=2, answer_tokens=8, backend="llama.cpp"))
+    reader, _ = open_reader(config, torch.device("cpu"), torch.float32, PLAIN_EXAMPLES)
+    assert "2016" in reader.answer(["In which year did the Denver Broncos win the game?"], [PASSAGES[2:]])[0].text
+
+
+def test_llama_cpp_wants_a_file(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    config = Config(reader=ReaderConfig(backend="llama.cpp", model="nowhere.gguf"))
+    with pytest.raises(ProjectError, match="pip install llama-cpp-python"):
+        open_reader(config, torch.device("cpu"), torch.float32)
+    with pytest.raises(ConfigError, match=r"reader\.model"):
+        find_gguf("nowhere.gguf")
