@@ -40,8 +40,7 @@ class Rules:
 
     Attributes:
         stop: tokens that end an answer: the end of a line or of the text.
-        never_first: tokens that no answer begins with: those that stop, and brackets, with which a citation begins. An
-            answer comes first and is never empty.
+        never_first: tokens that no answer begins with: those that stop, and brackets, with which a citation begins.
         abstain: first token of the word for no answer, or -1. Its probability is reported; it is never chosen, so that
             there is an answer to measure in any case.
         pad: what stands where nothing is read.
