@@ -45,10 +45,15 @@ def search_all(config: Config) -> dict[str, Any]:
         dtype = choose_precision(config.precision, device)
         model, tokenizer = load_untrained(config.model, device)
         embedder = Embedder(
-            model, tokenizer, lambda: torch.autocast(device.type, dtype, enabled=dtype is not None), config.eval.batch_size
+            model,
+            tokenizer,
+            lambda: torch.autocast(device.type, dtype, enabled=dtype is not None),
+            config.eval.batch_size,
         )
         folder = Path(config.data_root) / CACHE / "vectors"
-        files = vector_files(collection, embedder, folder, config.index.shard, lambda text: print(text, file=sys.stderr))
+        files = vector_files(
+            collection, embedder, folder, config.index.shard, lambda text: print(text, file=sys.stderr)
+        )
         vectors = VectorIndex(files, config.index).build()
         for mode, name in (("dense", "zero_shot"), ("hybrid", "hybrid")):
             settings = replace(config.search, mode=mode)  # type: ignore[arg-type]  # one of its choices

@@ -91,6 +91,7 @@ def load(
     mode: Mode = "train",
     argv: list[str] | None = None,
     short: Mapping[str, str] = MappingProxyType({}),
+    program: str = "",
 ) -> tuple[C, Options]:
     """Read the command line of `python -m <project>.<mode>` into a checked config.
 
@@ -100,9 +101,10 @@ def load(
     Args:
         short: options of this program that stand for settings: {"out": "sample.out"} makes `--out DIR` mean
             `sample.out=DIR`.
+        program: its name where that is not the mode's.
     """
     accept_any_letter()  # --help ends the program
-    args = _parse(schema, project, mode, sys.argv[1:] if argv is None else argv, short)
+    args = _parse(schema, project, mode, sys.argv[1:] if argv is None else argv, short, program or mode)
     args.overrides += [f"{key}={getattr(args, name)}" for name, key in short.items() if getattr(args, name) is not None]
     if mode == "train":
         if not args.config:
@@ -299,8 +301,10 @@ def explain(error: Exception, schema: type[BaseConfig], path: Path) -> str:
     return f"{path}: {text}"
 
 
-def _parse(schema: type[C], project: str, mode: Mode, argv: list[str], short: Mapping[str, str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m {project}.{mode}", allow_abbrev=False, add_help=False)
+def _parse(
+    schema: type[C], project: str, mode: Mode, argv: list[str], short: Mapping[str, str], program: str
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m {project}.{program}", allow_abbrev=False, add_help=False)
     explain_settings(parser, schema)
     if mode == "train":
         parser.add_argument(

@@ -64,7 +64,9 @@ def build_arms(
         words = build_bm25(collection, config)
         vectors = open_vectors(collection, config, run, embedder, run.folder / "vectors")
 
-    def arm(mode: str, dense: Dense | None = None, by: Embedder | None = None, last: Reranker | None = None) -> Retriever:
+    def arm(
+        mode: str, dense: Dense | None = None, by: Embedder | None = None, last: Reranker | None = None
+    ) -> Retriever:
         settings = replace(config.search, mode=mode)
         return Retriever(passages, settings, words, dense, by, last, config.rerank)
 

@@ -39,7 +39,9 @@ class DataConfig:
     world: int = 0  # factworld: the seed of the world, apart from the run's
 
     def __post_init__(self) -> None:
-        require(self.dataset not in NEEDS_FOLDER or self.folder, "data.folder", f"must name a folder for {self.dataset}")
+        require(
+            self.dataset not in NEEDS_FOLDER or self.folder, "data.folder", f"must name a folder for {self.dataset}"
+        )
         require(0 < self.validation < 1, "data.validation", "must be in (0, 1)")
         for name in ("max_passages", "max_questions", "chunk_overlap", "world"):
             require(getattr(self, name) >= 0, f"data.{name}", "must not be negative")
@@ -174,7 +176,7 @@ class IndexConfig:
     # faiss: flat compares with every vector; hnsw follows a graph of neighbours; ivfpq looks into the nearest of many
     # cells, at vectors of pq_bytes each
     kind: Literal["flat", "hnsw", "ivfpq"] = "flat"
-    shard: int = 100_000  # passages encoded between two files: what an interruption may cost
+    shard: int = 4096  # passages encoded between two files: what an interruption may cost
     memory_megabytes: int = 1024  # flat and re-ranking: most vectors in memory at once
     hnsw_links: int = 32  # links a vector and layer
     hnsw_build: int = 128  # candidates while building

@@ -44,8 +44,8 @@ SHOWN = {
     "recall_at_1": "R@1",
     "recall_at_5": "R@5",
     "recall_at_20": "R@20",
-    "mrr_at_10": "MRR@10",
-    "ndcg_at_10": "nDCG@10",
+    "mrr_at_10": "MRR",
+    "ndcg_at_10": "nDCG",
     "answer_at_1": "A@1",
     "answer_at_20": "A@20",
 }
@@ -139,17 +139,21 @@ def summarise(results: dict[str, Result], questions: list[Question], config: Con
 def show(metrics: dict[str, float], results: dict[str, Result], title: str) -> None:
     """Print a table with a line for each way of searching, and below it the comparisons."""
     columns = [name for name in SHOWN if name in metrics]
-    table = Table("search", *(SHOWN[name] for name in columns), "ms", title=title, caption="ms: a question", box=SIMPLE_HEAD)
+    caption = "MRR and nDCG of the first 10; ms a question"
+    table = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("search", min_width=max(map(len, ORDER)), no_wrap=True)
+    for column in [*(SHOWN[metric] for metric in columns), "ms"]:
+        table.add_column(column, justify="right")
     for name, result in results.items():
         time = sum(value for key, value in metrics.items() if key.startswith("ms_") and key.endswith(f"_{name}"))
         table.add_row(name, *(f"{np.nanmean(result.each[metric]):.4f}" for metric in columns), f"{time:.2f}")
     console = Console()
     console.print(table)
-    for key in metrics:
+    for key, value in metrics.items():
         if key.endswith("_difference"):
             pair = key.removesuffix("_difference")
             console.print(
-                f"{pair.replace('_', ' ')}: {metrics[key]:+.4f} [{metrics[f'{pair}_low']:+.4f}, "
+                f"{pair.replace('_', ' ')}: {value:+.4f} [{metrics[f'{pair}_low']:+.4f}, "
                 f"{metrics[f'{pair}_high']:+.4f}], p {metrics[f'{pair}_p']:.4f}"
             )
 

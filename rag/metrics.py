@@ -12,6 +12,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,6 +83,7 @@ def score_ranking(ranking: Sequence[str], gold: Gold, cutoffs: Sequence[int]) ->
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=65_536)  # a passage is found for many questions
 def normalise(text: str) -> str:
     """Text as SQuAD's judges compare it: lower case, no punctuation, no articles, single spaces (Rajpurkar et al.
     2016).

@@ -97,9 +97,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def tokenize(
-    batch: Batch, collection: Collection, tokenizer: Tokenizer, config: Config, run: Run
-) -> list[Tokens]:
+def tokenize(batch: Batch, collection: Collection, tokenizer: Tokenizer, config: Config, run: Run) -> list[Tokens]:
     """This process's texts in chunks: its questions, then their passages, then their hard negatives (bi-encoder), or
     each question with its passage and its negatives (cross-encoder).
     """

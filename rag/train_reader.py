@@ -10,7 +10,7 @@ from common.config import Options, load, to_yaml
 from rag.config import Config
 
 if __name__ == "__main__":
-    CONFIG, OPTIONS = load(Config, "rag")
+    CONFIG, OPTIONS = load(Config, "rag", program="train_reader")
 
 import os
 from dataclasses import replace

@@ -21,6 +21,7 @@ from common.runtime import mix_seed
 PASSAGE_STREAM = 7_100_001  # keeps the random numbers of each purpose apart
 QUESTION_STREAM = 7_100_002
 GROUP_STREAM = 7_100_003
+SPLITS = ("train", "validation", "test")
 NAMED = 5  # of many, so many are named in a message
 SCAN = 1 << 24  # bytes looked through for line ends at once
 
@@ -186,7 +187,7 @@ def check(collection: Collection) -> Collection:
     """
     if len(collection.passages) == 0:
         raise ProjectError(f"{collection.name} has no passages: nothing can be searched")
-    splits = {name: collection.questions(name) for name in ("train", "validation", "test")}
+    splits = {name: collection.questions(name) for name in SPLITS}
     for name, questions in splits.items():
         for question in questions:
             if not question.text.strip():
@@ -261,11 +262,7 @@ def shrink(collection: Collection, max_passages: int, max_questions: int, seed: 
                 if any(grade > 0 for grade in gold.values()) or not question.gold:
                     yield replace(question, gold=gold)
 
-        collection = Collection(
-            collection.name,
-            passages,
-            *(list(kept(collection.questions(split))) for split in ("train", "validation", "test")),
-            collection.notes,
-        )
+        train, validation, test = (list(kept(collection.questions(split))) for split in SPLITS)
+        collection = Collection(collection.name, passages, train, validation, test, collection.notes)
     chosen = drawn(max_questions, len(collection.train), seed, QUESTION_STREAM)
     return replace(collection, train=[collection.train[i] for i in chosen])

@@ -10,6 +10,12 @@ import numpy as np
 
 HELD_OUT = 2
 
+
+def listed(text: str) -> list[str]:
+    """What stands between commas."""
+    return text.split(",")
+
+
 PARTS = {  # which facts stand in which passage about an entity
     "person": (("birthplace", "birth_year"), ("profession", "teacher", "award")),
     "place": (("region", "founded"), ("product", "landmark")),
@@ -303,30 +309,30 @@ FILLERS = {  # sentences that say nothing of use
     ),
 }
 
-PROFESSIONS = (
+PROFESSIONS = listed(
     "a clockmaker,a botanist,a cartographer,a midwife,a glassblower,a notary,a beekeeper,a shipwright,a lutenist,"
     "an astronomer,a baker,a locksmith,a weaver,a surveyor,a veterinarian,a bookbinder,a stonemason,a diplomat,"
     "a falconer,a chemist,a goldsmith,a gardener,a judge,a lighthouse keeper,a miller,a potter,a printer,a sailmaker,"
     "a schoolmaster,a tanner,a translator,a vintner,a wheelwright,an apothecary,an engraver,an innkeeper,an organist,"
     "a surgeon,a dyer,a furrier,a hatter,a saddler,a swordsmith,a painter of signs,a piano tuner,a mountain guide,"
     "a ferryman,a salt trader,a puppeteer,a juggler"
-).split(",")
-GENRES = (
+)
+GENRES = listed(
     "an epic poem,a ghost story,a comedy in verse,a novel of manners,a travel diary,a treatise on light,a war novel,"
     "a book of riddles,a love story,a tragedy,a detective novel,a collection of fables,a satire,a family saga,"
     "a cookery book,a sea story,a book of psalms,a philosophical dialogue,a history of bees,a pastoral romance,"
     "a utopian novel,a children's book,a hunting manual,a cycle of sonnets,a gothic novel,a political pamphlet,"
     "an almanac,a herbal,a picaresque novel,a book of dreams"
-).split(",")
-MATERIALS = "silver copper amber ivory wool linen silk cedar oak glass clay leather wax salt iron marble".split()
-WARES = "buttons spoons bells lanterns carpets flutes combs tiles ribbons boxes lamps bowls masks kites".split()
-COLOURS = "white black red golden crooked leaning sunken twin winged silent painted broken hollow iron".split()
-SIGHTS = "tower bridge fountain cathedral windmill library gate observatory obelisk lighthouse stairway arch".split()
-STARTS = "b br c d dr f g gr h j k l m n p q r s st t tr v w z th sh".split()
-VOWELS = "a e i o u ae ia eo ou ei".split()
-ENDS = "l n r s m nd rn sk th ld x v lt rd ss".split()
-WORK_HEADS = "Song Book Garden Silence House Shadow Winter Mirror Island Ship Bell Road Lantern Children Ashes".split()
-TOWN_ENDINGS = "burg haven ford mere stead wick holm moor dale port".split()
+)
+MATERIALS = listed("silver,copper,amber,ivory,wool,linen,silk,cedar,oak,glass,clay,leather,wax,salt,iron,marble")
+WARES = listed("buttons,spoons,bells,lanterns,carpets,flutes,combs,tiles,ribbons,boxes,lamps,bowls,masks,kites")
+COLOURS = listed("white,black,red,golden,crooked,leaning,sunken,twin,winged,silent,painted,broken,hollow,iron")
+SIGHTS = listed("tower,bridge,fountain,cathedral,windmill,library,gate,observatory,obelisk,lighthouse,stairway,arch")
+STARTS = listed("b,br,c,d,dr,f,g,gr,h,j,k,l,m,n,p,q,r,s,st,t,tr,v,w,z,th,sh")
+VOWELS = listed("a,e,i,o,u,ae,ia,eo,ou,ei")
+ENDS = listed("l,n,r,s,m,nd,rn,sk,th,ld,x,v,lt,rd,ss")
+WORK_HEADS = listed("Song,Book,Garden,Silence,House,Shadow,Winter,Mirror,Island,Ship,Bell,Road,Lantern,Children,Ashes")
+TOWN_ENDINGS = listed("burg,haven,ford,mere,stead,wick,holm,moor,dale,port")
 
 
 def syllables(count: int, rng: np.random.Generator) -> str:

@@ -17,7 +17,8 @@ NQ_REMEDY = (
     "download NQ-open.train.jsonl and NQ-open.dev.jsonl from github.com/google-research-datasets/natural-questions"
 )
 WIKIPEDIA_REMEDY = (
-    "download https://dl.fbaipublicfiles.com/dpr/wikipedia_split/psgs_w100.tsv.gz (4.7 GB; 13 GB unpacked) and gunzip it"
+    "download https://dl.fbaipublicfiles.com/dpr/wikipedia_split/psgs_w100.tsv.gz (4.7 GB; 13 GB unpacked) and "
+    "gunzip it"
 )
 
 

@@ -154,7 +154,9 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     longest = min(int(inner.model_max_length), 1_000_000)
     wanted = max(config.query_length, config.passage_length)
     if wanted > longest:
-        raise ConfigError("model.passage_length", f"{wanted} tokens are more than the {longest} that {config.name} reads")
+        raise ConfigError(
+            "model.passage_length", f"{wanted} tokens are more than the {longest} that {config.name} reads"
+        )
     return Tokenizer(inner, config)
 
 
@@ -227,7 +229,9 @@ def named_network(config: ModelConfig, weights: bool) -> nn.Module:
     try:
         shape = AutoConfig.from_pretrained(folder)
         if getattr(shape, "is_encoder_decoder", False) or not hasattr(shape, "hidden_size"):
-            raise ProjectError(f"{config.name} is a {shape.model_type}, no encoder; name one such as {ModelConfig.name}")
+            raise ProjectError(
+                f"{config.name} is a {shape.model_type}, no encoder; name one such as {ModelConfig.name}"
+            )
         set_dropout(shape, config.dropout)
         if not weights:
             return AutoModel.from_config(shape)

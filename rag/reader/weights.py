@@ -78,6 +78,8 @@ def open_reader(
     config = replace(config, reader=citing(config.reader, folder is not None))
     shown = list(examples[: config.reader.examples])
     if config.reader.backend == "llama.cpp":
+        if folder is not None:
+            raise ConfigError("reader.weights", "must be base: llama.cpp does not read the finetuned reader's adapter")
         from rag.reader.llama import open_llama
 
         return open_llama(config.reader, shown), f"{config.reader.model}, llama.cpp, {len(shown)} examples"

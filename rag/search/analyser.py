@@ -17,13 +17,16 @@ from rag.config import AnalyserConfig
 
 WORD = re.compile(r"\w+")
 # the words that Lucene's English analyser leaves out: few, and none that a question could be about
-LUCENE = frozenset(
+FUNCTION_WORDS = (
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
-    "to was will with".split()
+    "to was will with"
 )
+LUCENE = frozenset(FUNCTION_WORDS.split())
 CACHE = 1_000_000  # spellings remembered; most text consists of few
 # its terms are part of the fingerprint: words that stemmers and lists of stop words have treated differently
-PROBE = "The system's generously running computers were universities' happily dying skies; naïve Ångström cafés, 1,024 x²"
+PROBE = (
+    "The system's generously running computers were universities' happily dying skies; naïve Ångström cafés, 1,024 x²"
+)
 
 
 class Analyser:

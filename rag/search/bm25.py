@@ -148,8 +148,7 @@ class BM25:
         numbers: list[int] = []
         for text in texts:
             before = len(numbers)
-            for term in self.analyser(text):
-                numbers.append(vocabulary.setdefault(term, len(vocabulary)))
+            numbers += [vocabulary.setdefault(term, len(vocabulary)) for term in self.analyser(text)]
             lengths.append(len(numbers) - before)
             if len(lengths) % CHUNK == 0:
                 parts.append(np.array(numbers, np.int32))

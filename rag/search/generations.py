@@ -1,9 +1,9 @@
 """A folder that changes from one whole state to the next, whenever its process may be killed.
 
-    index/
-        current.json     which generation counts; replaced atomically, and last of all
-        000003/          a generation; never changed once it counts
-        .building-...    the next one, in work; what is whole in it is used again after an interruption
+index/
+    current.json     which generation counts; replaced atomically, and last of all
+    000003/          a generation; never changed once it counts
+    .building-...    the next one, in work; what is whole in it is used again after an interruption
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Nothing is changed in place: a new state is written beside the old one and takes
 links to what has stayed the same. Whoever is killed while indexing leaves the old state behind, and the vectors made
 until then are used by the next attempt.
 
-Legend: R rows; a passage keeps its row for as long as it exists, and rows of deleted passages are given up when they are
-the greater part.
+Legend: R rows; a passage keeps its row for as long as it exists, and rows of deleted passages are given up when they
+are the greater part.
 """
 
 from __future__ import annotations
@@ -242,6 +242,6 @@ def refuse_others(made: dict[str, Any], now: dict[str, Any], folder: Path) -> No
     for name, value in now.items():
         if made.get(name) != value:
             raise ProjectError(
-                f"the index in {folder} was made with {name}={made.get(name)}, not {value}: results would be wrong. Use "
-                "those settings, choose another run_dir, or delete the index"
+                f"the index in {folder} was made with {name}={made.get(name)}, not {value}: results would be wrong. "
+                "Use those settings, choose another run_dir, or delete the index"
             )

@@ -46,7 +46,9 @@ class MilvusIndex:
         vectors: search by vectors; as `rag.search.vectors.VectorIndex`.
     """
 
-    def __init__(self, config: IndexConfig, bm25: BM25Config, analyser: Analyser, default: Path, dimension: int) -> None:
+    def __init__(
+        self, config: IndexConfig, bm25: BM25Config, analyser: Analyser, default: Path, dimension: int
+    ) -> None:
         try:
             from pymilvus import MilvusClient
         except ImportError:
@@ -86,9 +88,7 @@ class MilvusIndex:
         schema = self.client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("row", DataType.INT64, is_primary=True)
         standard = {"tokenizer": "standard"}
-        schema.add_field(
-            "terms", DataType.VARCHAR, max_length=65_535, enable_analyzer=True, analyzer_params=standard
-        )
+        schema.add_field("terms", DataType.VARCHAR, max_length=65_535, enable_analyzer=True, analyzer_params=standard)
         schema.add_field("sparse", DataType.SPARSE_FLOAT_VECTOR)
         schema.add_field("dense", DataType.FLOAT_VECTOR, dim=self.dimension)
         schema.add_function(Function("bm25", FunctionType.BM25, ["terms"], ["sparse"]))

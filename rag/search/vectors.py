@@ -134,7 +134,7 @@ class VectorIndex:
         if count > self.config.train_vectors:
             rows = np.sort(rng.choice(count, self.config.train_vectors, replace=False))
         coarse = faiss.IndexFlatIP(self.files.dimension)
-        # (index_factory would also look for an order of the codes that Hamming distances could use: minutes, for nothing)
+        # (index_factory would also look for an order of the codes that Hamming distances could use: minutes of work)
         index = faiss.IndexIVFPQ(
             coarse, self.files.dimension, cells, self.config.pq_bytes, bits, faiss.METRIC_INNER_PRODUCT
         )

@@ -156,9 +156,9 @@ def test_commands_in_readmes(readme, command, monkeypatch):
         resolve(schema_of(project), ROOT / words[words.index("--config") + 1], [word for word in words if "=" in word])
     elif mode in ("train", "train_reader"):
         load(schema_of(project), project, "train", words)
-    elif mode == "index" and "--run" not in words:
+    elif mode == "index":  # of a folder of documents, not of a config
         resolve(schema_of(project), None, [word for word in words if "=" in word])
     else:
         config = ROOT / f"configs/{Path(words[words.index('--run') + 1]).name}.yaml"
-        documents = mode in own and not config.exists()  # a run that `rag.index` has made has no file of its own
+        documents = mode in own and not config.exists()  # of a run that `rag.index` has made
         resolve(schema_of(project), None if documents else config, [word for word in words if "=" in word])

@@ -144,7 +144,9 @@ def test_beir(tmp_path):
 
 
 def test_classic_formats(tmp_path):
-    (tmp_path / "docs").write_text(".I 1\n.T\nA title\nof two lines\n.W\nfirst\n.X\n1 5 1\n.I 02\n.W\n second\n.K\nkey\n")
+    (tmp_path / "docs").write_text(
+        ".I 1\n.T\nA title\nof two lines\n.W\nfirst\n.X\n1 5 1\n.I 02\n.W\n second\n.K\nkey\n"
+    )
     assert [(p.id, p.title, p.text) for p in classic.make_passages(tmp_path / "docs", "WK")] == [
         ("1", "A title of two lines", "first"),
         ("2", "", "second key"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from common.errors import ProjectError
@@ -41,7 +43,8 @@ def write_folder(folder) -> None:
 
     (folder / "deep/.hidden").mkdir(parents=True)
     (folder / "notes.md").write_text(
-        "intro\n\n# Cats\n\nCats sleep.\n\n## Old cats\n\nThey sleep more.\n\n```\n# no heading\n```\n\n# Dogs\nDogs run."
+        "intro\n\n# Cats\n\nCats sleep.\n\n## Old cats\n\nThey sleep more.\n\n```\n# no heading\n```\n\n"
+        "# Dogs\nDogs run."
     )
     (folder / "deep/page.html").write_text(
         "<html><head><title>Site</title><script>alert('cats')</script></head><body><h1>Fish</h1><p>Fish <b>swim</b>."
@@ -125,7 +128,7 @@ def test_chunks():
     found = list(chunk(sections, 20, 5))
     assert all(len(text.split()) <= 20 for _, text in found)
     assert {word for _, text in found for word in text.split()} == {*words, "Short.", "Next."}
-    for (heading, text), (following, after) in zip(found, found[1:], strict=False):
+    for (heading, text), (following, after) in itertools.pairwise(found):
         if heading == following:
             assert text.split()[-5:] == after.split()[:5]
     assert not any("w49" in text and "w50" in text for _, text in found)

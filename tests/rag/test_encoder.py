@@ -193,5 +193,5 @@ def test_what_is_no_encoder_is_refused(tmp_path, small):
     loaded = load_tokenizer(tmp_path, SMALL)
     assert loaded.questions(TEXTS)["input_ids"].tolist() == small[0].questions(TEXTS)["input_ids"].tolist()
     (tmp_path / "config.json").write_text('{"model_type": "t5", "d_model": 8}')
-    with pytest.raises(ProjectError, match="no encoder|cannot be read"):
+    with pytest.raises(ProjectError, match=r"no encoder|cannot be read"):
         build_model(ModelConfig(name=str(tmp_path)), 0)

@@ -205,7 +205,13 @@ def test_the_program(tmp_path, embedder, documents, capsys, monkeypatch):
     write_folder(encoder, write)
     monkeypatch.chdir(tmp_path)
     short = {"corpus": "data.folder", "ask": "index.ask"}
-    words = [f"model.name={encoder}", "model.passage_length=32", "model.query_length=16", "device=cpu", "precision=fp32"]
+    words = [
+        f"model.name={encoder}",
+        "model.passage_length=32",
+        "model.query_length=16",
+        "device=cpu",
+        "precision=fp32",
+    ]
     settings, options = load(Config, "rag", "index", ["--corpus", "documents", *words], short)
     assert status(rag.index.main, settings, options) == 0
     assert "3 new (2 txt, 1 md: birds.txt, cats.md, dogs.txt); 4 passages" in capsys.readouterr().err
@@ -217,7 +223,7 @@ def test_the_program(tmp_path, embedder, documents, capsys, monkeypatch):
     settings, options = load(Config, "rag", "index", [*words, "bm25.k1=2"], short)
     assert status(rag.index.main, settings, options) == 1
     assert "was made with bm25=" in errors(capsys.readouterr().err)[0]
-    with pytest.raises(ConfigError, match="data.folder: name the folder"):
+    with pytest.raises(ConfigError, match=r"data.folder: name the folder"):
         rag.index.settle(resolve(Config, None, []))
     (tmp_path / "nothing").mkdir()
     settings, options = load(Config, "rag", "index", ["--corpus", "nothing", f"model.name={encoder}"], short)

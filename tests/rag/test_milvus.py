@@ -77,7 +77,7 @@ def test_another_dimension_is_refused(both, tmp_path):
         other._check_dimension()
     with pytest.raises(ProjectError, match="a query has 17"):
         milvus.vectors.search(np.ones((1, D + 1)), 1)
-    with pytest.raises(ConfigError, match="bm25.variant: must be lucene"):
+    with pytest.raises(ConfigError, match=r"bm25.variant: must be lucene"):
         MilvusIndex(IndexConfig(), BM25Config(variant="atire"), milvus.analyser, tmp_path / "x.db", D)
 
 

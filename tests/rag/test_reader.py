@@ -254,10 +254,16 @@ def test_llama_cpp_reads():
     assert "2016" in reader.answer(["In which year did the Denver Broncos win the game?"], [PASSAGES[2:]])[0].text
 
 
-def test_llama_cpp_wants_a_file(monkeypatch):
+def test_llama_cpp_wants_a_file(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     config = Config(reader=ReaderConfig(backend="llama.cpp", model="nowhere.gguf"))
     with pytest.raises(ProjectError, match="pip install llama-cpp-python"):
         open_reader(config, torch.device("cpu"), torch.float32)
     with pytest.raises(ConfigError, match=r"reader\.model"):
         find_gguf("nowhere.gguf")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    config = replace(config, run_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match="adapter"):
+        open_reader(config, torch.device("cpu"), torch.float32)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common.checkpoint import Checkpoints
-from common.config import ConfigError, Options, resolve
+from common.config import ConfigError, Options, load, resolve
 from common.errors import ProjectError
 from common.logging import read_metrics
 from common.run import Run
@@ -281,6 +281,12 @@ def test_peoples_mistakes(config, capsys):
     assert "contexts" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="window"):
         resolve(Config, None, ["reader_train.window=5"])
+
+
+def test_the_help_names_the_program(capsys):
+    with pytest.raises(SystemExit):
+        load(Config, "rag", "train", ["--help"], program="train_reader")
+    assert "python -m rag.train_reader" in capsys.readouterr().out
 
 
 def test_encoder_decoders_are_refused(config, tmp_path, capsys):

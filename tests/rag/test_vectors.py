@@ -62,7 +62,7 @@ def test_approximate_search_with_exact_reranking(kind, tmp_path):
     gone = list(range(0, 3000, 7))
     index.remove(gone)
     scores, rows = index.search(queries, 10)
-    expected, places = exact(vectors, queries, 10, gone)
+    _, places = exact(vectors, queries, 10, gone)
     assert not set(rows.ravel().tolist()) & set(gone)
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows, places, strict=True)])
     assert recall > 0.95
@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     index = VectorIndex(files, IndexConfig())
     index.save(tmp_path / "i")
     files.append(clustered(5))
-    with pytest.raises(ProjectError, match="is of 15 vectors|there are 15"):
+    with pytest.raises(ProjectError, match=r"is of 15 vectors|there are 15"):
         VectorIndex.load(tmp_path / "i", files, IndexConfig())
     with pytest.raises(ProjectError, match="cannot be read"):
         VectorIndex.load(tmp_path / "nowhere", files, IndexConfig())
