@@ -95,6 +95,7 @@ def load(
     short: Mapping[str, str] = MappingProxyType({}),
     takes: Literal["", "config", "run"] = "",
     words: str = "",
+    program: str = "",
 ) -> tuple[C, Options]:
     """Read the command line of `python -m <project>.<mode>` into a checked config.
 
@@ -106,10 +107,11 @@ def load(
         words: what this program calls free text on its command line, such as "question"; empty: it takes none.
         short: options of this program that stand for settings: {"out": "sample.out"} makes `--out DIR` mean
             `sample.out=DIR`.
+        program: its name where that is not the mode's: `train_reader` trains, too.
     """
     accept_any_letter()  # --help ends the program
     takes = takes or ("config" if mode == "train" else "run")
-    args = _parse(schema, project, mode, sys.argv[1:] if argv is None else argv, short, takes, words)
+    args = _parse(schema, project, mode, sys.argv[1:] if argv is None else argv, short, takes, words, program)
     free = tuple(item for item in args.overrides if words and not _is_setting(schema, item))
     args.overrides = [item for item in args.overrides if item not in free]
     given = {key: getattr(args, name.replace("-", "_")) for name, key in short.items()}
@@ -324,8 +326,9 @@ def _parse(
     short: Mapping[str, str],
     takes: str = "run",
     words: str = "",
+    program: str = "",
 ) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"python -m {project}.{mode}", allow_abbrev=False, add_help=False)
+    parser = argparse.ArgumentParser(prog=f"python -m {project}.{program or mode}", allow_abbrev=False, add_help=False)
     explain_settings(parser, schema)
     if takes == "config":
         parser.add_argument(

@@ -1,0 +1,296 @@
+"""Learning to read: what is drawn, that a tree's loss is that of its prompts, and a run that stops and goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from common.checkpoint import Checkpoints
+from common.config import ConfigError, Options, load, resolve
+from common.errors import ProjectError
+from common.logging import read_metrics
+from common.run import Run
+from rag.config import Config, ReaderConfig
+from rag.data import load_collection
+from rag.data.corpus import Collection, Passage, Passages, Question
+from rag.metrics import answer_at
+from rag.reader.examples import Contexts, window, worked_examples
+from rag.reader.finetune import Batches, LanguageModelTask, trained
+from rag.reader.tree import NONE, collate, grow, tree_loss
+from rag.reader.weights import open_reader
+from rag.search.analyser import Analyser
+from rag.search.bm25 import BM25
+from rag.train_reader import train
+from tests.helpers import status
+from tests.rag import tiny_lm
+
+TINY = [
+    "data.entities=60",
+    "reader.answer_tokens=8",
+    "reader_train.batch_size=3",
+    "reader_train.steps=4",
+    "reader_train.rank=2",
+    "reader_train.log_every=1",
+    "reader_train.save_every=2",
+    "reader_train.lr=1e-2",
+    "device=cpu",
+    "precision=fp32",
+]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return tiny_lm.save(tmp_path_factory.mktemp("lm"))
+
+
+@pytest.fixture
+def config(model_folder, tmp_path):
+    return resolve(Config, None, [*TINY, f"reader.model={model_folder}", f"run_dir={tmp_path / 'run'}"])
+
+
+@pytest.fixture(scope="module")
+def world():
+    config = resolve(Config, None, TINY)
+    collection = load_collection(config.data, "data")
+    bm25 = BM25(config.bm25, Analyser(config.analyser))
+    bm25.add(passage.whole for passage in collection.passages)
+    return collection, bm25
+
+
+# -- what is drawn -----------------------------------------------------------------------------------------------------
+
+
+def test_contexts(world, config):
+    collection, bm25 = world
+    contexts = Contexts(collection, bm25, config)
+    assert sum(len(group) for group in contexts.groups) == len(collection.train)
+    by_text = {question.text: question for question in collection.train}
+    right = missing = 0
+    places = set()
+    for index in range(len(contexts)):
+        context = contexts.draw(0, index)
+        assert 1 <= len(context.passages) <= 2 and len(context.asked) <= config.reader_train.questions
+        for asked in context.asked:
+            question = by_text[asked.question]
+            ids = [context.passages[place].id for place in asked.sources]
+            assert sorted(ids) == sorted(question.relevant) * bool(ids)
+            if asked.sources:
+                assert asked.answer in question.answers
+                right += 1
+                places.update(asked.sources)
+            else:
+                assert not asked.answer
+                assert not answer_at([p.whole for p in context.passages], question.answers, 2)
+                missing += 1
+    assert places == {0, 1}, "the right passage must not stand in one place only"
+    assert 0.12 < missing / (right + missing) < 0.4
+
+
+def test_contexts_are_a_function_of_seed_epoch_and_place(world, config):
+    collection, bm25 = world
+    one, other = Contexts(collection, bm25, config), Contexts(collection, bm25, config)
+    assert [one.draw(1, i) for i in range(6)] == [other.draw(1, i) for i in reversed(range(6))][::-1]
+    assert [one.draw(1, i) for i in range(6)] != [one.draw(2, i) for i in range(6)]
+    assert sorted(one.order(0)) == list(range(len(one))) and one.order(0) != one.order(1)
+    other = Contexts(collection, bm25, replace(config, seed=1))
+    assert one.order(0) != other.order(0)
+
+
+def test_a_window_has_the_answer_wherever_it_stands():
+    text = " ".join(f"w{i}" for i in range(50))
+    starts = set()
+    for seed in range(200):
+        cut = window(text, ["w20 w21"], 10, np.random.default_rng(seed))
+        assert len(cut.split()) == 10 and "w20 w21" in cut and cut in text
+        starts.add(cut.split()[0])
+    assert starts == {f"w{i}" for i in range(12, 21)}
+    for answer in ("w0", "w49", "absent"):
+        cut = window(text, [answer], 10, np.random.default_rng(0))
+        assert len(cut.split()) == 10 and (answer in cut.split() or answer == "absent")
+    assert window(text, ["w3"], 0, np.random.default_rng(0)) == text
+    long = " ".join(f"w{i}" for i in range(5, 40))
+    assert window(text, [long], 10, np.random.default_rng(0)) in text
+
+
+def test_questions_without_judged_passages_learn_from_the_best_that_has_the_answer(world, config):
+    collection, bm25 = world
+    bare = [replace(question, gold={}) for question in collection.train[:40]]
+    contexts = Contexts(replace(collection, train=bare), bm25, config)
+    assert len(contexts) == 40
+    sources = [asked.sources for i in range(40) for asked in contexts.draw(0, i).asked]
+    assert sum(bool(found) for found in sources) > 10
+    with pytest.raises(ProjectError, match="no training questions"):
+        Contexts(replace(collection, train=[]), bm25, config)
+
+
+def test_worked_examples_are_training_questions(world, config):
+    collection, _ = world
+    config = replace(config, reader=replace(config.reader, examples=4))
+    examples = worked_examples(collection, config)
+    asked = {question.text for question in collection.train}
+    tested = {question.text for split in ("validation", "test") for question in collection.questions(split)}
+    assert len(examples) == 4 and {example.question for example in examples} <= asked - tested
+    for example in examples:
+        (place,) = example.sources
+        assert example.answer in example.passages[place].text
+        assert not any(example.answer in p.text for i, p in enumerate(example.passages) if i != place)
+    assert {example.sources for example in examples} == {(0,), (1,)}
+    assert worked_examples(Collection("mine", Passages([Passage("a", "b")])), config)[0].question.startswith("When")
+
+
+# -- trees -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [tiny_lm.llama, tiny_lm.gpt2])
+def test_the_loss_of_a_tree_is_that_of_its_prompts(make):
+    model = make().double()
+    rng = np.random.default_rng(0)
+
+    def ids(count):
+        return [int(i) for i in rng.integers(5, 300, count)]
+
+    trunk = ids(12)
+    groups = [
+        ([trunk + ids(4), trunk + ids(7), trunk + ids(1)], [ids(3), ids(1), ids(2)]),
+        ([ids(6)], [ids(2)]),  # a single prompt
+        ([[7, 8, 9], [7, 8, 9]], [[4], [5, 6]]),  # twice the same one
+    ]
+    total = count = 0.0
+    for prompts, answers in groups:
+        for prompt, answer in zip(prompts, answers):
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+            total += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+            count += len(answer)
+    trees = [grow(*group) for group in groups]
+    assert len(trees[0].ids) == 12 + (4 + 3) + (7 + 1) + (1 + 2)
+    together = tree_loss(model, collate(trees, 0, torch.device("cpu")))
+    assert together.item() == pytest.approx(total / count, abs=1e-6)
+    together.backward()
+    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None)
+
+
+def test_only_answers_are_learned():
+    tree = grow([[1, 2, 3, 4], [1, 2, 5, 6]], [[7, 8], [9]])
+    assert tree.ids == [1, 2, 3, 4, 7, 8, 5, 6, 9]
+    assert tree.positions == [0, 1, 2, 3, 4, 5, 2, 3, 4]
+    assert tree.targets == [NONE, NONE, NONE, 7, 8, NONE, NONE, 9, NONE]
+    assert tree.keep == 6
+
+
+def test_a_row_is_the_prompt_that_the_reader_will_see(world, config):
+    collection, bm25 = world
+    with Run(config, Options("train")) as run:
+        task = LanguageModelTask(config, run)
+        contexts = Contexts(collection, bm25, config)
+        reader = task.reader()
+        for index in range(12):
+            context = contexts.draw(0, index)
+            tree = task.row(context)
+            answers = "".join(task.tokenizer.decode([t for t in tree.targets if t != NONE])).split("\n")[:-1]
+            assert len(answers) == len(context.asked)
+            for branch, (asked, answer) in enumerate(zip(context.asked, answers), start=1):
+                prompt = reader.prompter.build(asked.question, context.passages)
+                at = [i for i, number in enumerate(tree.branches) if number in (0, branch)]
+                whole = reader.prompter.prefix + prompt.ids
+                assert [tree.ids[i] for i in at][: len(whole)] == whole
+                cited = "".join(f" [{place + 1}]" for place in sorted(asked.sources))
+                assert answer == f" {asked.answer or 'unknown'}{cited}"
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_one_batch_by_heart(world, config):
+    collection, bm25 = world
+    config = replace(config, reader_train=replace(config.reader_train, rank=16, batch_size=1, window=20))
+    with Run(config, Options("train")) as run:
+        task = LanguageModelTask(config, run)
+        batch = Batches(task, Contexts(collection, bm25, config), config).at(1)
+        optimizer = torch.optim.Adam(trained(task.model), 1e-2)
+        losses = []
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = task.loss(task.model, batch)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[0] > 4 and losses[-1] < 0.5, losses[::6]
+
+
+def test_batches_have_similar_lengths_and_every_context(world, config):
+    collection, bm25 = world
+    with Run(config, Options("train")) as run:
+        task = LanguageModelTask(config, run)
+    contexts = Contexts(collection, bm25, config)
+    batches = Batches(task, contexts, config)
+    rows = [row for window in range(-(-batches.per_epoch // 16)) for rows in batches.plan(0, window) for row in rows]
+    assert len(rows) >= 0.9 * batches.per_epoch * 3
+    spread = [max(len(t.ids) for t in rows) - min(len(t.ids) for t in rows) for rows in batches.plan(0, 0)]
+    lengths = [len(tree.ids) for rows in batches.plan(0, 0) for tree in rows]
+    assert np.mean(spread) < 0.3 * (max(lengths) - min(lengths))
+
+
+def test_a_run_goes_on_exactly(config, tmp_path):
+    def run(name, *stages):
+        for number, steps in enumerate(stages):
+            settings = replace(config.reader_train, steps=steps, decay="constant", warmup=0, dropout=0.1)
+            this = replace(config, run_dir=str(tmp_path / name), reader_train=settings)
+            assert status(train, this, Options("train", resume=number > 0)) == 0
+        folder = tmp_path / name / "reader"
+        rows = [
+            {key: value for key, value in row.items() if not key.endswith("_per_second") and key != "time"}
+            for row in read_metrics(folder / "metrics.jsonl")
+        ]
+        return Checkpoints(folder / "checkpoints").load_newest(), rows, folder
+
+    whole, lines, folder = run("whole", 4)
+    parts, again, _ = run("parts", 1, 3, 4)
+    assert set(whole["parts"]["model"]) == set(parts["parts"]["model"]) and whole["step"] == 4
+    for name, tensor in whole["parts"]["model"].items():
+        assert torch.equal(tensor, parts["parts"]["model"][name]), name
+    assert all("lora" in name for name in whole["parts"]["model"]), "only the adapter is kept"
+    assert [line["loss"] for line in lines] == [line["loss"] for line in again]
+    size = sum(path.stat().st_size for path in (folder / "adapter").iterdir())
+    assert size < 200_000 and (folder / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_a_finetuned_reader_is_used_as_it_was_trained(config, tmp_path):
+    settings = replace(config.reader_train, steps=1, decay="constant", validate_every=1, validation_questions=3)
+    config = replace(config, reader_train=settings)
+    config = replace(config, reader=replace(config.reader, abstain="nothing"))
+    assert status(train, config, Options("train")) == 0
+    (row,) = read_metrics(tmp_path / "run/reader/metrics.jsonl")
+    assert 0 <= row["val_em"] <= row["val_f1"] <= 1
+    asked = replace(config, reader=ReaderConfig(model="elsewhere", passages=1, answer_tokens=5))
+    reader, name = open_reader(asked, torch.device("cpu"), torch.float32)
+    assert "finetuned" in name and reader.config.abstain == "nothing" and reader.config.passages == 1
+    base = tiny_lm.llama()
+    merged = reader.decoder.model
+    assert not torch.equal(base.model.layers[0].mlp.up_proj.weight, merged.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(base.lm_head.weight, merged.lm_head.weight)
+    assert reader.answer(["Who?"], [[Passage("a", "Mira Tolle.")]])[0].passages
+
+
+def test_peoples_mistakes(config, capsys):
+    assert status(train, replace(config, reader=replace(config.reader, neutralise=False)), Options("train")) == 2
+    assert "reader.neutralise" in capsys.readouterr().err
+    assert status(train, config, Options("train", dry_run=True)) == 0
+    assert "contexts" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="window"):
+        resolve(Config, None, ["reader_train.window=5"])
+
+
+def test_the_help_names_the_program(capsys):
+    with pytest.raises(SystemExit):
+        load(Config, "rag", "train", ["--help"], program="train_reader")
+    assert "python -m rag.train_reader" in capsys.readouterr().out
+
+
+def test_encoder_decoders_are_refused(config, tmp_path, capsys):
+    folder = tiny_lm.save(tmp_path / "t5", tiny_lm.t5())
+    assert status(train, replace(config, reader=replace(config.reader, model=str(folder))), Options("train")) == 2
+    assert "decoder-only" in capsys.readouterr().err
+    assert Question("a", "b").relevant == []
