@@ -230,7 +230,6 @@ def pipeline_rate(config: Config, batch: int, batches: int, side: int) -> float:
     """Pairs per CPU-second that one process decodes or draws, crops and tokenises, as `clip.train` does."""
     from clip.data import batches as make_batches
     from clip.data import load_splits
-
     from clip.images import Preprocess
     from clip.pretrained import IMAGE_MEAN, IMAGE_STD
     from clip.towers import build_tokenizer

@@ -31,7 +31,7 @@ WITHOUT_RUN = ("index",)  # programs that need no run to begin with: their setti
 
 # what may differ between a run and its --resume without a word
 FREE_KEYS = ("run_dir", "data_root", "device", "compile", "keep_last", "keep_every", "tensorboard", "wandb")
-FREE_SECTIONS = ("sample", "eval", "encode", "decode", "generate", "merge", "plan")
+FREE_SECTIONS = ("sample", "eval", "encode", "decode", "generate", "merge", "plan", "answer", "ask", "serve")
 
 
 class ConfigError(ValueError):

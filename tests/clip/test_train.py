@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from clip.data import batches, load_splits
 
 from clip.contrastive import contrastive_loss
+from clip.data import batches, load_splits
 from clip.load import load_run
 from clip.model import Output
 from clip.towers import build_towers
