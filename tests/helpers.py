@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import importlib
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +74,12 @@ def train(config: Config, **options: Any) -> int:
 def command(project: str, mode: str, *words: str) -> int:
     """`python -m <project>.<mode> <words>` in this process; its exit status."""
 
-    def program() -> None:
+    def call() -> None:
         config, options = load(schema_of(project), project, mode, list(words))
         module = importlib.import_module(f"{project}.{mode}")
         getattr(module, "train" if mode == "train" else "main")(config, options)
 
-    return status(program)
+    return status(call)
 
 
 def status(main: Any, *args: Any) -> int:
@@ -99,29 +104,62 @@ def torchrun(module: str, *words: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-PAIR = """
-import os, runpy, socket, sys
-import torch._dynamo  # PyTorch, and what DistributedDataParallel loads when it is first used
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-ranks = []
-for rank in range(2):
-    ranks.append(os.fork())
-    if not ranks[-1]:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-        del sys.argv[0]
+SEED = """
+import json, os, runpy, sys
+import torch._dynamo  # PyTorch, and what its optimizers and DistributedDataParallel load when they are first used
+for line in sys.stdin:
+    words, out, err, environments = json.loads(line)
+    running = []
+    for environment in environments:
+        running.append(os.fork())
+        if running[-1]:
+            continue
+        for number, path in ((0, os.devnull), (1, out), (2, err)):
+            os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), number)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = words
+        sys.orig_argv = ["python", "-m", *words]
         sys.path.insert(0, os.getcwd())
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        os._exit(0)
-sys.exit(max(abs(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) for pid in ranks))
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        sys.exit()  # as the interpreter ends
+    print(max(abs(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) for pid in running), flush=True)
 """
 
 
+@functools.cache
+def seed_process() -> subprocess.Popen[str]:
+    """A process that has loaded PyTorch, which costs seconds, and from which programs are forked."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", SEED], cwd=ROOT, env=environment(), stdin=pipe, stdout=pipe, text=True
+    )
+    atexit.register(process.communicate)  # the end of its input is its own
+    return process
+
+
+def program(*words: str, environments: Sequence[dict[str, str]] = ({},)) -> subprocess.CompletedProcess[str]:
+    """`python -m <words>` in a process of its own, forked from one that has PyTorch already; one for each of the
+    environments, side by side.
+    """
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        request = [words, out.name, err.name, [environment() | more for more in environments]]
+        seed = seed_process()
+        print(json.dumps(request), file=seed.stdin, flush=True)
+        status = int(seed.stdout.readline())
+        return subprocess.CompletedProcess(words, status, out.read(), err.read())
+
+
 def two_processes(module: str, *words: str) -> None:
-    """The same as `torchrun` does, in a third of the time: PyTorch is loaded once, and the two are forked."""
-    done = python("-c", PAIR, module, *words)
+    """The same as `torchrun` does, in a quarter of the time."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [
+        {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for rank in range(2)
+    ]
+    done = program(module, *words, environments=ranks)
     assert done.returncode == 0, done.stderr
 
 

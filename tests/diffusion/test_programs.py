@@ -18,7 +18,7 @@ from common.checkpoint import Checkpoints, read_weights
 from common.config import Options, load
 from common.run import Run
 from diffusion.config import Config
-from tests.helpers import DIGITS, TINY, errors, python, status, stop_in_step, tiny, train
+from tests.helpers import DIGITS, TINY, errors, program, status, stop_in_step, tiny, train
 
 QUICK = [
     "eval.num_samples=24",
@@ -33,8 +33,7 @@ QUICK = [
 def trained(tmp_path_factory):
     """A run of two steps, made by the command line, and the data folder in which evaluations keep their classifier."""
     folder = tmp_path_factory.mktemp("programs")
-    result = python(
-        "-m",
+    result = program(
         "diffusion.train",
         "--config",
         str(DIGITS),
@@ -153,9 +152,7 @@ def test_weights_of_another_objective_are_refused(word, run_dir, capfd):
 
 
 def test_sampling_as_a_process(run_dir):
-    result = python(
-        "-m", "diffusion.sample", "--run", str(run_dir), "sample.guidance=2", "sample.steps=3", "sample.count=8"
-    )
+    result = program("diffusion.sample", "--run", str(run_dir), "sample.guidance=2", "sample.steps=3", "sample.count=8")
     assert result.returncode == 0, result.stderr
     names = {path.name.split("_")[0]: path for path in (run_dir / "figures").iterdir()}
     assert names.keys() == {"grid", "interpolation", "filmstrip", "denoising"}

@@ -20,7 +20,7 @@ from common.report import read_run
 from gnn.task import Task
 from gnn.train import Best
 from tests.gnn.helpers import KARATE, config, evaluate, train
-from tests.helpers import ROOT, command, environment, python, same, stop_in_check, two_processes
+from tests.helpers import ROOT, command, environment, program, same, stop_in_check, two_processes
 
 SMALL = ("train.steps=6", "train.seeds=3", "train.log_every=1", "eval.figures=false")
 
@@ -198,13 +198,13 @@ def test_the_first_process_decides_what_is_kept(tmp_path):
 
 def test_commands_as_a_person_types_them(tmp_path):
     run_dir = f"run_dir={tmp_path / 'run'}"
-    dry = python("-m", "gnn.train", "--config", "configs/gcn_karate.yaml", "--dry-run")
+    dry = program("gnn.train", "--config", "configs/gcn_karate.yaml", "--dry-run")
     assert dry.returncode == 0
     assert "34 nodes, 78 edges" in dry.stdout
     assert "parameters" in dry.stdout
-    done = python("-m", "gnn.train", "--config", "configs/gcn_karate.yaml", *SMALL, run_dir)
+    done = program("gnn.train", "--config", "configs/gcn_karate.yaml", *SMALL, run_dir)
     assert done.returncode == 0, done.stderr
-    tested = python("-m", "gnn.eval", "--run", str(tmp_path / "run"))
+    tested = program("gnn.eval", "--run", str(tmp_path / "run"))
     assert tested.returncode == 0, tested.stderr
     result = json.loads(tested.stdout.splitlines()[-1])
     assert result == json.loads((tmp_path / "run/eval.json").read_text())

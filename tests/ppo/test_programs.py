@@ -25,7 +25,7 @@ from ppo.config import Config
 from ppo.environments.registry import make_vector
 from ppo.environments.vectors import LocalVector
 from ppo.playing.play import Policy, play
-from tests.helpers import ROOT, command, errors, python, same, stop_in_check
+from tests.helpers import ROOT, command, errors, program, python, same, stop_in_check
 from tests.ppo.helpers import TINY, UPDATES, Counting, config, evaluate, log, train, two_processes, weights
 
 NORMAL = (
@@ -47,9 +47,9 @@ def trained(tmp_path_factory):
 def test_commands_as_a_person_types_them(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     words = ("--config", "configs/ppo_cartpole.yaml", *TINY, f"run_dir={tmp_path / 'run'}")
-    done = python("-m", "ppo.train", *words)
+    done = program("ppo.train", *words)
     assert done.returncode == 0, done.stderr
-    tested = python("-m", "ppo.eval", "--run", str(tmp_path / "run"), "eval.episodes=3")
+    tested = program("ppo.eval", "--run", str(tmp_path / "run"), "eval.episodes=3")
     assert tested.returncode == 0, tested.stderr
     result = json.loads(tested.stdout.splitlines()[-1])
     assert result == json.loads((tmp_path / "run/eval.json").read_text())

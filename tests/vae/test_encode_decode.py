@@ -23,7 +23,7 @@ from common.config import resolve
 from common.images import read_digits
 from common.latents import Latents, read_latents
 from common.program import load_program
-from tests.helpers import ROOT, environment, errors, python, same
+from tests.helpers import ROOT, environment, errors, program, same
 from tests.vae.tiny import MODELS, call, train
 from vae.config import Config
 from vae.data import load_images
@@ -270,13 +270,12 @@ def test_latents_are_needed(plain, capsys):
 def test_as_processes(plain, tmp_path):
     """The commands of the README; a foreign archive with nothing but codes is decoded as well."""
     out = tmp_path / "codes"
-    result = python("-m", "vae.encode", "--run", str(plain), "--out", str(out), "encode.split=test")
+    result = program("vae.encode", "--run", str(plain), "--out", str(out), "encode.split=test")
     assert result.returncode == 0, result.stderr
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["scale"] > 0 and manifest["key"]["latents"] == 3
     np.savez(tmp_path / "own.npz", codes=np.zeros((2, 3)))
     words = [
-        "-m",
         "vae.decode",
         "--run",
         str(plain),
@@ -285,6 +284,6 @@ def test_as_processes(plain, tmp_path):
         "--out",
         str(tmp_path / "o"),
     ]
-    result = python(*words)
+    result = program(*words)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in (tmp_path / "o").glob("*.png")} == {"00000000.png", "00000001.png"}

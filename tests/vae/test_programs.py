@@ -15,7 +15,7 @@ import vae.train
 from common.checkpoint import Checkpoints
 from common.config import ConfigError, Options, load, resolve
 from common.logging import read_metrics
-from tests.helpers import ROOT, command, errors, python, same, status, stop_in_step, two_processes
+from tests.helpers import ROOT, command, errors, program, same, status, stop_in_step, two_processes
 from vae.config import Config
 from vae.load import build_model
 
@@ -95,7 +95,7 @@ def test_training_leaves_everything(tmp_path, capsys):
     for name in ("config.yaml", "env.json", "metrics.jsonl", "model.safetensors", "checkpoints/00000002.pt"):
         assert (run / name).stat().st_size > 0
     assert (run / "samples/prior_00000002.png").is_file()
-    result = python("-m", "vae.eval", "--run", str(run), *QUICK)
+    result = program("vae.eval", "--run", str(run), *QUICK)
     assert result.returncode == 0, result.stderr
     last = json.loads(result.stdout.splitlines()[-1])
     assert last == json.loads((run / "eval.json").read_text())
@@ -108,7 +108,7 @@ def test_training_leaves_everything(tmp_path, capsys):
 
 
 def test_dry_run(tmp_path):
-    result = python("-m", "vae.train", "--config", str(DIGITS), *TINY, "--dry-run", f"run_dir={tmp_path / 'run'}")
+    result = program("vae.train", "--config", str(DIGITS), *TINY, "--dry-run", f"run_dir={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr
     assert "parameters, a code of 2 numbers" in result.stdout
     assert not (tmp_path / "run").exists()
