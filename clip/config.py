@@ -58,6 +58,7 @@ class DataConfig:
         require(self.scenes % self.family == 0, "data.scenes", f"must be a multiple of data.family={self.family}")
         require(needs_folder or not self.folder, "data.folder", "is for data.dataset=folder or webdataset")
         if self.dataset == "scenes":
+            require(self.max_images == 0, "data.max_images", "is for images on a disk; scenes have data.scenes")
             require(not self.flip, "data.flip", "would make the captions of scenes wrong: they say left and right")
             require(self.crop == 1, "data.crop", "would cut off objects that the captions of scenes speak of")
         require(
@@ -327,6 +328,12 @@ class Config(BaseConfig):
             self.data.views == 1 or (self.model.image.kind == "pretrained" and self.model.image.unlock >= 0),
             "data.views",
             "are cached features of a locked tower; a trained tower sees a new crop each time (data.crop, data.flip)",
+        )
+        varied = 1 + self.data.flip + (self.data.crop < 1)
+        require(
+            self.model.image.kind != "pretrained" or self.model.image.unlock == -1 or self.data.views >= varied,
+            "data.views",
+            f"must be at least {varied} with a locked tower: the image, and one for each of data.flip and data.crop",
         )
         require(
             self.data.dataset != "scenes" or self.model.image.kind != "pretrained" or self.model.image.unlock == -1,

@@ -261,6 +261,12 @@ def test_families_stay_together():
     assert bases >= 8  # scenes of one group have too few variants
 
 
+def test_one_group_is_no_column():
+    """It would look like the same group in a row, and one of the two captions would count as a mistake."""
+    members = [scene for i in range(10) for scene in Scenes(0, groups=1).family(i, 20)]
+    assert {scene.layout for scene in members} == {"row"} and len(members) >= 40
+
+
 def test_an_image_is_prepared_alike_as_picture_and_as_tensor():
     image = picture(0, 16)  # 24 x 16
     as_picture = PREPROCESS(image)

@@ -202,6 +202,12 @@ def test_pretrained_layers_learn_at_their_own_rate(lit):
         assert scale[id(parameter)] == (0.25 if old else 1.0), name
 
 
+def test_what_would_do_nothing_is_refused(lit):
+    """A locked tower sees only what was cached: with one view there is no mirror image."""
+    with pytest.raises(ConfigError, match=r"data.views: must be at least 3"):
+        lit("data.views=2")
+
+
 def test_own_towers_beside_locked_ones(lit, tmp_path):
     """A locked image tower with an own text tower, and the reverse, as the paper compares them."""
     config = lit("model.text.unlock=-1", "train.steps=2")

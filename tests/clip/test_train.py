@@ -126,6 +126,7 @@ def test_smoothing_gives_every_column_its_share():
         (["model.loss=sigmoid", "train.label_smoothing=0.1"], "train.label_smoothing"),
         (["data.dataset=folder", "data.tokenizer=clip"], "data.folder"),
         (["data.family=3", "data.scenes=64"], "data.scenes"),
+        (["data.max_images=5"], "data.max_images"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, words, key, capsys):
