@@ -32,7 +32,7 @@ from torch import nn
 from common.errors import ProjectError, exits_cleanly
 from common.pretrained import find
 from common.runtime import choose_device, choose_precision
-from lora.adapters import find_targets, kind_of
+from lora.targets import find_targets, kind_of
 from lora.model import Llama, LlamaShape, read_settings, read_shape
 from lora.model.files import settings_of
 from lora.model.frugal import LONGEST
