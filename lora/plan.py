@@ -32,7 +32,7 @@ from torch import nn
 from common.errors import ProjectError, exits_cleanly
 from common.pretrained import find
 from common.runtime import choose_device, choose_precision
-from lora.adapters import find_targets, kind_of
+from lora.targets import find_targets, kind_of
 from lora.model import Llama, LlamaShape, read_settings, read_shape
 from lora.model.files import settings_of
 from lora.model.frugal import LONGEST
@@ -68,6 +68,7 @@ class Plan:
         optimizer: its moments.
         activations: kept from the forward to the backward pass.
         moment: the most that exists for a moment only.
+        accumulates: whether gradients of earlier microbatches are there while a later one is at its peak.
         exact: whether activations are counted from the code, and not estimated.
     """
 
@@ -77,13 +78,21 @@ class Plan:
     optimizer: int
     activations: int
     moment: int
+    accumulates: bool
     exact: bool
 
     @property
     def peak(self) -> int:
-        """The most there is at once: gradients come as activations go, so only the larger of the two counts."""
-        standing = self.base + self.adapters + self.optimizer
-        return standing + max(self.activations + self.moment, self.gradients + self.moment)
+        """The most there is at once. In a step of one microbatch gradients come as activations go, so only the larger of
+        the two counts.
+        """
+        both = self.activations + self.gradients if self.accumulates else max(self.activations, self.gradients)
+        return self.base + self.adapters + self.optimizer + both + self.moment
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by name."""
+        return {name: value for name, value in asdict(self).items() if name not in ("accumulates", "exact")}
 
 
 @exits_cleanly
@@ -91,9 +100,8 @@ def main(config: Config, options: Options) -> None:
     """Print the plan of a config as a table, then as JSON on one line."""
     plan = make_plan(config)
     table = Table("part", "GiB", title=f"one step of {config.model.name}, {config.model.quantize} weights")
-    for name, value in asdict(plan).items():
-        if name != "exact":
-            table.add_row(name, f"{value / GIB:.2f}")
+    for name, value in plan.parts.items():
+        table.add_row(name, f"{value / GIB:.2f}")
     table.add_row("peak", f"{plan.peak / GIB:.2f}", style="bold")
     console = Console()
     console.print(table)
@@ -108,7 +116,7 @@ def describe_memory(config: Config) -> list[str]:
         plan = make_plan(config)
     except ProjectError as error:
         return [f"no plan of the memory: {error}"]
-    parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in asdict(plan).items() if name != "exact")
+    parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in plan.parts.items())
     return [f"memory in GiB: {parts}; peak {plan.peak / GIB:.2f}", *remarks(plan, config)]
 
 
@@ -156,6 +164,9 @@ def make_plan(config: Config) -> Plan:
         kept, moment = estimated_activations(settings, config, tokens, size)
     if config.train.method == "full" and size < 4:
         kept += count(model) * size  # autocast keeps its copy of the weights until the step's end
+    if config.train.method == "lora" and size < 4:  # A and B as they are multiplied, rounded to the type of the rest
+        layers = model.shape.layers if isinstance(model, Llama) and config.train.checkpointing else 1
+        kept += adapters * size // layers
     counted = isinstance(model, Llama) and config.train.method == "lora" and not config.adapter.dora
     return Plan(
         base=base,
@@ -164,6 +175,7 @@ def make_plan(config: Config) -> Plan:
         optimizer=moments * learning,
         activations=kept,
         moment=moment,
+        accumulates=rows_at_once(config) < config.train.batch_size,
         exact=counted,
     )
 

@@ -110,7 +110,12 @@ def train(config: Config, options: Options) -> None:
             run.log(step, config.train.log_every, batches.units(), **shown)
             if run.save_due(step, config.train.save_every):
                 run.save(step, **parts)
-        if run.is_main and not sharded:
+        if run.is_main:
+            if sharded:  # no process has the whole base: read it once more
+                state = Learned(model).state_dict()
+                base = load_base(config, run, source.num_classes)
+                prepare(base, config)
+                Learned(base.model).load_state_dict(state)
             export(config, run, base)
 
 

@@ -46,10 +46,8 @@ def shard_model(objective: nn.Module, run: Run) -> nn.Module:
 
     mesh = init_device_mesh(run.device.type, (run.world,))
     small = {parameter for parameter in objective.parameters() if parameter.requires_grad}
-    with torch.no_grad():
-        for parameter in small:
-            parameter.data = parameter.data.to(run.device)
-            dist.broadcast(parameter.data, 0)
+    for parameter in small:  # equal in all processes from the start: drawn by the seed
+        parameter.data = parameter.data.to(run.device)
     for block in blocks_of(objective):
         fully_shard(block, mesh=mesh, ignored_params=small)
     fully_shard(objective, mesh=mesh, ignored_params=small)

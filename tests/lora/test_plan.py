@@ -39,6 +39,8 @@ CASES = {
     "bfloat16": ["precision=bf16"],
     "long chunks": ["train.loss_chunk=4096"],
     "large rank": ["adapter.rank=64"],
+    "large rank in parts": ["adapter.rank=64", "train.microbatch=1"],
+    "large rank in bfloat16": ["adapter.rank=64", "precision=bf16"],
 }
 
 

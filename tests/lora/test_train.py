@@ -207,11 +207,13 @@ def test_a_dry_run_loads_no_weights(base, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_two_processes_learn_what_one_does(base, tmp_path):
-    words = [*SETTINGS, f"model.name={base}", "train.lr=0.01"]
+@pytest.mark.parametrize("sharding", ["none", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_processes_learn_what_one_does(base, tmp_path, sharding):
+    words = [*SETTINGS, f"model.name={base}", "train.lr=0.01", f"train.sharding={sharding}"]
     (tmp_path / "c.yaml").write_text("seed: 0\n")
     assert train(base, tmp_path / "one", "train.lr=0.01") == 0
     two_processes("lora.train", "--config", str(tmp_path / "c.yaml"), f"run_dir={tmp_path / 'two'}", *words)
+    assert (tmp_path / "two/adapter/adapter_config.json").is_file()
     expected = learned(tmp_path / "one")
     for key, value in learned(tmp_path / "two").items():
         torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=1e-3, msg=key)
