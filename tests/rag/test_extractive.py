@@ -45,7 +45,7 @@ SETTINGS = [
     "model.vocabulary=400",
     "model.dropout=0",
     "model.query_length=32",
-    "model.passage_length=64",
+    "model.passage_length=160",
     "reader_train.batch_size=2",
     "reader_train.steps=3",
     "reader_train.lr=1e-3",
@@ -77,7 +77,7 @@ def test_places_of_answers_are_places_in_the_text(tokenizer):
     for row in range(2):
         first, last = spans[row].tolist()
         begin, end = int(pairs.offsets[row, first, 0]), int(pairs.offsets[row, last, 1])
-        assert texts[row][begin:end] == answers[row]
+        assert texts[row][begin:end].strip() == answers[row]  # byte-level tokens take the space before them in
         assert pairs.allowed[row, first] and first > 0
     assert spans[2:].tolist() == [[0, 0], [0, 0]]
     ids = pairs.tokens["input_ids"]
@@ -175,12 +175,12 @@ def test_it_learns_two_contexts_by_heart_and_says_them(config):
         batch = task.collate([task.row(context) for context in drawn])
         optimizer = torch.optim.Adam(task.model.parameters(), 3e-3)
         task.model.train()
-        for _ in range(130):
+        for _ in range(220):
             optimizer.zero_grad()
             loss = task.loss(task.model, batch)
             loss.backward()
             optimizer.step()
-        assert loss.item() < 0.2
+        assert loss.item() < 0.05
         task.model.eval()
         asked = [(asked, context.passages) for context in drawn for asked in context.asked]
         assert any(item.sources for item, _ in asked)
