@@ -34,7 +34,9 @@ def test_constraints_name_every_direct_dependency_and_fit():
 def test_every_project_is_installed():
     assert {f"{name}*" for name in find_projects()} <= set(PROJECT["tool"]["setuptools"]["packages"]["find"]["include"])
     assert (ROOT / "common/report/templates/report.html.j2").is_file()
-    assert PROJECT["tool"]["setuptools"]["package-data"] == {"common.report": ["templates/*"]}
+    folders = [path for name in ("common", *find_projects()) for path in (ROOT / name).rglob("templates")]
+    packages = {".".join(path.relative_to(ROOT).parent.parts): ["templates/*"] for path in folders}
+    assert PROJECT["tool"]["setuptools"]["package-data"] == packages
 
 
 def test_the_workflow_calls_what_a_clone_calls():
