@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from rag.search.retriever import Dense, Lexical, Retriever
 from rag.search.vectors import VectorFiles, VectorIndex
 
 Array = np.ndarray[Any, Any]
+Mode = Literal["bm25", "dense", "hybrid"]
 # which the plain metric names, without an arm's, are of: the last of these that was measured
 ORDER = ("bm25", "zero_shot", "trained", "hybrid", "reranked")
 
@@ -65,7 +66,7 @@ def build_arms(
         vectors = open_vectors(collection, config, run, embedder, run.folder / "vectors")
 
     def arm(
-        mode: str, dense: Dense | None = None, by: Embedder | None = None, last: Reranker | None = None
+        mode: Mode, dense: Dense | None = None, by: Embedder | None = None, last: Reranker | None = None
     ) -> Retriever:
         settings = replace(config.search, mode=mode)
         return Retriever(passages, settings, words, dense, by, last, config.rerank)
@@ -151,7 +152,7 @@ def measure(arm: Retriever, questions: Sequence[Question], config: Config, track
 def score(question: Question, rows: Array, arm: Retriever, config: Config) -> dict[str, float]:
     """Every measure of one ranking."""
     found = [arm.passages[int(row)] for row in rows if row >= 0]
-    scores = {}
+    scores: dict[str, float] = {}
     if question.gold:
         scores |= score_ranking([passage.id for passage in found], question.gold, config.eval.cutoffs)
     if question.answers:

@@ -122,8 +122,8 @@ def summarise(results: dict[str, Result], questions: list[Question], config: Con
         metrics |= {f"{metric}_{name}": float(np.nanmean(value)) for metric, value in result.each.items()}
     for better, worse in COMPARED:
         if better in results and worse in results and judged.sum() >= 2:
-            pair = (results[arm].each[main_metric][judged] for arm in (better, worse))
-            compared = paired_bootstrap(*map(list, pair), resamples=config.eval.resamples)
+            first, second = (results[arm].each[main_metric][judged].tolist() for arm in (better, worse))
+            compared = paired_bootstrap(first, second, config.eval.resamples)
             metrics |= {f"{better}_over_{worse}_{key}": value for key, value in compared.items()}
     kinds = sorted({question.kind for question in questions} - {""})
     for kind in kinds if len(kinds) > 1 else []:

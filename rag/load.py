@@ -48,7 +48,7 @@ def quiet() -> None:
     """No progress bars of transformers for what takes a moment."""
     from transformers.utils import logging as wordy
 
-    wordy.disable_progress_bar()  # type: ignore[no-untyped-call]
+    wordy.disable_progress_bar()
 
 
 def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:

@@ -81,7 +81,7 @@ def train(config: Config, options: Options) -> None:
                 "grad_norm": grad_norm,
                 "lr": optimizer.param_groups[0]["lr"],
             }
-            if run.due(step, config.train.validate_every) and not run.stopping:
+            if run.due(step, config.train.validate_every):
                 shown |= validation.measure(model, tokenizer, run)
             run.log(step, config.train.log_every, {"questions": config.train.batch_size}, **shown)
             if run.save_due(step, config.train.save_every):

@@ -153,14 +153,14 @@ def ask(world: World, item: Entity) -> list[Question]:
                     "one_hop",
                 )
             )
-    for (first, second), templates in words.TWO_HOPS.items():
+    for (first, second), wordings in words.TWO_HOPS.items():
         if first in item.facts:
             between = world.by_name[item.facts[first]]
             gold = {world.source(item, first): 1, world.source(between, second): 1}
             questions.append(
                 Question(
                     f"{item.split}/{between.number}/{second}/{item.number}/{first}",
-                    wording(templates).format(s=item.name),
+                    wording(wordings).format(s=item.name),
                     (between.facts[second],),
                     gold,
                     item.name,

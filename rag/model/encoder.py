@@ -146,7 +146,7 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)  # type: ignore[no-untyped-call]
+        inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ProjectError(f"{folder} has no tokenizer that can be read: {first_line(error)}") from None
     if inner.pad_token is None:
@@ -197,7 +197,7 @@ def build_model(config: ModelConfig, vocabulary: int, weights: bool = True) -> E
     """
     network = scratch_network(config, vocabulary) if config.name == SCRATCH else named_network(config, weights)
     if getattr(network, "pooler", None) is not None:
-        network.pooler = None  # of next-sentence prediction; of no use here
+        network.register_module("pooler", None)  # of next-sentence prediction; of no use here
     kind = Encoder if config.kind == "bi_encoder" else CrossEncoder
     return kind(network, config.pooling)
 

@@ -110,8 +110,7 @@ class VectorIndex:
 
     def build(self, seed: int = 0, track: Any = iter) -> VectorIndex:
         """Make the graph or the cells from the files; nothing for `flat`. Returns itself."""
-        import faiss
-
+        faiss = library()
         dimension = self.files.dimension
         if self.config.kind == "hnsw":
             self._faiss = faiss.IndexHNSWFlat(dimension, self.config.hnsw_links, faiss.METRIC_INNER_PRODUCT)
@@ -122,8 +121,7 @@ class VectorIndex:
         return self
 
     def _train_cells(self, seed: int) -> Any:
-        import faiss
-
+        faiss = library()
         check_bytes(self.config, self.files.dimension)
         count = len(self.files)
         cells = self.config.cells or max(1, round(4 * math.sqrt(count)))
@@ -164,8 +162,7 @@ class VectorIndex:
 
     def save(self, folder: Path) -> None:
         """Write what is beside the vectors: which rows are alive, and FAISS's index."""
-        import faiss
-
+        faiss = library()
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "alive.npy", self.alive, allow_pickle=False)
         if self._faiss is not None:
@@ -174,8 +171,7 @@ class VectorIndex:
     @classmethod
     def load(cls, folder: Path, files: VectorFiles, config: IndexConfig, growing: bool = False) -> VectorIndex:
         """The index of a folder. FAISS's part of IVF-PQ stays on the disk until it is read, unless it is to grow."""
-        import faiss
-
+        faiss = library()
         try:
             index = cls(files, config, np.load(folder / "alive.npy", allow_pickle=False))
             if config.kind != "flat":
@@ -223,8 +219,7 @@ class VectorIndex:
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
     def _search_flat(self, queries: Array, k: int) -> tuple[Array, Array]:
-        import faiss
-
+        faiss = library()
         size = max(1, self.config.memory_megabytes * 1_000_000 // (4 * self.files.dimension))
         best: list[tuple[Array, Array]] = []
         for start, block in self.files.blocks(size):
@@ -237,8 +232,7 @@ class VectorIndex:
         return merge_top([*best, nothing(len(queries)), nothing(len(queries))], len(queries), k)
 
     def _search_faiss(self, queries: Array, k: int) -> tuple[Array, Array]:
-        import faiss
-
+        faiss = library()
         wanted = min(len(self.files), max(k, self.config.rerank))
         selector = None if self.alive.all() else faiss.IDSelectorBitmap(np.packbits(self.alive, bitorder="little"))
         if self.config.kind == "hnsw":
@@ -253,6 +247,13 @@ class VectorIndex:
             scores = np.einsum("qd,qkd->qk", queries, vectors)
         scores = np.where(rows >= 0, scores, -np.inf).astype(np.float32)
         return merge_top([(scores, rows), nothing(len(queries))], len(queries), k)
+
+
+def library() -> Any:
+    """FAISS, whose own type hints do not know its search parameters."""
+    import faiss
+
+    return faiss
 
 
 def nothing(queries: int) -> tuple[Array, Array]:
