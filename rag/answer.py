@@ -2,8 +2,9 @@
 
     python -m rag.answer --run runs/rag_squad [reader.weights=base reader.passages=5 answer.num_questions=500 ...]
 
-Writes `answers.json`, `answers.jsonl` and `answers.csv` (what each arm said to each question, with sources), and
-`calibration.json`, the threshold of abstention for `rag.ask`; the last line of stdout is the content of `answers.json`.
+Writes `answers.json`, `answers.jsonl` and `answers.csv` (what each arm said to each question, with sources), with
+answer.label=base `answers-base.json` and so on, and into `calibration.json` the threshold of abstention for `rag.ask`;
+the last line of stdout is the content of `answers.json`.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
@@ -25,7 +26,7 @@ from rich.table import Table
 
 from common.config import require
 from common.errors import ProjectError, exits_cleanly
-from common.files import sha256, write_csv, write_json, write_text
+from common.files import read_json, sha256, write_csv, write_json, write_text
 from common.provenance import discard, made_by, output_hashes
 from common.run import Run
 from rag import answer_eval as measures
@@ -37,7 +38,6 @@ from rag.reader.reader import Reader
 from rag.reader.weights import ADAPTER, CALIBRATION, MARKER, find_reader
 from rag.search.retriever import Retriever
 
-OUTPUTS = ("answers.jsonl", "answers.csv")
 QUESTION_STREAM, CALIBRATION_STREAM = 7_500_011, 7_500_012
 
 
@@ -53,10 +53,12 @@ def main(config: Config, options: Options) -> None:
         run.display.say(f"reader: {name}; {len(questions)} questions")
         threshold = calibrate(reader, name, retriever, collection, config)
         metrics, arms = measure(reader, retriever, collection, questions, threshold, config, run)
-        discard(run.folder, OUTPUTS)
+        stem = f"answers-{config.answer.label}" if config.answer.label else "answers"
+        outputs = (f"{stem}.jsonl", f"{stem}.csv")
+        discard(run.folder, outputs)
         predictions = [measures.prediction(question, i, arms) for i, question in enumerate(questions)]
-        write_text(run.folder / "answers.jsonl", "".join(json.dumps(item) + "\n" for item in predictions))
-        write_csv(run.folder / "answers.csv", measures.flat(predictions))
+        write_text(run.folder / outputs[0], "".join(json.dumps(item) + "\n" for item in predictions))
+        write_csv(run.folder / outputs[1], measures.flat(predictions))
         result = {
             "project": "rag",
             "config": run.folder.name,
@@ -67,10 +69,10 @@ def main(config: Config, options: Options) -> None:
             "seconds": round(time.perf_counter() - started, 1),
             "split": config.answer.split,
             "precision": str(run.machine.amp_dtype or "float32").removeprefix("torch."),
-            "files": output_hashes(run.folder, OUTPUTS),
+            "files": output_hashes(run.folder, outputs),
             **made_by(config, [fingerprint(config, name)]),
         }
-        write_json(run.folder / "answers.json", result)
+        write_json(run.folder / f"{stem}.json", result)
         show(metrics, arms, f"{run.folder.name}: {name}")
         print(json.dumps(result), flush=True)
 
@@ -114,8 +116,9 @@ def calibrate(reader: Reader, name: str, retriever: Retriever, collection: Colle
     sure = np.array([answer.confidence for answer in found.answers])[there]
     unsure = np.array([answer.confidence for answer in removed.answers])
     threshold = measures.best_threshold(sure, unsure) if there.any() else 0.0
-    about = {"threshold": threshold, "reader": name, "answerable": int(there.sum()), "removed": len(unsure)}
-    write_json(Path(config.run_dir) / CALIBRATION, about)
+    path = Path(config.run_dir) / CALIBRATION
+    about = {"threshold": threshold, "answerable": int(there.sum()), "removed": len(unsure)}
+    write_json(path, read_json(path) | {name: about})  # of other readers: as it was
     return threshold
 
 

@@ -145,8 +145,8 @@ def measure_arms(arms: dict[str, Arm], questions: Sequence[Question], resamples:
     for better, worse in COMPARED:
         if better in arms and worse in arms and len(questions) >= 2:
             for measure in ("em", "f1"):
-                pair = [list(getattr(arms[name], measure)(questions)) for name in (better, worse)]
-                found = paired_bootstrap(*pair, resamples=resamples)
+                one, other = (getattr(arms[name], measure)(questions) for name in (better, worse))
+                found = paired_bootstrap(one, other, resamples)
                 metrics |= {f"{better}_over_{worse}_{measure}_{key}": value for key, value in found.items()}
     return metrics
 

@@ -346,6 +346,7 @@ class AnswerConfig:
     removed: bool = True  # also ask without the passages that have the answer: the reader should abstain
     edited: bool = True  # factworld: also ask with another answer in the right passage: the reader should follow
     poisoned: int = 0  # questions each of 30 hostile passages is tried on, with and without reader.neutralise
+    label: str = ""  # files are named answers-<label>.json, ..., so that those of another reader stay
     resamples: int = 10_000  # of the bootstrap
 
     def __post_init__(self) -> None:
@@ -353,6 +354,8 @@ class AnswerConfig:
         require(self.arms and set(self.arms) <= set(known), "answer.arms", f"must be of {', '.join(known)}")
         for name in ("num_questions", "calibration", "poisoned"):
             require(getattr(self, name) >= 0, f"answer.{name}", "must not be negative")
+        plain = self.label.replace("-", "").replace("_", "")
+        require(not plain or plain.isalnum(), "answer.label", "must be letters, digits, - and _")
         require(self.resamples >= 100, "answer.resamples", "must be at least 100")
 
 

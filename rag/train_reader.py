@@ -49,12 +49,9 @@ def train(config: Config, options: Options) -> None:
     if options.dry_run:
         return describe(config, contexts)
     with Run.start(config, options) as run:
-        task: Task[Any, Any]
-        task = (
-            LanguageModelTask(config, run) if config.reader.kind == "generative" else SpanTask(config, run, collection)
-        )
+        task = build_task(config, run, collection)
         optimizer = torch.optim.AdamW(trained(task.model), lr=settings.lr, weight_decay=settings.weight_decay)
-        parts = {"model": task.learned, "optimizer": optimizer}
+        parts: dict[str, Any] = {"model": task.learned, "optimizer": optimizer}
         done = run.resume(**parts)  # 0 when fresh
         net = run.prepare(task.model.train())
         batches = Batches(task, contexts, config)
@@ -83,6 +80,13 @@ def train(config: Config, options: Options) -> None:
             if run.save_due(step, settings.save_every):
                 run.save(step, **parts)
         task.export(run.folder)
+
+
+def build_task(config: Config, run: Run, collection: Collection) -> Task[Any, Any]:
+    """What reader.kind says is trained."""
+    if config.reader.kind == "extractive":
+        return SpanTask(config, run, collection)
+    return LanguageModelTask(config, run)
 
 
 def check(config: Config) -> None:

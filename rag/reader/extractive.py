@@ -255,7 +255,7 @@ class SpanTask:
 def build_spans(config: Config, vocabulary: int, weights: bool = True) -> SpanReader:
     """A reader on the encoder of the model section."""
     scratch = config.model.name == SCRATCH
-    network = scratch_network(config.model, vocabulary) if scratch else named_network(config.model, weights)
+    network: Any = scratch_network(config.model, vocabulary) if scratch else named_network(config.model, weights)
     if getattr(network, "pooler", None) is not None:
         network.pooler = None  # of no use here
     return SpanReader(network)

@@ -40,7 +40,7 @@ class Task(Protocol[ROW, BATCH]):
         learned: what a checkpoint holds of it.
     """
 
-    model: nn.Module
+    model: Any
     learned: Any
 
     def row(self, context: Context) -> ROW | None:
@@ -122,7 +122,7 @@ class Adapter:
         """The inverse. `ValueError` for matrices of another model."""
         from peft import set_peft_model_state_dict
 
-        result = set_peft_model_state_dict(self.model, state)
+        result: Any = set_peft_model_state_dict(self.model, state)
         own = self.state_dict()
         if result.unexpected_keys or set(own) != set(state):
             raise ValueError("the adapter is of another model")
@@ -194,7 +194,7 @@ class LanguageModelTask:
         """`adapter/` in peft's format: whole, or as it was."""
         # where the model was found on this machine says nothing to another
         self.model.peft_config["default"].base_model_name_or_path = self.config.model
-        write_folder(folder / ADAPTER, lambda path: self.model.save_pretrained(path, save_embedding_layers=False))
+        write_folder(folder / ADAPTER, lambda path: self.model.save_pretrained(str(path), save_embedding_layers=False))
 
 
 def trained(model: nn.Module) -> Iterator[nn.Parameter]:

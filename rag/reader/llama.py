@@ -95,7 +95,7 @@ def open_llama(config: ReaderConfig, examples: Sequence[Example]) -> GenerativeR
 
     file = find_gguf(config.model)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)  # type: ignore[no-untyped-call]
+        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = llama_cpp.Llama(str(file), n_ctx=0, verbose=False)  # 0: as many tokens as the model was trained with
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ProjectError(f"{file} cannot be read as a model: {first_line(error)}") from None

@@ -158,9 +158,9 @@ def calibrated(config: Config, name: str) -> float:
     if config.reader.weights not in ("auto", "base"):
         folders.append(Path(config.reader.weights).expanduser())
     for folder in folders:
-        found = read_json(folder / CALIBRATION)
-        if found.get("reader") == name:
-            return float(found["threshold"])
+        found = read_json(folder / CALIBRATION).get(name)
+        if isinstance(found, dict):
+            return float(found.get("threshold", 0.0))
     return 0.0
 
 

@@ -116,16 +116,16 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers.utils import logging as wordy
 
     folder = find(name)
-    wordy.disable_progress_bar()  # type: ignore[no-untyped-call]
+    wordy.disable_progress_bar()
     try:
         shape = AutoConfig.from_pretrained(folder)
         kind = AutoModelForSeq2SeqLM if shape.is_encoder_decoder else AutoModelForCausalLM
         model = kind.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)  # type: ignore[no-untyped-call]
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ProjectError(f"{name} cannot be read as a language model: {first_line(error)}") from None
     finally:
-        wordy.enable_progress_bar()  # type: ignore[no-untyped-call]
+        wordy.enable_progress_bar()
     if not tokenizer.is_fast:
         raise ProjectError(f"{name} has no fast tokenizer (tokenizer.json), which is needed to cut passages by tokens")
     return model, tokenizer
@@ -136,7 +136,7 @@ def merge(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, adapter).merge_and_unload()  # type: ignore[operator]
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ProjectError(f"the adapter in {adapter} does not fit the model: {first_line(error)}") from None
 

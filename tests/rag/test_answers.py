@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from common.config import Options, resolve, to_yaml
+from common.config import ConfigError, Options, resolve, to_yaml
 from rag import answer as program
 from rag import answer_eval as measures
 from rag.answer_eval import Arm
@@ -20,7 +20,7 @@ from rag.data import factworld, load_collection
 from rag.data.corpus import Passage, Question
 from rag.metrics import answer_at
 from rag.negatives import build_bm25
-from rag.reader.pipeline import Pipeline, marked
+from rag.reader.pipeline import Pipeline, calibrated, marked
 from rag.reader.reader import Answer, matching
 from rag.search.retriever import Retriever
 from tests.helpers import status
@@ -266,7 +266,13 @@ def test_the_program_writes_what_it_measures(run_folder, capsys):
     with (folder / "answers.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 30
     calibration = json.loads((folder / "calibration.json").read_text())
-    assert calibration["threshold"] == metrics["threshold"] and calibration["reader"] == printed["reader"]
+    assert calibration[printed["reader"]]["threshold"] == metrics["threshold"]
+    assert calibrated(config, printed["reader"]) == metrics["threshold"] and calibrated(config, "another") == 0
+    other = replace(config.answer, label="other", arms=("closed_book", "gold"), num_questions=2, calibration=0)
+    assert status(program.main, replace(config, answer=other), Options("answer")) == 0
+    assert (folder / "answers-other.csv").is_file() and len((folder / "answers.jsonl").read_text().splitlines()) == 6
+    with pytest.raises(ConfigError, match="label"):
+        replace(other, label="../x")
 
 
 def test_peoples_mistakes(run_folder, capsys):
