@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """The most there is at once. In a step of one microbatch gradients come as activations go, so only the larger
+        """The most there is at once. In a step of one microbatch gradients come as activations go: only the larger
         of the two counts.
         """
         both = self.activations + self.gradients if self.accumulates else max(self.activations, self.gradients)

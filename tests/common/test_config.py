@@ -297,3 +297,34 @@ def test_keys_that_are_no_names(text, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         load(schema_of("diffusion"), "diffusion", "train", ["--config", str(tmp_path / "c.yaml")])
     assert stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+
+
+WORDS = ["--run", "RUN", "what is a = b?", "seed=3", "train.nonsense=1"]
+
+
+def test_free_words_are_not_settings(tmp_path, capsys):
+    """Programs that ask for text: a word is a setting where its name is one or could be meant as one."""
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    words = [str(tmp_path) if word == "RUN" else word for word in WORDS]
+    config, options = load(Config, "diffusion", "ask", words[:4], words="question")
+    assert options.words == ("what is a = b?",)
+    assert config.seed == 3
+    with pytest.raises(SystemExit):
+        load(Config, "diffusion", "ask", words, words="question")
+    assert "train.nonsense: unknown key" in capsys.readouterr().err
+
+
+def test_other_programs_may_take_a_config(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("seed: 1\n")
+    config, _ = load(
+        Config,
+        "diffusion",
+        "plan",
+        ["--config", str(path), "--of-mine", "7"],
+        short={"of-mine": "seed"},
+        takes="config",
+    )
+    assert config.seed == 7
+    with pytest.raises(SystemExit):
+        load(Config, "diffusion", "plan", ["--config", str(path), "--resume"], takes="config")
