@@ -144,6 +144,8 @@ def program(*words: str, environments: Sequence[dict[str, str]] = ({},)) -> subp
     """
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
         request = [words, out.name, err.name, [environment() | more for more in environments]]
+        if seed_process().poll() is not None:  # somebody has ended it
+            seed_process.cache_clear()
         seed = seed_process()
         print(json.dumps(request), file=seed.stdin, flush=True)
         status = int(seed.stdout.readline())

@@ -253,7 +253,8 @@ def test_a_share_is_held_out_and_stays_so_when_files_are_added(tmp_path):
 def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_images(tmp_path / "pictures", 4)
-    assert len(load_images(DataConfig(dataset="folder", folder="~/pictures", workers=0, held_out=0.0), "")) == 4
+    config = DataConfig(dataset="folder", folder="~/pictures", workers=0, held_out=0.0)
+    assert len(load_images(config, str(tmp_path / "data"))) == 4, "and is not looked for below data_root"
 
 
 def test_samples_of_a_folder_are_drawn_and_no_prefix(tmp_path):
