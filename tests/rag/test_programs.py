@@ -17,7 +17,7 @@ from common.logging import read_metrics
 from rag.config import Config
 from rag.data import load_collection
 from rag.negatives import Examples, load_examples
-from tests.helpers import ROOT, errors, python, same, status, stop_in_check
+from tests.helpers import ROOT, errors, same, status, stop_in_check, two_processes
 
 TINY_YAML = ROOT / "configs/rag_factworld_tiny.yaml"
 # 96 of some 340 training questions: an epoch is three steps of 32
@@ -133,11 +133,7 @@ def test_two_processes_are_as_one(kind, tmp_path, data_root):
     """Each encodes half of the texts; the candidates are those of both."""
     words = [*TINY, *KINDS[kind], "train.steps=3", "model.dropout=0", "precision=fp64", "train.validate_every=0",
              f"data_root={data_root}"]  # fmt: skip
-    two = python(
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "rag.train", "--config",
-        str(TINY_YAML), *words, f"run_dir={tmp_path / 'two'}",
-    )  # fmt: skip
-    assert two.returncode == 0, two.stderr
+    two_processes("rag.train", "--config", str(TINY_YAML), *words, f"run_dir={tmp_path / 'two'}")
     assert train(resolve(Config, TINY_YAML, [*words, f"run_dir={tmp_path / 'one'}"])) == 0
     first = Checkpoints.load(tmp_path / "one/checkpoints/00000003.pt")["parts"]["model"]
     second = Checkpoints.load(tmp_path / "two/checkpoints/00000003.pt")["parts"]["model"]
