@@ -3,7 +3,7 @@
 Written as formulas, RMSNorm keeps its input in float32 and SwiGLU keeps three tensors as wide as the gated layer. Both
 can be had again from their inputs at the cost of a few multiplications, and in finetuning it is memory that is scarce.
 Attention keeps no scores either way; on a CPU its backward pass here is matrix products, which AMX and AVX-512 are made
-for, where PyTorch's own took a fifth of a training step.
+for.
 
 Legend: B rows, T tokens, S tokens they may look at, H query heads, G key-value heads, R = H / G, K width of a head, D
 width, M width of the gated layer.
