@@ -32,6 +32,7 @@ from common.checkpoint import export_weights
 from common.config import require
 from common.ema import EMA
 from common.errors import exits_cleanly
+from common.images.memory import started
 from common.rates import learning_rate
 from common.run import Run
 from common.runtime import check_machine, count_parameters
@@ -64,7 +65,7 @@ def train(config: Config, options: Options) -> None:
         parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "ema": ema, "locked": locked}
         done = run.resume(**parts)  # 0 when fresh
         train_pairs, val_pairs = prepare_data(config, splits, towers, run)
-        data = open_batches(train_pairs, config, towers, run, done + 1)
+        data = started(open_batches(train_pairs, config, towers, run, done + 1))
         net = run.prepare(model)  # the same weights, compiled or spread over processes
         run.display.say(sizes(config, train_pairs, towers))
 
