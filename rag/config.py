@@ -90,7 +90,7 @@ class ModelConfig:
     query_length: int = 64  # tokens; the rest of a longer question is left out
     passage_length: int = 256  # tokens
     query_prefix: str = ""  # such as "query: ", where an encoder was trained with one
-    passage_prefix: str = ""
+    passage_prefix: str = ""  # such as "passage: "
     vocabulary: int = 8000  # scratch: word pieces, learned from the corpus; 261 of them are bytes and marks
     width: int = 128  # scratch: numbers a token
     layers: int = 2  # scratch
@@ -172,6 +172,7 @@ class TrainConfig:
 class IndexConfig:
     """Where vectors are kept and how they are looked up."""
 
+    # faiss: files of one machine; milvus: a database, in a file or on a cluster
     backend: Literal["faiss", "milvus"] = "faiss"
     # faiss: flat compares with every vector; hnsw follows a graph of neighbours; ivfpq looks into the nearest of many
     # cells, at vectors of pq_bytes each
@@ -204,7 +205,7 @@ class IndexConfig:
 class SearchConfig:
     """How a question is answered with passages."""
 
-    mode: Literal["bm25", "dense", "hybrid"] = "hybrid"
+    mode: Literal["bm25", "dense", "hybrid"] = "hybrid"  # by words, by vectors, or by both
     k: int = 10  # passages
     depth: int = 100  # candidates of each side of a hybrid, and of what is ranked again
     # hybrid: reciprocal ranks (Cormack et al. 2009), or scores brought to [0, 1] and weighted
@@ -269,7 +270,7 @@ class ReaderConfig:
     style: Literal["completion", "chat"] = "completion"  # a text to go on with, or the model's own chat template
     examples: int = 3  # worked examples before the question, from training questions; a finetuned reader gets none
     passages: int = 3  # given to the reader, of those that were found
-    order: Literal["best_first", "best_last"] = "best_first"
+    order: Literal["best_first", "best_last"] = "best_first"  # best_last: nearest to the question
     passage_tokens: int = 256  # of one passage; the rest is left out
     context_tokens: int = 1500  # of all passages; the last that do not fit are left out
     answer_tokens: int = 32  # of an answer, with its citation; extractive: of a marked span
@@ -311,8 +312,8 @@ class ReaderTrainConfig:
     window: int = 100  # words kept of a longer passage, drawn by seed around the answer; 0 = all
     lr: float = 3e-4  # learning rate of AdamW, after the warm-up
     warmup: int = 30  # steps; at most a tenth of the run is used
-    decay: Literal["constant", "linear", "cosine"] = "linear"
-    weight_decay: float = 0.0
+    decay: Literal["constant", "linear", "cosine"] = "linear"  # shape after the warm-up
+    weight_decay: float = 0.0  # of the adapters' matrices
     grad_clip: float = 1.0  # global norm; 0 = off
     rank: int = 16  # generative: of the LoRA matrices (Hu et al. 2022), on every linear layer but the output
     alpha: float = 32.0  # generative: their product is scaled by alpha / rank
@@ -372,7 +373,7 @@ class ServeConfig:
     """`rag.serve`."""
 
     host: str = "127.0.0.1"  # loopback: only this machine; anything else lets others read your documents
-    port: int = 8000
+    port: int = 8000  # of the page: http://127.0.0.1:8000
     longest_question: int = 1000  # characters
 
     def __post_init__(self) -> None:
