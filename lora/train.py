@@ -56,6 +56,8 @@ def train(config: Config, options: Options) -> None:
     run = Run.start(config, options)
     with run:
         if config.model.name == PRETRAINED_HERE:
+            if not options.resume:
+                run.begin()  # an earlier run goes now: with the first step, the new base would go with it
             pretrain_base(config, run, run.folder / BASE)
         base = load_base(config, run, source.num_classes)
         settings = prepare(base, config)

@@ -44,6 +44,8 @@ def train(config: Config, options: Options) -> None:
         for note in collection.notes:
             run.display.say(note)
         examples = load_examples(collection, config, run.display.say, run.track)
+        if not options.resume:
+            run.begin()  # an earlier run goes now: its tokenizer is not the new one's
         tokenizer = open_tokenizer(config, lambda: [passage.whole for passage in collection.passages], run)
         model = build_model(config.model, len(tokenizer.inner)).to(run.device)
         optimizer = torch.optim.AdamW(parameter_groups(model, config.train.weight_decay), lr=config.train.lr)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from common.config import Options, load
+from common.errors import ProjectError
 from common.files import sha256
 from lora import DEMO
 from lora.config import Config
@@ -84,6 +85,28 @@ def test_a_run_trains_its_base_once(tmp_path, capsys):
     assert sha256(run_dir / "base/model.safetensors") == first
     assert capsys.readouterr().err.count("pretraining step 6 of 6") == 1
     assert call("eval", run_dir, "eval.generate=false") == 0
+
+
+def test_a_new_base_is_not_deleted_with_an_earlier_run(tmp_path):
+    words = ["model.name=pretrain", *TINY, "train.steps=2"]
+    run_dir = tmp_path / "run"
+    assert train("pretrain", run_dir, *words) == 0
+    first = sha256(run_dir / "base/model.safetensors")
+    assert train("pretrain", run_dir, *words, "seed=5", overwrite=True) == 0
+    assert sha256(run_dir / "base/model.safetensors") != first
+    assert call("eval", run_dir, "eval.generate=false") == 0
+
+
+def test_a_run_stopped_while_its_base_is_made_goes_on(tmp_path, monkeypatch):
+    words = ["model.name=pretrain", *TINY, "train.steps=2"]
+    with monkeypatch.context() as patch:
+        patch.setattr("lora.train.pretrain_base", stop_at_once)
+        assert train("pretrain", tmp_path / "run", *words) != 0
+    assert train("pretrain", tmp_path / "run", *words, resume=True) == 0
+
+
+def stop_at_once(*args):
+    raise ProjectError("stopped")
 
 
 def test_too_little_text_and_a_missing_file(tmp_path, capsys):

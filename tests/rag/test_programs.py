@@ -107,6 +107,13 @@ def test_everything_is_measured_and_left_behind(tmp_path, data_root, capsys):
     assert AutoTokenizer.from_pretrained(tmp_path / "run/encoder").pad_token_id == 0
 
 
+def test_overwriting_learns_word_pieces_anew(tmp_path, data_root):
+    assert train(tiny(tmp_path / "run", data_root, "train.steps=1")) == 0
+    old = (tmp_path / "run/encoder/tokenizer.json").read_bytes()
+    assert train(tiny(tmp_path / "run", data_root, "train.steps=1", "model.vocabulary=300"), overwrite=True) == 0
+    assert (tmp_path / "run/encoder/tokenizer.json").read_bytes() != old
+
+
 def test_milvus_gives_the_same_numbers(tmp_path, data_root):
     pytest.importorskip("milvus_lite", reason="pip install 'seven-projects[milvus]'")
     assert train(tiny(tmp_path / "run", data_root)) == 0
