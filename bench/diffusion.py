@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bench.rounds import quartiles
 from diffusion.config import ModelConfig
 from diffusion.model import Attention, ResidualBlock, Stage, UNet
 
@@ -253,10 +254,6 @@ def summarise(times: dict[str, list[float]], batch_size: int) -> dict[str, objec
         "peer_format": fastest,
         "all": {name: round(batch_size / statistics.median(values), 3) for name, values in times.items()},
     }
-
-
-def quartiles(values: list[float]) -> list[float]:
-    return [round(q, 4) for q in statistics.quantiles(values, n=4, method="inclusive")[::2]] if len(values) > 1 else []
 
 
 def memory_of(args: argparse.Namespace) -> float:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gnn_scale_peer import Blocks, TorchSampler, floyd, smallest_keys
+from bench.rounds import quartiles
 from gnn.config import ModelConfig, SyntheticConfig
 from gnn.core.sparse import Structure
 from gnn.data.storage import open_arrays, save_arrays
@@ -156,10 +157,6 @@ def summarise(rates: dict[str, list[float]], args: argparse.Namespace) -> dict[s
         "device": platform.machine(),
         "versions": {"torch": torch.__version__, "numba": numba.__version__, "python": platform.python_version()},
     }
-
-
-def quartiles(values: list[float]) -> list[float]:
-    return [round(q, 4) for q in statistics.quantiles(values, n=4, method="inclusive")[::2]] if len(values) > 1 else []
 
 
 # -- cost against size -------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.vae import quartiles
+from bench.rounds import ours_of, ratio
 from common.pretrained import find
 from common.runtime import use_threads
 from lora.adapters import adapters_of, inject
@@ -240,7 +240,7 @@ def interleave(ours: Ours, peer: Peer, examples: list[Tokens], new: int, rounds:
 
 def summarise(times: dict[str, list[float]], num_tokens: int, written: int) -> dict[str, Any]:
     """Medians of the per-round ratios, with quartiles, and of the rates."""
-    ours = [(first + again) / 2 for first, again in zip(times["ours"], times["again"], strict=True)]
+    ours = ours_of(times)
     result: dict[str, Any] = {}
     for name, above, below in (
         ("ratio", times["peer"], ours),
@@ -248,9 +248,7 @@ def summarise(times: dict[str, list[float]], num_tokens: int, written: int) -> d
         ("ratio_write", times["write_peer"], times["write_ours"]),
         ("aa_ratio", times["again"], times["ours"]),
     ):
-        ratios = [a / b for a, b in zip(above, below, strict=True)]
-        result[name] = round(statistics.median(ratios), 4)
-        result[f"{name}_iqr"] = quartiles(ratios)
+        result |= ratio(name, above, below)
     for name, seconds in (("ours", ours), ("packed", times["packed"]), ("peer", times["peer"])):
         result[name] = round(num_tokens / statistics.median(seconds), 2)
     for name in ("write_ours", "write_peer"):

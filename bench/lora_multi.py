@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.vae import quartiles
+from bench.rounds import ours_of, ratio
 from common.runtime import use_threads
 from lora.formats import SavedAdapter
 from lora.layers import LinearLoRA
@@ -171,10 +171,7 @@ def interleave(work: Work, rounds: int) -> dict[str, dict[str, list[float]]]:
 
 def summarise(times: dict[str, dict[str, list[float]]], tokens: int) -> dict[str, Any]:
     """Medians of the per-round ratios, with quartiles, and of the rates; `tokens` were written in each answer."""
-    ours = {
-        kind: [(first + again) / 2 for first, again in zip(sides["ours"], sides["again"], strict=True)]
-        for kind, sides in times.items()
-    }
+    ours = {kind: ours_of(sides) for kind, sides in times.items()}
     answer, read = times["answer"], times["read"]
     result: dict[str, Any] = {}
     for name, above, below in (
@@ -183,9 +180,7 @@ def summarise(times: dict[str, dict[str, list[float]]], tokens: int) -> dict[str
         ("overhead", ours["answer"], answer["base"]),
         ("aa_ratio", answer["again"], answer["ours"]),
     ):
-        ratios = [a / b for a, b in zip(above, below, strict=True)]
-        result[name] = round(statistics.median(ratios), 4)
-        result[f"{name}_iqr"] = quartiles(ratios)
+        result |= ratio(name, above, below)
     for name, values in (("ours", ours["answer"]), ("peer", answer["peer"]), ("base", answer["base"])):
         result[name] = round(tokens / statistics.median(values), 2)
     return result | {"unit": "tokens written per CPU-second"}

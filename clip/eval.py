@@ -21,8 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from clip import figures
@@ -37,6 +35,7 @@ from common.files import atomic_open, write_csv, write_json
 from common.metrics import bootstrap_interval
 from common.provenance import discard, made_by, output_hashes
 from common.run import Run
+from common.terminal import show_metrics
 
 # what is written before eval.json, and goes before it is written anew
 OUTPUTS = ("figures/*.png", "text_to_image.csv", "image_to_text.csv", "embeddings.npz")
@@ -77,7 +76,8 @@ def main(config: Config, options: Options) -> None:
             **made_by(config, [loaded.weights_hash]),
         }
         write_json(run.folder / "eval.json", result)
-        show(metrics, f"{run.folder.name} after {loaded.step} of {config.train.steps} steps, {config.eval.split}")
+        steps = f"{loaded.step} of {config.train.steps} steps"
+        show_metrics(metrics, f"{run.folder.name} after {steps}, {config.eval.split}")
         print(json.dumps(result), flush=True)
 
 
@@ -184,14 +184,6 @@ def draw_figures(found: Embedded, ranks: Ranks, pairs: Pairs, loaded: Loaded, co
     similarity = (x @ found.text[first].T).cpu().numpy()
     captions = [found.captions[i] for i in first]
     figures.save_matrix(similarity.T, captions, "Similarity of captions and images", folder / "figures/similarity.png")
-
-
-def show(metrics: dict[str, float], title: str) -> None:
-    """Print the metrics as a table."""
-    table = Table("metric", "value", title=title)
-    for key, value in metrics.items():
-        table.add_row(key, f"{value:.4f}")
-    Console().print(table)
 
 
 if __name__ == "__main__":

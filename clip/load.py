@@ -16,7 +16,7 @@ from clip.images import Preprocess
 from clip.model import CLIP
 from clip.tokenizer import Tokenizer, trim
 from clip.towers import Towers, build_towers
-from common.checkpoint import UNFIT, CheckpointError, Checkpoints, weights_hash
+from common.checkpoint import UNFIT, CheckpointError, load_chosen, weights_hash
 from common.config import UNUSABLE, explain, resolve
 from common.errors import ProjectError
 from common.runtime import choose_device, choose_precision
@@ -112,12 +112,7 @@ def load_run(folder: Path, checkpoint: str = "", device: str = "auto") -> Loaded
 def load_model(config: Config, folder: Path, checkpoint: str, device: torch.device) -> Loaded:
     """`load_run` for a config that has been read already, such as one with other settings for evaluation."""
     checkpoints = folder / "checkpoints"
-    chosen = Path(checkpoint)
-    if chosen.name == checkpoint:  # a bare name is one of this run's; a path is taken as it stands
-        chosen = checkpoints / chosen
-    state = Checkpoints.load(chosen) if checkpoint else Checkpoints(checkpoints).load_newest()
-    if state is None:
-        raise CheckpointError(f"no whole checkpoint in {checkpoints}; train first, or give another --run")
+    state = load_chosen(checkpoints, checkpoint)
     towers = build_towers(config, start=False)
     try:
         parts = state["parts"]

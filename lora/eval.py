@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from common.errors import exits_cleanly
 from common.files import write_csv, write_json, write_text
 from common.provenance import discard, made_by, output_hashes
 from common.run import Run
+from common.terminal import show_metrics
 from lora.adapters import disabled
 from lora.data import Example, encode, load_examples, load_labelled, prompt_text
 from lora.data.rows import read_text
@@ -70,7 +69,7 @@ def main(config: Config, options: Options) -> None:
             **made_by(config, [state_hash]),
         }
         write_json(run.folder / "eval.json", result)
-        show(metrics, f"{run.folder.name} after {step} of {config.train.steps} steps")
+        show_metrics(metrics, f"{run.folder.name} after {step} of {config.train.steps} steps")
         print(json.dumps(result), flush=True)
 
 
@@ -205,14 +204,6 @@ def write_predictions(rows: list[dict[str, Any]], folder: Path, config: Config) 
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(folder / "predictions.jsonl", text)
     return "predictions.jsonl"
-
-
-def show(metrics: Metrics, title: str) -> None:
-    """Print the metrics as a table."""
-    table = Table("metric", "value", title=title)
-    for key, value in metrics.items():
-        table.add_row(key, f"{value:.4f}")
-    Console().print(table)
 
 
 if __name__ == "__main__":

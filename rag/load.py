@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.checkpoint import CheckpointError, Checkpoints, read_weights
+from common.checkpoint import CheckpointError, load_chosen, read_weights
 from common.config import Options, resolve
 from common.errors import ProjectError, first_line
 from common.files import TEMPORARY
@@ -69,12 +69,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
 def load_trained(config: Config, options: Options, run: Run) -> tuple[Encoder | CrossEncoder, Tokenizer, int]:
     """The model of a run's newest whole checkpoint (or of `--checkpoint`), its tokenizer, and the number of updates."""
     folder = run.folder / "checkpoints"
-    chosen = Path(options.checkpoint)
-    if chosen.name == options.checkpoint:  # a bare name is one of this run's; a path is taken as it stands
-        chosen = folder / chosen
-    state = Checkpoints.load(chosen) if options.checkpoint else Checkpoints(folder).load_newest()
-    if state is None:
-        raise CheckpointError(f"no whole checkpoint in {folder}; train first, or give another --run")
+    state = load_chosen(folder, options.checkpoint)
     tokenizer = load_tokenizer(run.folder / ENCODER, config.model)
     model = build_model(config.model, len(tokenizer.inner), weights=False)
     fill(model, state["parts"]["model"], folder)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.checkpoint import CheckpointError, Checkpoints, weights_hash
+from common.checkpoint import CheckpointError, load_chosen, weights_hash
 from common.config import Options
 from common.pretrained import find
 from common.run import Run
@@ -117,12 +117,7 @@ def with_head(settings: AdapterConfig, head: str) -> AdapterConfig:
 def load_tuned(config: Config, options: Options, run: Run, num_classes: int = 0) -> tuple[Base, int]:
     """The model of a run's newest whole checkpoint (or of `--checkpoint`), and the number of updates it has seen."""
     folder = run.folder / "checkpoints"
-    chosen = Path(options.checkpoint)
-    if chosen.name == options.checkpoint:  # a bare name is one of this run's; a path is taken as it stands
-        chosen = folder / chosen
-    state = Checkpoints.load(chosen) if options.checkpoint else Checkpoints(folder).load_newest()
-    if state is None:
-        raise CheckpointError(f"no whole checkpoint in {folder}; train first, or give another --run")
+    state = load_chosen(folder, options.checkpoint)
     base = load_base(config, run, num_classes)
     prepare(base, config)
     learned = Learned(base.model)

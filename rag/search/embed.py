@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
 from rag.data.corpus import Passage, Passages
-from rag.model.encoder import CrossEncoder, Encoder, Tokenizer
+from rag.model.encoder import Encoder, Tokenizer
 from rag.search.vectors import VectorFiles
 
 Array = np.ndarray[Any, Any]
-T = TypeVar("T")
+M = TypeVar("M", bound=torch.nn.Module)
 Track = Callable[[Iterable[Any]], Iterator[Any]]
 
 
-class Embedder:
-    """A bi-encoder with everything it takes to turn text into vectors.
+class Batched(Generic[M]):
+    """A network with everything it takes to read text.
 
     Args:
         autocast: precision of the forward pass, as `Run.autocast`.
@@ -28,7 +28,7 @@ class Embedder:
 
     def __init__(
         self,
-        model: Encoder,
+        model: M,
         tokenizer: Tokenizer,
         autocast: Callable[[], AbstractContextManager[object]],
         batch_size: int,
@@ -39,6 +39,33 @@ class Embedder:
         self.autocast = autocast
         self.batch_size = batch_size
         self.track = track
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[str], tokenize: Callable[[Array], Any], numbers: int) -> Array:
+        """What the network says of each text. float32 (N, numbers)
+
+        Args:
+            tokenize: tokens of the texts with these indices.
+        """
+        device = next(self.model.parameters()).device
+        was_training = self.model.training
+        self.model.eval()
+        found = np.empty((len(texts), numbers), np.float32)
+        order = np.argsort([-len(text) for text in texts], kind="stable")  # the longest first: memory fails early
+        try:
+            for start in self.track(range(0, len(texts), self.batch_size)):
+                rows = order[start : start + self.batch_size]
+                tokens = {name: part.to(device) for name, part in tokenize(rows).items()}
+                with self.autocast():
+                    result = self.model(tokens)
+                found[rows] = result.float().cpu().numpy()
+        finally:
+            self.model.train(was_training)
+        return found
+
+
+class Embedder(Batched[Encoder]):
+    """A bi-encoder: text becomes vectors."""
 
     @property
     def precision(self) -> str:
@@ -55,23 +82,8 @@ class Embedder:
         """float32 (N, D) of titles and texts."""
         return self._embed([passage.whole for passage in passages], self.tokenizer.passages)
 
-    @torch.no_grad()
     def _embed(self, texts: Sequence[str], tokenize: Callable[[Sequence[str]], Any]) -> Array:
-        device = next(self.model.parameters()).device
-        was_training = self.model.training
-        self.model.eval()
-        found = np.empty((len(texts), self.model.dimension), np.float32)
-        order = np.argsort([-len(text) for text in texts], kind="stable")  # the longest first: memory fails early
-        try:
-            for start in self.track(range(0, len(texts), self.batch_size)):
-                rows = order[start : start + self.batch_size]
-                tokens = {name: part.to(device) for name, part in tokenize([texts[row] for row in rows]).items()}
-                with self.autocast():
-                    vectors = self.model(tokens)
-                found[rows] = vectors.float().cpu().numpy()
-        finally:
-            self.model.train(was_training)
-        return found
+        return self.read(texts, lambda rows: tokenize([texts[row] for row in rows]), self.model.dimension)
 
 
 def embed_into(files: VectorFiles, passages: Passages, embedder: Embedder, shard: int) -> None:
@@ -82,42 +94,16 @@ def embed_into(files: VectorFiles, passages: Passages, embedder: Embedder, shard
         files.append(embedder.passages(passages[start : min(start + shard, len(passages))]))
 
 
-class Reranker:
+class Reranker(Batched[torch.nn.Module]):
     """A cross-encoder that puts the best passages into a better order."""
 
-    def __init__(
-        self,
-        model: CrossEncoder | torch.nn.Module,
-        tokenizer: Tokenizer,
-        autocast: Callable[[], AbstractContextManager[object]],
-        batch_size: int,
-        track: Track = iter,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.autocast = autocast
-        self.batch_size = batch_size
-        self.track = track
-
-    @torch.no_grad()
     def scores(self, questions: Sequence[str], texts: Sequence[str]) -> Array:
         """How well each text answers the question beside it. float32 (N,)"""
-        device = next(self.model.parameters()).device
-        was_training = self.model.training
-        self.model.eval()
-        found = np.empty(len(texts), np.float32)
-        order = np.argsort([-len(text) for text in texts], kind="stable")
-        try:
-            for start in self.track(range(0, len(texts), self.batch_size)):
-                rows = order[start : start + self.batch_size]
-                tokens = self.tokenizer.pairs([questions[row] for row in rows], [texts[row] for row in rows])
-                tokens = {name: part.to(device) for name, part in tokens.items()}
-                with self.autocast():
-                    result = self.model(tokens)
-                found[rows] = result[:, 0].float().cpu().numpy()
-        finally:
-            self.model.train(was_training)
-        return found
+
+        def pairs(rows: Array) -> Any:
+            return self.tokenizer.pairs([questions[row] for row in rows], [texts[row] for row in rows])
+
+        return self.read(texts, pairs, 1)[:, 0]
 
     def rank(self, questions: Sequence[str], rows: Array, passages: Passages, depth: int) -> tuple[Array, Array]:
         """The first `depth` places of each ranking in a new order; those behind them stay behind.
