@@ -57,7 +57,7 @@ def estimate_bounds(
     """The ELBO and the importance-weighted bound.
 
     At most `eval.chunk` decodings are held at once: the draws of a few images are made in several passes, whose weights
-    are added up as logarithms.
+    are added up as logarithms. With `compile: true` the passes are compiled, as the training step is.
 
     Args:
         samples: K.
@@ -65,6 +65,7 @@ def estimate_bounds(
     """
     was_training = model.training
     model.eval()
+    draw_from = torch.compile(model.draw) if config.compile else model.draw
     elbos, bounds, divergences = [], [], []
     data = images.draw(count)
     size = max(1, config.eval.chunk // samples)  # images at a time
@@ -79,7 +80,7 @@ def estimate_bounds(
         log_weight = torch.full((len(x),), -math.inf, device=run.device)
         for part in passes(samples, config.eval.chunk // len(x)):
             with run.autocast():
-                draw = model.draw(x, inferred, model.noise(len(x), part, rng))
+                draw = draw_from(x, inferred, model.noise(len(x), part, rng))
             elbo += draw.elbo * part / samples
             kl = kl + draw.kl.mean((0, 1)) * part / samples
             log_weight = torch.logaddexp(log_weight, torch.logsumexp(draw.log_weights, 1))
