@@ -41,8 +41,8 @@ from bench.rounds import interleave, ours_of, ratio
 from clip.config import Config
 from clip.contrastive import contrastive_loss
 from clip.model import CLIP, parameter_groups
-from clip.pretrained import build, translate
-from clip.tokenizer import trim
+from clip.model.pretrained import build, translate
+from clip.model.tokenizer import trim
 from common import runtime
 from common.checkpoint import Checkpoints
 from common.config import resolve
@@ -230,9 +230,9 @@ def pipeline_rate(config: Config, batch: int, batches: int, side: int) -> float:
     """Pairs per CPU-second that one process decodes or draws, crops and tokenises, as `clip.train` does."""
     from clip.data import batches as make_batches
     from clip.data import load_splits
-    from clip.images import Preprocess
-    from clip.pretrained import IMAGE_MEAN, IMAGE_STD
-    from clip.towers import build_tokenizer
+    from clip.model.images import Preprocess
+    from clip.model.pretrained import IMAGE_MEAN, IMAGE_STD
+    from clip.model.towers import build_tokenizer
 
     pairs = load_splits(config).train
     preprocess = Preprocess(side, IMAGE_MEAN, IMAGE_STD)
@@ -263,8 +263,8 @@ def compare_pipeline(root: Path, size: Size, batches: int, consumed: float) -> d
 
 def scene_vocabulary() -> int:
     """Ids of the tokenizer of drawn scenes."""
-    from clip import scene_words
-    from clip.tokenizer import WordTokenizer
+    from clip.data import scene_words
+    from clip.model.tokenizer import WordTokenizer
 
     return WordTokenizer(scene_words.vocabulary(), 8).vocab_size
 

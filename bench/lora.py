@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from bench.rounds import ours_of, ratio
 from common.pretrained import find
 from common.runtime import use_threads
-from lora.adapters import adapters_of, inject
+from lora.adapters.inject import adapters_of, inject
 from lora.config import SMOLLM, GenerateConfig
 from lora.data import Tokens, collate, pack
 from lora.data.batches import Batch

@@ -32,11 +32,11 @@ from torch import Tensor, nn
 
 from bench.rounds import ours_of, ratio
 from common.runtime import use_threads
-from lora.formats import SavedAdapter
-from lora.layers import LinearLoRA
-from lora.multi import Bank
+from lora.adapters.files import SavedAdapter
+from lora.adapters.layers import LinearLoRA
+from lora.adapters.multi import Bank
+from lora.adapters.targets import find_targets
 from lora.settings import AdapterConfig
-from lora.targets import find_targets
 
 TOLERANCE = 1e-4  # of float32 logits, relative to the largest
 SHAPE = {"hidden": 576, "intermediate": 1536, "layers": 30, "heads": 9, "groups": 3, "vocabulary": 49152}

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from clip.config import Config
 from clip.data.pairs import ScenePairs
+from clip.data.scenes import FAMILY, Scenes, Split, Variant
 from clip.embed import Embedded, embed, measure
-from clip.scenes import FAMILY, Scenes, Split, Variant
-from clip.towers import Towers
+from clip.model.towers import Towers
 from common.config import require
 from common.run import Run
 

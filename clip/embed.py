@@ -15,9 +15,9 @@ from clip.config import Config
 from clip.data.batches import in_order
 from clip.data.features import FeaturePairs
 from clip.data.pairs import Pairs
+from clip.model.tokenizer import trim
+from clip.model.towers import Towers
 from clip.retrieval import retrieve
-from clip.tokenizer import trim
-from clip.towers import Towers
 from common.run import Run
 
 

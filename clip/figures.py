@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from clip.data.pairs import NO_CROP, Pairs
-from clip.images import Preprocess
+from clip.model.images import Preprocess
 from common.files import atomic_open
 
 RIGHT, WRONG = "#15803d", "#b91c1c"  # frames of what was asked for, and of what was not

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from clip.config import Config
-from clip.images import Preprocess
 from clip.model import CLIP
-from clip.tokenizer import Tokenizer, trim
-from clip.towers import Towers, build_towers
+from clip.model.images import Preprocess
+from clip.model.tokenizer import Tokenizer, trim
+from clip.model.towers import Towers, build_towers
 from common.checkpoint import UNFIT, CheckpointError, load_chosen, weights_hash
 from common.config import UNUSABLE, explain, resolve
 from common.errors import ProjectError

@@ -54,9 +54,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from clip.labelled import BATCH, Labelled, load_labelled
+from clip.data.labelled import BATCH, Labelled, load_labelled
 from clip.load import Loaded
-from clip.published import data_root, home_of, load_chosen, name_of
+from clip.model.published import data_root, home_of, load_chosen, name_of
 from common.errors import ProjectError, exits_cleanly
 from common.files import write_json
 from common.logging import Display

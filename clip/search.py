@@ -59,8 +59,8 @@ from clip.gallery.sheet import Answer, Hit, printable, save_sheet
 from clip.gallery.store import Store
 from clip.gallery.update import FAULTS, Report, update, why
 from clip.load import Loaded
-from clip.published import home_of, load_chosen, name_of
-from clip.tokenizer import WordTokenizer, split_words
+from clip.model.published import home_of, load_chosen, name_of
+from clip.model.tokenizer import WordTokenizer, split_words
 from common.errors import ProjectError, exits_cleanly
 from common.images.reading import SUFFIXES, open_image
 from common.logging import Display

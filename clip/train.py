@@ -26,8 +26,8 @@ from clip.data.pairs import Crop
 from clip.embed import embed, measure
 from clip.load import Locked
 from clip.model import CLIP, Output, parameter_groups
-from clip.tokenizer import Tokenizer
-from clip.towers import Towers, build_towers
+from clip.model.tokenizer import Tokenizer
+from clip.model.towers import Towers, build_towers
 from common.checkpoint import export_weights
 from common.config import require
 from common.ema import EMA

@@ -78,9 +78,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from clip.labelled import BATCH, Labelled, load_labelled, names_for
+from clip.data.labelled import BATCH, Labelled, load_labelled, names_for
 from clip.load import Loaded
-from clip.published import data_root, home_of, load_chosen, name_of
+from clip.model.published import data_root, home_of, load_chosen, name_of
 from common.errors import ProjectError, exits_cleanly
 from common.files import write_csv, write_json
 from common.logging import Display

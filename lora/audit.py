@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import ProjectError
-from lora.adapters import adapters_of, merge, unload
-from lora.layers import LinearLoRA
-from lora.quantize import QuantizedLinear, dequantize, inner_layers, quantize
+from lora.adapters.inject import adapters_of, merge, unload
+from lora.adapters.layers import LinearLoRA
+from lora.adapters.quantize import QuantizedLinear, dequantize, inner_layers, quantize
 
 
 @dataclass(frozen=True)

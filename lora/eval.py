@@ -30,7 +30,7 @@ from common.files import write_csv, write_json, write_text
 from common.provenance import discard, made_by, output_hashes
 from common.run import Run
 from common.terminal import show_metrics
-from lora.adapters import disabled
+from lora.adapters.inject import disabled
 from lora.data import Example, encode, load_examples, load_labelled, prompt_text
 from lora.data.rows import read_text
 from lora.generate import answer_all

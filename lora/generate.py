@@ -26,8 +26,8 @@ from common.pretrained import HUB_ID
 from common.run import Run
 from lora.data import Example, encode_prompts, prompt_text
 from lora.data.templates import chat_text, end_of
-from lora.formats import CONFIG as ADAPTER_CONFIG
-from lora.formats import load_adapter
+from lora.adapters.files import CONFIG as ADAPTER_CONFIG
+from lora.adapters.files import load_adapter
 from lora.metrics.losses import judging
 from lora.model.decoding import TextStream, write_answers
 from lora.tuning import Base, load_base, load_tuned

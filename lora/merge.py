@@ -20,7 +20,7 @@ import torch
 
 from common.errors import ProjectError, exits_cleanly
 from common.run import Run
-from lora.adapters import merge, unload
+from lora.adapters.inject import merge, unload
 from lora.model import Llama, write_folder
 from lora.model.load import DTYPES
 from lora.tuning import load_tuned

@@ -32,12 +32,12 @@ from torch import nn
 from common.errors import ProjectError, exits_cleanly
 from common.pretrained import find
 from common.runtime import choose_device, choose_precision
-from lora.targets import find_targets, kind_of
+from lora.adapters.targets import find_targets, kind_of
 from lora.model import Llama, LlamaShape, read_settings, read_shape
 from lora.model.files import settings_of
 from lora.model.frugal import LONGEST
 from lora.pretrain import shape_of
-from lora.quantize import BLOCK, SCALES, linear_names
+from lora.adapters.quantize import BLOCK, SCALES, linear_names
 from lora.tuning.base import weight_type
 
 GIB = 2**30

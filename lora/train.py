@@ -26,8 +26,8 @@ from common.errors import exits_cleanly
 from common.rates import learning_rate
 from common.run import Run
 from common.runtime import check_machine
-from lora.adapters import parameter_groups
-from lora.formats import save_adapter
+from lora.adapters.inject import parameter_groups
+from lora.adapters.files import save_adapter
 from lora.loss import ClassLoss, TuningLoss
 from lora.model import set_checkpointing, write_folder
 from lora.plan import describe_memory

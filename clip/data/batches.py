@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clip.data.pairs import NO_CROP, Crop, Pairs
-from clip.images import Preprocess
-from clip.tokenizer import Tokenizer, trim
+from clip.model.images import Preprocess
+from clip.model.tokenizer import Tokenizer, trim
 from common.errors import ProjectError
 from common.images.folder import EXHAUSTED, FORGIVEN, MOST_BAD, alive
 from common.images.memory import batch_indices

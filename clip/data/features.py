@@ -25,8 +25,8 @@ from clip.config import Config
 from clip.data.batches import Batch, in_order, order_of
 from clip.data.pairs import NO_CROP, Crop, FilePairs, draw_numbers, random_of
 from clip.data.splits import read_bytes, size_of
-from clip.tokenizer import Tokenizer, trim
-from clip.towers import Towers
+from clip.model.tokenizer import Tokenizer, trim
+from clip.model.towers import Towers
 from common.checkpoint import weights_hash
 from common.errors import ProjectError
 from common.files import atomic_open, read_json, write_json

@@ -16,9 +16,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from clip.images import Preprocess, random_crop
-from clip.scene_words import Scene
-from clip.scenes import Scenes
+from clip.data.scene_words import Scene
+from clip.data.scenes import Scenes
+from clip.model.images import Preprocess, random_crop
 from common.images.reading import decode_image, open_image, square
 from common.runtime import mix_seed
 

@@ -19,9 +19,9 @@ from typing import Any
 from clip.config import Config, DataConfig
 from clip.data.pairs import FilePairs, Member, Pairs, ScenePairs, Source
 from clip.data.records import SHOWN, Record, refuse_many
+from clip.data.scenes import FAMILY, Scenes
 from clip.data.tables import read_table
 from clip.data.tars import read_shards
-from clip.scenes import FAMILY, Scenes
 from common.errors import ProjectError
 from common.images.memory import draw_indices
 

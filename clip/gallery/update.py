@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from clip.gallery.store import Entry, Stamp, Store
-from clip.images import Preprocess
+from clip.model.images import Preprocess
 from common.images.folder import EXHAUSTED
 from common.images.listing import walk
 from common.images.reading import SUFFIXES, decode_image

@@ -13,10 +13,10 @@ from common.checkpoint import export_weights
 from common.config import ConfigError, require
 from common.errors import ProjectError, first_line
 from common.files import write_text
+from lora.adapters.quantize import load_quantized, quantize_model
 from lora.config import ModelConfig
 from lora.model.files import read_settings, read_shape, read_tensors, settings_of
 from lora.model.llama import Llama
-from lora.quantize import load_quantized, quantize_model
 
 SKIPPED = ("rotary_emb.inv_freq",)  # computed here, though older files hold it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

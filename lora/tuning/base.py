@@ -14,7 +14,7 @@ from common.checkpoint import CheckpointError, load_chosen, weights_hash
 from common.config import Options
 from common.pretrained import find
 from common.run import Run
-from lora.adapters import adapter_state, inject, load_adapter_state
+from lora.adapters.inject import adapter_state, inject, load_adapter_state
 from lora.config import PRETRAINED_HERE, Config
 from lora.model import load_classifier, load_language_model, load_tokenizer
 from lora.model.load import DTYPES, find_head

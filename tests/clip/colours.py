@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from clip.config import Config, DataConfig
-from clip.images import Preprocess
-from clip.tokenizer import WordTokenizer
+from clip.model.images import Preprocess
+from clip.model.tokenizer import WordTokenizer
 
 NAMES = ("red", "green", "blue")
 

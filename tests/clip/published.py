@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clip.tokenizer import NUM_MERGES, byte_letters
+from clip.model.tokenizer import NUM_MERGES, byte_letters
 
 VOCABULARY = 49_408
 VIT = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}

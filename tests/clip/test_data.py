@@ -12,13 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from clip import scene_words
-from clip.data import FilePairs, ScenePairs, batches, load_splits
+from clip.data import FilePairs, ScenePairs, batches, load_splits, scene_words
 from clip.data.batches import order_of
 from clip.data.pairs import Crop, draw_numbers
-from clip.images import Preprocess
-from clip.scenes import Scenes
-from clip.tokenizer import WordTokenizer
+from clip.data.scenes import Scenes
+from clip.model.images import Preprocess
+from clip.model.tokenizer import WordTokenizer
 from common.errors import ProjectError
 from tests.clip.tiny import picture, tiny, write_karpathy
 

@@ -15,7 +15,7 @@ from clip.data.features import FOLDER, Rows, cache_features
 from clip.data.pairs import Crop
 from clip.embed import embed
 from clip.load import load_run
-from clip.towers import build_towers
+from clip.model.towers import build_towers
 from clip.train import optimizer_groups
 from common.checkpoint import Checkpoints
 from common.config import ConfigError, resolve

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from clip.config import HeadConfig, ImageConfig, ModelConfig, TextConfig
-from clip.image_encoder import drop_patches
 from clip.model import CLIP, parameter_groups
-from clip.text_encoder import TextEncoder
-from clip.tokenizer import trim
-from clip.transformer import attend
+from clip.model.image_encoder import drop_patches
+from clip.model.text_encoder import TextEncoder
+from clip.model.tokenizer import trim
+from clip.model.transformer import attend
 from common.config import ConfigError
 from tests.clip import small
 
@@ -112,7 +112,7 @@ def test_patch_dropout_is_for_training_and_spares_the_class_token(monkeypatch) -
         seen.append((tokens.shape[1], share))
         return tokens.flip(1)
 
-    monkeypatch.setattr("clip.image_encoder.drop_patches", reversed_patches)
+    monkeypatch.setattr("clip.model.image_encoder.drop_patches", reversed_patches)
     images = small.batch(2)[0]
     whole = small.build()
     model = small.build(image=dataclasses.replace(small.IMAGE, patch_dropout=0.5))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clip.contrastive import contrastive_loss
 from clip.model import CLIP, Output
-from clip.pretrained import build, infer_config, translate
+from clip.model.pretrained import build, infer_config, translate
 
 open_clip = pytest.importorskip("open_clip")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from clip.config import HeadConfig, ImageConfig, ModelConfig, TextConfig
 from clip.contrastive import contrastive_loss
 from clip.model import CLIP
-from clip.pretrained import translate
+from clip.model.pretrained import translate
 
 transformers = pytest.importorskip("transformers")
 

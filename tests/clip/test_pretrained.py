@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip.model import CLIP
-from clip.pretrained import build, find_weights, from_pretrained, read_activation
+from clip.model.pretrained import build, find_weights, from_pretrained, read_activation
 from common.errors import ProjectError
 
 open_clip = pytest.importorskip("open_clip")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from clip.scene_words import (
+from clip.data.scene_words import (
     BACKGROUNDS,
     COLOURS,
     FRAMES,
@@ -30,8 +30,8 @@ from clip.scene_words import (
     vocabulary,
     write,
 )
-from clip.scenes import HELD_OUT, PIXELS, RGB, SIDE, STENCILS, Scenes, num_held_out, place, split_of
-from clip.tokenizer import WordTokenizer, split_words
+from clip.data.scenes import HELD_OUT, PIXELS, RGB, SIDE, STENCILS, Scenes, num_held_out, place, split_of
+from clip.model.tokenizer import WordTokenizer, split_words
 from tests.helpers import ROOT
 
 SPLITS = ("train", "val", "test", "novel", "novel_only")
@@ -113,7 +113,7 @@ def test_the_vocabulary_is_that_of_the_captions() -> None:
 def test_the_same_in_another_process_and_in_any_order() -> None:
     code = """
 import zlib
-from clip.scenes import Scenes
+from clip.data.scenes import Scenes
 scenes = Scenes(5, "train")
 print([zlib.crc32(image.numpy().tobytes() + caption.encode()) for image, caption in map(scenes.pair, (9, 2, 30))])
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip.tokenizer import ClipTokenizer, WordTokenizer, clean, split_words, trim
+from clip.model.tokenizer import ClipTokenizer, WordTokenizer, clean, split_words, trim
 from common.errors import ProjectError
 from tests.helpers import ROOT
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from clip.config import ImageConfig, TextConfig
-from clip.image_tower import Stages, build_image_tower, load_network, rename_lite, split_stages
-from clip.pooling import AttentionMean, Pooling
-from clip.text_tower import before_end, build_text_tower
+from clip.model.image_tower import Stages, build_image_tower, load_network, rename_lite, split_stages
+from clip.model.pooling import AttentionMean, Pooling
+from clip.model.text_tower import before_end, build_text_tower
 from common.config import ConfigError
 from common.errors import ProjectError
 from common.pretrained import available

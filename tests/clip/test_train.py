@@ -11,7 +11,7 @@ from clip.contrastive import contrastive_loss
 from clip.data import batches, load_splits
 from clip.load import load_run
 from clip.model import Output
-from clip.towers import build_towers
+from clip.model.towers import build_towers
 from common.config import ConfigError
 from common.errors import ProjectError
 from tests.clip.tiny import evaluate, tiny, train

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from common.errors import ProjectError
-from lora.adapters import inject, merge
+from lora.adapters.inject import inject, merge
+from lora.adapters.quantize import quantize_model
 from lora.audit import audit, compare
-from lora.quantize import quantize_model
 from lora.settings import AdapterConfig
 from tests.lora.tiny import output, randomise, tiny_llama, tokens
 

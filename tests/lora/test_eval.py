@@ -260,7 +260,7 @@ def test_a_merged_model_answers_as_base_and_adapter(trained, base, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from common.checkpoint import Checkpoints
-    from lora.adapters import inject, load_adapter_state
+    from lora.adapters.inject import inject, load_adapter_state
     from lora.model import hidden_states, token_logits
     from lora.settings import AdapterConfig
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import ProjectError
-from lora.adapters import adapter_state, adapters_of, inject, merge
-from lora.formats import load_adapter, read_adapter, save_adapter
+from lora.adapters.files import load_adapter, read_adapter, save_adapter
+from lora.adapters.inject import adapter_state, adapters_of, inject, merge
 from lora.settings import AdapterConfig
 from tests.lora.tiny import TinyConv, output, randomise, tiny_gpt2, tiny_llama, tokens, with_peft
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from common.config import ConfigError
 from common.errors import ProjectError
-from lora.adapters import (
+from lora.adapters.inject import (
     adapter_state,
     adapters_of,
     disabled,
@@ -22,8 +22,8 @@ from lora.adapters import (
     unload,
     unmerge,
 )
+from lora.adapters.targets import find_targets
 from lora.settings import AdapterConfig
-from lora.targets import find_targets
 from tests.lora.tiny import TinyConv, output, peft_parameters, randomise, tiny_gpt2, tiny_llama, tokens, with_peft
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))

@@ -217,7 +217,7 @@ def test_damaged_folders_are_one_line(copy):
 
 
 def test_four_bit_weights_are_those_of_quantising_afterwards(base):
-    from lora.quantize import quantize_model
+    from lora.adapters.quantize import quantize_model
 
     streamed = load_llama(base, torch.float32, CPU, quantize=True)
     whole = load_llama(base, torch.float32, CPU)

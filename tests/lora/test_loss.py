@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.config import ConfigError
-from lora.adapters import inject
+from lora.adapters.inject import inject
 from lora.data import Batches, collate
 from lora.loss import TuningLoss, chunked_cross_entropy, torch_cross_entropy
 from lora.metrics.losses import example_losses

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from common.errors import ProjectError
-from lora.adapters import inject
-from lora.formats import load_adapter, save_adapter
-from lora.multi import Bank, MultiLinear, Router
-from lora.quantize import QuantizedLinear, quantize_model
+from lora.adapters.files import load_adapter, save_adapter
+from lora.adapters.inject import inject
+from lora.adapters.multi import Bank, MultiLinear, Router
+from lora.adapters.quantize import QuantizedLinear, quantize_model
 from lora.settings import AdapterConfig
 from tests.lora.tiny import TinyConv, output, randomise, tiny_gpt2, tiny_llama, tokens
 

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common.config import resolve
-from lora.adapters import parameter_groups
+from lora.adapters.inject import parameter_groups
+from lora.adapters.quantize import quantize_model
 from lora.config import Config
 from lora.data import Tokens, collate
 from lora.loss import TuningLoss
 from lora.model import Llama, LlamaShape, initialise, set_checkpointing
 from lora.plan import KNOWN, Plan, base_bytes, make_plan, remarks, skeleton
-from lora.quantize import quantize_model
 from lora.settings import AdapterConfig
 from lora.tuning import build_optimizer, prepare
 from lora.tuning.base import Base

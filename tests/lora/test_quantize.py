@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.errors import ProjectError
-from lora.adapters import adapters_of, inject, merge, parameter_groups, unload, unmerge
-from lora.quantize import (
+from lora.adapters.inject import adapters_of, inject, merge, parameter_groups, unload, unmerge
+from lora.adapters.quantize import (
     NF4,
     Quantized,
     QuantizedLinear,
@@ -165,7 +165,7 @@ def test_large_weights_are_done_in_pieces(monkeypatch):
     weight = weights("normal")
     whole = quantize(weight)
     expected = dequantize(whole, (96, 320), torch.float32)
-    monkeypatch.setattr("lora.quantize.CHUNK", 4 * 64)
+    monkeypatch.setattr("lora.adapters.quantize.CHUNK", 4 * 64)
     assert all(torch.equal(a, b) for a, b in zip(quantize(weight), whole))
     assert torch.equal(dequantize(whole, (96, 320), torch.float32), expected)
 

@@ -10,10 +10,10 @@ import torch
 from common.checkpoint import Checkpoints
 from common.config import ConfigError, Options, load, resolve
 from common.logging import read_metrics
-from lora.adapters import adapters_of, disabled, inject, parameter_groups
+from lora.adapters.inject import adapters_of, disabled, inject, parameter_groups
+from lora.adapters.layers import LoRALayer
 from lora.config import Config
 from lora.data import collate
-from lora.layers import LoRALayer
 from lora.loss import TuningLoss
 from lora.model import hidden_states, set_checkpointing, token_logits
 from lora.model.load import load_llama
@@ -280,7 +280,7 @@ def test_words_are_no_settings(monkeypatch, trained):
 
 
 def test_layers_are_ours(base, tmp_path):
-    """What a run adapts is what `lora/layers.py` computes."""
+    """What a run adapts is what `lora/adapters/layers.py` computes."""
     config = config_of(base, tmp_path)
     model = load_llama(base, torch.float32, CPU)
     inject(model, config.adapter)

@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import nn
 
-from lora.adapters import adapters_of, inject
-from lora.layers import EmbeddingLoRA
+from lora.adapters.inject import adapters_of, inject
+from lora.adapters.layers import EmbeddingLoRA
 from lora.settings import AdapterConfig
 
 VOCABULARY = 64

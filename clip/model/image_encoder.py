@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip.config import RESNET_STRIDE, ImageConfig
-from clip.transformer import AttentionPool, Block, attend, initialise
+from clip.model.transformer import AttentionPool, Block, attend, initialise
 
 EXPANSION = 4  # a bottleneck's output has this many times the channels of its middle
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from common.config import ConfigError
 from common.errors import ProjectError
-from lora.quantize import QuantizedLinear
+from lora.adapters.quantize import QuantizedLinear
 from lora.settings import AdapterConfig
 
 

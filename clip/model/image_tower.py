@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip.config import ImageConfig
-from clip.images import Preprocess
-from clip.pooling import Given, Pooling
+from clip.model.images import Preprocess
+from clip.model.pooling import Given, Pooling
 from common.config import ConfigError, require
 from common.errors import ProjectError, first_line
 from common.pretrained import find_weights

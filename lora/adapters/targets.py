@@ -9,8 +9,8 @@ from collections import Counter
 from torch import nn
 
 from common.config import ConfigError
-from lora.layers import Conv1DLoRA, Conv2dLoRA, EmbeddingLoRA, LinearLoRA, LoRALayer
-from lora.quantize import QuantizedLinear, inner_layers
+from lora.adapters.layers import Conv1DLoRA, Conv2dLoRA, EmbeddingLoRA, LinearLoRA, LoRALayer
+from lora.adapters.quantize import QuantizedLinear, inner_layers
 from lora.settings import ALL_LINEAR, AdapterConfig
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from clip.config import TextConfig
-from clip.image_tower import repeatable
-from clip.pooling import Given, Pooling
-from clip.tokenizer import Tokenizer
+from clip.model.image_tower import repeatable
+from clip.model.pooling import Given, Pooling
+from clip.model.tokenizer import Tokenizer
 from common.config import ConfigError, require
 from common.errors import ProjectError, first_line
 from common.pretrained import find

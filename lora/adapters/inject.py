@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import ProjectError
-from lora.layers import LoRALayer
+from lora.adapters.layers import LoRALayer
+from lora.adapters.targets import find_module, find_targets, kind_of
 from lora.settings import AdapterConfig
-from lora.targets import find_module, find_targets, kind_of
 
 
 def inject(model: nn.Module, config: AdapterConfig, seed: int = 0) -> list[str]:

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 from clip.config import Config, DataConfig
-from clip.images import Preprocess
 from clip.load import Loaded, load_run
-from clip.pretrained import IMAGE_MEAN, IMAGE_STD, Activation, find_weights, from_pretrained
-from clip.tokenizer import ClipTokenizer
-from clip.towers import TOKENIZER_FILE
+from clip.model.images import Preprocess
+from clip.model.pretrained import IMAGE_MEAN, IMAGE_STD, Activation, find_weights, from_pretrained
+from clip.model.tokenizer import ClipTokenizer
+from clip.model.towers import TOKENIZER_FILE
 from common.checkpoint import weights_hash
 from common.errors import ProjectError
 from common.runtime import choose_device

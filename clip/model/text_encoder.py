@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from clip.config import TextConfig
-from clip.transformer import Block, initialise
+from clip.model.transformer import Block, initialise
 
 TOKEN_STD, POSITION_STD = 0.02, 0.01  # standard deviations at the start, as CLIP was trained
 

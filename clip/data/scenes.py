@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip.scene_words import BACKGROUNDS, COLOURS, NUMBERS, SHAPES, SIZES, Group, Scene, pick, write
+from clip.data.scene_words import BACKGROUNDS, COLOURS, NUMBERS, SHAPES, SIZES, Group, Scene, pick, write
 
 Split = Literal["train", "val", "test", "novel", "novel_only"]
 Kind = Literal["base", "relation", "count", "binding"]

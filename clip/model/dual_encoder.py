@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip.config import HeadConfig, ModelConfig
-from clip.image_encoder import build_image_encoder
-from clip.text_encoder import TextEncoder
+from clip.model.image_encoder import build_image_encoder
+from clip.model.text_encoder import TextEncoder
 
 MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: larger scales made training unstable
 PAPER_TEMPERATURE = {

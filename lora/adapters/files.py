@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from common.errors import ProjectError
 from common.files import atomic_open, read_json, write_json
-from lora.adapters import adapters_of, inject_each
-from lora.layers import EmbeddingLoRA, LinearLoRA, LoRALayer, Wrapper
+from lora.adapters.inject import adapters_of, inject_each
+from lora.adapters.layers import EmbeddingLoRA, LinearLoRA, LoRALayer, Wrapper
+from lora.adapters.targets import kind_of, within
 from lora.settings import AdapterConfig
-from lora.targets import kind_of, within
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 from torch import nn
 
-from clip import scene_words
 from clip.config import Config, ModelConfig
-from clip.image_tower import build_image_tower
-from clip.images import Preprocess
+from clip.data import scene_words
 from clip.model import CLIP
-from clip.pretrained import IMAGE_MEAN, IMAGE_STD, from_pretrained
-from clip.text_tower import build_text_tower
-from clip.tokenizer import ClipTokenizer, Tokenizer, WordTokenizer
+from clip.model.image_tower import build_image_tower
+from clip.model.images import Preprocess
+from clip.model.pretrained import IMAGE_MEAN, IMAGE_STD, from_pretrained
+from clip.model.text_tower import build_text_tower
+from clip.model.tokenizer import ClipTokenizer, Tokenizer, WordTokenizer
 from common.checkpoint import weights_hash
 from common.config import ConfigError, flatten, require
 

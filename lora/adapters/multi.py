@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import ProjectError
-from lora.formats import SavedAdapter, check_fit, read_adapter
-from lora.layers import LinearLoRA, LoRALayer, Wrapper
-from lora.targets import kind_of
+from lora.adapters.files import SavedAdapter, check_fit, read_adapter
+from lora.adapters.layers import LinearLoRA, LoRALayer, Wrapper
+from lora.adapters.targets import kind_of
 
 BASE = "base"  # the name that rows without an adapter have
 
