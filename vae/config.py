@@ -77,6 +77,8 @@ class ModelConfig:
     network: Literal["mlp", "conv"] = "mlp"
     activation: Literal["relu", "tanh", "silu", "gelu"] = "silu"  # between the layers
     dropout: float = 0.0  # of the encoder's and decoder's hidden layers
+    # how weights start: lecun: a layer's output varies as much as its input; pytorch: a third of that
+    init: Literal["lecun", "pytorch"] = "lecun"
 
     def __post_init__(self) -> None:
         require(self.image_channels >= 1, "model.image_channels", "must be at least 1")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vae.config import ModelConfig
 from vae.likelihoods import Likelihood, at_least_fp32
-from vae.model import ACTIVATIONS, Autoencoder, Draw, Gaussian, build_decoder, build_encoder, zeros
+from vae.model import ACTIVATIONS, Autoencoder, Draw, Gaussian, build_decoder, build_encoder, initialise, zeros
 
 # Log-variances are bent into (-6, 6), as the program of Vahdat & Kautz 2020 bends its own. The wide limits that do for
 # one layer are none for a hierarchy: every layer's deviation scales what those below are told, and five multiply.
@@ -51,13 +51,14 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, latents: int) -> None:
         super().__init__()
         act = ACTIVATIONS[config.activation]
-        # both start at zero: the prior as a standard normal distribution, the posterior as the prior
+        # starts at zero: the prior as a standard normal distribution
         self.prior = nn.Sequential(
             ResidualLinear(config), nn.LayerNorm(config.width), act(), zeros(nn.Linear(config.width, 2 * latents))
         )
         self.join = nn.Linear(2 * config.width, config.width)
+        # does not: a posterior that starts as the prior tells the decoder nothing, which then learns to do without it
         self.correction = nn.Sequential(
-            ResidualLinear(config), nn.LayerNorm(config.width), act(), zeros(nn.Linear(config.width, 2 * latents))
+            ResidualLinear(config), nn.LayerNorm(config.width), act(), nn.Linear(config.width, 2 * latents)
         )
         self.read = nn.Linear(latents, config.width)
         self.onward = ResidualLinear(config)
@@ -87,6 +88,7 @@ class Ladder(Autoencoder):
         self.start = nn.Parameter(torch.zeros(config.width))
         self.layers = nn.ModuleList(Layer(config, latents) for latents in config.ladder)
         self.decoder = build_decoder(config.network, config, image_size, config.width, likelihood.outputs)
+        initialise(self, config.init)
 
     @property
     def levels(self) -> list[Layer]:

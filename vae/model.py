@@ -141,10 +141,8 @@ class VAE(Autoencoder):
         self.likelihood = likelihood
         self.encoder, features = build_encoder(config.kind, config, image_size)
         self.posterior = nn.Linear(features, 2 * self.size)
-        # near zero, so that q(z | x) starts near the prior
-        nn.init.normal_(self.posterior.weight, std=0.01)
-        nn.init.zeros_(self.posterior.bias)
         self.decoder = build_decoder(config.kind, config, image_size, self.size, likelihood.outputs)
+        initialise(self, config.init)
 
     def infer(self, x: Tensor) -> Gaussian:
         """q(z | x) of images in [0, 1]. (B, C, H, W) -> (B, Z)"""
@@ -210,6 +208,26 @@ def build_decoder(kind: str, config: ModelConfig, image_size: int, latents: int,
         layers += [Residual(channels[level], config) for _ in range(config.blocks)]
         layers += [act(), Upsample(channels[level], channels[level - 1], sizes[level - 1])]
     return nn.Sequential(*layers)
+
+
+def initialise(model: nn.Module, kind: str) -> None:
+    """Draw the first weights of every linear and convolutional layer but those that `zeros` has set to start at zero.
+
+    With `lecun` a layer's output has the variance of its input. PyTorch's own choice has a third of it, and so each layer
+    shrinks what it is told: after five, the posterior hardly differs between images, the decoder learns to do without
+    the code, and most latents are given up before they could have been of use.
+
+    Args:
+        kind: lecun: normal of variance 1 / (inputs of a unit), biases zero (LeCun et al. 1998, "Efficient backprop",
+            section 4.6); pytorch: as the layers come.
+    """
+    if kind == "pytorch":
+        return
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.any():
+            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
 
 
 def zeros(layer: L) -> L:

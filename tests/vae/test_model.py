@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Independent, Normal, kl_divergence
 
 from vae.config import Config, DataConfig, LikelihoodConfig, ModelConfig
@@ -112,17 +113,40 @@ def test_hierarchy_divergence_is_that_of_its_densities():
     assert (difference.abs() < 5 * error + 1e-4).all()
 
 
-def test_hierarchy_starts_at_the_prior_and_decodes_what_it_drew():
+def test_hierarchy_starts_with_a_standard_prior_and_decodes_what_it_drew():
     net = build(kind="ladder", ladder=(2, 3), width=16, hidden=(32,))
     x = images(2)
     noise = net.noise(2, 1, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(net.prior(noise[:, 0]), noise[:, 0])
     draw = net(x, noise)
-    assert draw.kl.abs().max() == 0
-    torch.testing.assert_close(draw.latents[:, 0], noise[:, 0])  # the prior is standard normal at first
+    assert draw.kl.min() > 0.001  # the posterior is not the prior: the decoder would learn to do without the code
     perturb(net)
     draw = net(x, noise)
     again = net.likelihood.log_prob(x, net.decode(draw.latents[:, 0]))
     torch.testing.assert_close(again, draw.log_likelihood[:, 0])
+
+
+@pytest.mark.parametrize("model", KINDS, ids=lambda m: f"{m['kind']}-{m.get('network', '')}")
+def test_layers_start_as_wide_as_their_input(model):
+    """What is set to zero stays so, biases are zero, and a weight's variance is 1 / (inputs of its unit)."""
+    layers = {n: m for n, m in build(**model).named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    fresh = {n: m for n, m in build(**model, init="pytorch").named_modules() if n in layers}
+    assert {n for n, m in layers.items() if not m.weight.any()} == {n for n, m in fresh.items() if not m.weight.any()}
+    assert not any(m.bias.any() for m in layers.values())
+    large = [m.weight for m in layers.values() if m.weight.any() and m.weight.numel() > 2000]
+    for weight in large:
+        assert weight.var().item() * weight[0].numel() == pytest.approx(1, abs=0.2)
+    assert all(m.weight.var() * m.weight[0].numel() < 0.5 for m in fresh.values() if m.weight.numel() > 2000)
+    assert large
+
+
+def test_a_deep_encoder_still_tells_images_apart():
+    """The reason for `init`: the standard deviation of posterior means over images, before any training."""
+    spread = {}
+    for init in ("lecun", "pytorch"):
+        means = build(kind="mlp", hidden=(128,) * 5, latents=20, init=init).infer(images(50)).mean
+        spread[init] = means.std(0).mean().item()
+    assert spread["lecun"] > 10 * spread["pytorch"]
 
 
 def test_a_hierarchy_of_extreme_weights_stays_finite():
