@@ -213,7 +213,7 @@ def build_decoder(kind: str, config: ModelConfig, image_size: int, latents: int,
 def initialise(model: nn.Module, kind: str) -> None:
     """Draw the first weights of every linear and convolutional layer but those that `zeros` has set to start at zero.
 
-    With `lecun` a layer's output has the variance of its input. PyTorch's own choice has a third of it, and so each layer
+    With `lecun` a layer's output has the variance of its input. PyTorch's own choice has a third of it, so each layer
     shrinks what it is told: after five, the posterior hardly differs between images, the decoder learns to do without
     the code, and most latents are given up before they could have been of use.
 
