@@ -3,16 +3,17 @@
     python -m bench.vae
 
 First the two must agree in float32, on loss and on the gradient of every parameter, with the same noise; otherwise
-nothing is timed. Then each round times blocks of steps in one process, one thread, by CPU time: ours, ours in float32,
-the peer with the fused AdamW that ours has, the peer with AdamW as it comes, and ours again. Each side draws its own
-noise. Ours computes as our program does, in bf16 where the CPU multiplies in it and with its check of loss and
-gradients at every step; the peer knows mixed precision on GPUs alone, and not for this loss.
+nothing is timed. Then each round times blocks of steps in one process, one thread, by CPU time: ours, ours without
+compilation, ours without it and in float32, the peer with the fused AdamW that ours has, the peer with AdamW as it
+comes, and ours again. Each side draws its own noise. Ours computes as our program does: compiled if the config says so,
+in bf16 where the CPU multiplies in it, with its check of loss and gradients at every step. The peer knows mixed
+precision on GPUs alone, and not for this loss, and does not compile.
 
-`ratio` is the throughput of ours over the peer's with the fused optimizer, `ratio_fp32` of ours in float32 over the
-same, `ratio_default` of ours over the peer as it comes: all of a training step. `program_ratio` is another thing: of
-whole training programs, `vae.train` and pythae's BaseTrainer, from the images in memory to the last file. Ours again
-over ours is the A/A control, whose spread says which differences are noise. The last line of stdout is one JSON object:
-the ratios, ours and peer (images per CPU-second), circumstances.
+`ratio` is the throughput of ours over the peer's with the fused optimizer, `ratio_eager` and `ratio_fp32` of ours
+without compilation, and in float32, over the same, `ratio_default` of ours over the peer as it comes: all of a training
+step. `program_ratio` is another thing: of whole training programs, not compiled, `vae.train` and pythae's BaseTrainer,
+from the images in memory to the last file. Ours again over ours is the A/A control, whose spread says which differences
+are noise. The last line of stdout is one JSON object: the ratios, ours and peer (images per CPU-second), circumstances.
 
 Legend: B images, Z latents, H = W pixels.
 """
@@ -56,7 +57,13 @@ TOLERANCE = 1e-5  # float32, relative to the largest entry
 DATA = 60_000  # images in the training set; no objective here asks
 SETTINGS = ["device=cpu", "objective.warmup=0"]  # the peer has no warm-up of the KL divergence
 # a program of which only training is left: neither pictures nor validation, which the peer would do in its own way
-PROGRAM = ["data.validation=0", "data.binarize=static", "train.sample_every=0", "train.validate_every=0"]
+PROGRAM = [
+    "compile=false",
+    "data.validation=0",
+    "data.binarize=static",
+    "train.sample_every=0",
+    "train.validate_every=0",
+]
 
 
 def make_peer(config: Config, ours: VAE) -> nn.Module:
@@ -169,6 +176,7 @@ class Ours:
         self.config = config
         self.model = model.train()
         self.run = Run(config, Options("eval"))
+        self.net = self.run.prepare(model)  # compiled, if the config says so
         self.done = 0
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -183,7 +191,7 @@ class Ours:
         noise = self.model.noise(len(x), 1, self.run.generator(self.done))
         self.optimizer.zero_grad(set_to_none=True)
         with self.run.autocast():
-            draw = self.model(x, noise)
+            draw = self.net(x, noise)
         losses = objective(self.config.objective, self.done, DATA, draw)
         losses.loss.backward()
         self.run.check_gradients(self.optimizer, losses.loss, self.config.train.grad_clip)
@@ -212,9 +220,11 @@ def optimizer_settings(config: Config) -> dict[str, Any]:
 
 def make_sides(config: Config) -> dict[str, Ours | Peer]:
     """What a round times, each with a model of its own that starts from the same weights."""
-    fp32 = replace(config, precision="fp32")
+    eager = replace(config, compile=False)
+    fp32 = replace(eager, precision="fp32")
     return {
         "ours": Ours(config, build_pair(config)[0]),
+        "ours_eager": Ours(eager, build_pair(config)[0]),
         "ours_fp32": Ours(fp32, build_pair(config)[0]),
         "peer": Peer(config, build_pair(config)[1], fused=True),
         "peer_default": Peer(config, build_pair(config)[1], fused=False),
@@ -225,10 +235,12 @@ def summarise(times: dict[str, list[float]], images: int) -> dict[str, Any]:
     """Medians of the per-round ratios, with quartiles, and of the rates; `images` were seen in each block."""
     ours = ours_of(times)
     result: dict[str, Any] = ratio("ratio", times["peer"], ours)
+    result |= ratio("ratio_eager", times["peer"], times["ours_eager"])
     result |= ratio("ratio_fp32", times["peer"], times["ours_fp32"])
     result |= ratio("ratio_default", times["peer_default"], ours)
     result |= ratio("aa_ratio", times["again"], times["ours"])
-    for name, values in (("ours", ours), *((name, times[name]) for name in ("ours_fp32", "peer", "peer_default"))):
+    others = ("ours_eager", "ours_fp32", "peer", "peer_default")
+    for name, values in (("ours", ours), *((name, times[name]) for name in others)):
         result[name] = round(images / statistics.median(values), 1)
     return result | {"unit": "images per CPU-second"}
 
