@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from common.checkpoint import Checkpoints
 from common.errors import ProjectError
 
+CLIP_EPSILON = 1e-6  # what clip_grads_with_norm_ adds to the norm that it divides by
+
 
 class NonFinite(ProjectError):
     """The loss or a gradient became infinite or NaN; nothing was updated with it and nothing saved."""
@@ -34,13 +36,17 @@ class FiniteCheck:
         """See `Run.check_gradients`."""
         self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        limit = clip or math.inf
         # numbers at hand: asking them costs less than keeping books
         if self.device.type == "cpu" and not self.scaler.is_enabled():
             if not (math.isfinite(norm) and math.isfinite(loss.detach())):
                 self._bad.fill_(float(step))
                 self.check(loss, norm)
+            if norm + CLIP_EPSILON > limit:  # else every gradient would be multiplied by 1
+                nn.utils.clip_grads_with_norm_(parameters, limit, norm)
             return norm
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         bad = ~torch.isfinite(loss.detach())
         # under fp16 an overflow is the scaler's business: it skips the step and halves its factor
         if not self.scaler.is_enabled():
