@@ -77,8 +77,9 @@ class ModelConfig:
     network: Literal["mlp", "conv"] = "mlp"
     activation: Literal["relu", "tanh", "silu", "gelu"] = "silu"  # between the layers
     dropout: float = 0.0  # of the encoder's and decoder's hidden layers
-    # how weights start: lecun: a layer's output varies as much as its input; pytorch: a third of that
-    init: Literal["lecun", "pytorch"] = "lecun"
+    # how weights start: lecun: every latent says something, a layer's output varies as much as its input; near_prior:
+    # none does, and few will be taken up, which likelihoods suffer from and disentanglement gains by
+    init: Literal["lecun", "near_prior"] = "lecun"
 
     def __post_init__(self) -> None:
         require(self.image_channels >= 1, "model.image_channels", "must be at least 1")

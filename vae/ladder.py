@@ -63,6 +63,11 @@ class Layer(nn.Module):
         self.read = nn.Linear(latents, config.width)
         self.onward = ResidualLinear(config)
 
+    @property
+    def head(self) -> nn.Linear:
+        """The layer that puts out the posterior's correction."""
+        return self.correction[-1]  # type: ignore[return-value]  # what a Sequential holds is known to us only
+
     def step(self, h: Tensor, z: Tensor) -> Tensor:
         """The state after the layer's latents are known. (S, W), (S, Z_l) -> (S, W)"""
         return self.onward(h + self.read(z))
@@ -88,7 +93,7 @@ class Ladder(Autoencoder):
         self.start = nn.Parameter(torch.zeros(config.width))
         self.layers = nn.ModuleList(Layer(config, latents) for latents in config.ladder)
         self.decoder = build_decoder(config.network, config, image_size, config.width, likelihood.outputs)
-        initialise(self, config.init)
+        initialise(self, config.init, [layer.head for layer in self.levels])
 
     @property
     def levels(self) -> list[Layer]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -142,7 +143,7 @@ class VAE(Autoencoder):
         self.encoder, features = build_encoder(config.kind, config, image_size)
         self.posterior = nn.Linear(features, 2 * self.size)
         self.decoder = build_decoder(config.kind, config, image_size, self.size, likelihood.outputs)
-        initialise(self, config.init)
+        initialise(self, config.init, [self.posterior])
 
     def infer(self, x: Tensor) -> Gaussian:
         """q(z | x) of images in [0, 1]. (B, C, H, W) -> (B, Z)"""
@@ -210,18 +211,24 @@ def build_decoder(kind: str, config: ModelConfig, image_size: int, latents: int,
     return nn.Sequential(*layers)
 
 
-def initialise(model: nn.Module, kind: str) -> None:
-    """Draw the first weights of every linear and convolutional layer but those that `zeros` has set to start at zero.
+def initialise(model: nn.Module, kind: str, heads: Iterable[nn.Linear]) -> None:
+    """Draw the first weights of the linear and convolutional layers; those that `zeros` has set to zero stay there.
 
-    With `lecun` a layer's output has the variance of its input. PyTorch's own choice has a third of it, so each layer
-    shrinks what it is told: after five, the posterior hardly differs between images, the decoder learns to do without
-    the code, and most latents are given up before they could have been of use.
+    A question of who has to prove what. With `lecun` every latent says something from the start, and loses it if it is
+    not worth its nats. With `near_prior` none does, and each has to be taken up. PyTorch's layers, as they come, put
+    out a third of the variance they are given, so that in a deep network few ever are: the decoder learns early to do
+    without. The first is good for a likelihood, the second for disentanglement, where few latents should do the work.
 
     Args:
         kind: lecun: normal of variance 1 / (inputs of a unit), biases zero (LeCun et al. 1998, "Efficient backprop",
-            section 4.6); pytorch: as the layers come.
+            section 4.6); near_prior: as PyTorch's layers come, the heads near zero, so that q(z | x) starts near the
+            prior.
+        heads: the layers that put out a posterior.
     """
-    if kind == "pytorch":
+    if kind == "near_prior":
+        for head in heads:
+            nn.init.normal_(head.weight, std=0.01)
+            nn.init.zeros_(head.bias)
         return
     for layer in model.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d) and layer.weight.any():

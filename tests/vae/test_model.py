@@ -130,23 +130,26 @@ def test_hierarchy_starts_with_a_standard_prior_and_decodes_what_it_drew():
 def test_layers_start_as_wide_as_their_input(model):
     """What is set to zero stays so, biases are zero, and a weight's variance is 1 / (inputs of its unit)."""
     layers = {n: m for n, m in build(**model).named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    fresh = {n: m for n, m in build(**model, init="pytorch").named_modules() if n in layers}
+    fresh = {n: m for n, m in build(**model, init="near_prior").named_modules() if n in layers}
     assert {n for n, m in layers.items() if not m.weight.any()} == {n for n, m in fresh.items() if not m.weight.any()}
     assert not any(m.bias.any() for m in layers.values())
     large = [m.weight for m in layers.values() if m.weight.any() and m.weight.numel() > 2000]
     for weight in large:
         assert weight.var().item() * weight[0].numel() == pytest.approx(1, abs=0.2)
     assert all(m.weight.var() * m.weight[0].numel() < 0.5 for m in fresh.values() if m.weight.numel() > 2000)
+    posterior = build(**model, init="near_prior").infer(images(3))
+    if isinstance(posterior, Gaussian):
+        assert posterior.kl().max() < 0.01
     assert large
 
 
 def test_a_deep_encoder_still_tells_images_apart():
     """The reason for `init`: the standard deviation of posterior means over images, before any training."""
     spread = {}
-    for init in ("lecun", "pytorch"):
+    for init in ("lecun", "near_prior"):
         means = build(kind="mlp", hidden=(128,) * 5, latents=20, init=init).infer(images(50)).mean
         spread[init] = means.std(0).mean().item()
-    assert spread["lecun"] > 10 * spread["pytorch"]
+    assert spread["lecun"] > 10 * spread["near_prior"]
 
 
 def test_a_hierarchy_of_extreme_weights_stays_finite():
