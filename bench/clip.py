@@ -22,22 +22,19 @@ Legend: B pairs, S pixels of a side, T tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.rounds import interleave, ours_of, ratio
+from bench.rounds import circumstances, interleave, ours_of, ratio, report
 from clip.config import Config
 from clip.contrastive import contrastive_loss
 from clip.model import CLIP, parameter_groups
@@ -317,17 +314,9 @@ def main(argv: list[str] | None = None) -> None:
         "steps": args.steps,
         "threads": 1,
         "difference": differences,
-        "load": [round(load, 2), round(os.getloadavg()[0], 2)],
-        "clock": "cpu time",
-        "device": platform.machine(),
-        "versions": {
-            "torch": torch.__version__, "open_clip": version("open_clip_torch"), "python": platform.python_version()
-        },
-    }  # fmt: skip
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+        **circumstances(load, "torch", "open_clip_torch"),
+    }
+    report(result, args.out)
 
 
 if __name__ == "__main__":

@@ -19,19 +19,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.rounds import circumstances, report
 from clip.gallery import index as neighbours
 from clip.gallery.store import Entry, Stamp, Store
 
@@ -195,10 +194,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result["hnsw"] = built["hnsw"] | used | settings | {"sweep": sweep}
     return result | {
         "threads": 1,
-        "clock": "wall time",
-        "load": [round(load, 2), round(os.getloadavg()[0], 2)],
-        "device": platform.machine(),
-        "versions": {"faiss": version("faiss-cpu"), "numpy": np.__version__, "python": platform.python_version()},
+        **circumstances(load, "faiss-cpu", "numpy", clock="wall time"),
     }
 
 
@@ -232,10 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.build:
         build_alone(Path(args.build[1]), args.build[0])
         return
-    result = run(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    report(run(args), args.out)
 
 
 if __name__ == "__main__":

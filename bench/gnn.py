@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from bench.gnn_peers import pair
 from common.config import resolve
+from common.runtime import cpu_name
 from gnn.config import Config
 from gnn.core.graph import Graph, build_graph, choose_storage
 from gnn.core.sparse import SparseFeatures
@@ -289,17 +290,6 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
-
-
-def cpu_name() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 if __name__ == "__main__":

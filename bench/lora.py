@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,14 +26,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.rounds import ours_of, ratio
+from bench.rounds import circumstances, ours_of, ratio, report
 from common.pretrained import find
 from common.runtime import use_threads
 from lora.adapters.inject import adapters_of, inject
@@ -333,14 +331,9 @@ def main(argv: list[str] | None = None) -> None:
             "rounds": args.rounds,
             "threads": 1,
             "difference": differences,
-            "load": [round(load, 2), round(os.getloadavg()[0], 2)],
-            "clock": "cpu time",
-            "device": platform.machine(),
-            "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
+            **circumstances(load, "torch", "peft", "transformers"),
         }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    report(result, args.out)
 
 
 def memory(words: list[str]) -> dict[str, float]:

@@ -18,19 +18,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
-import platform
 import statistics
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.rounds import ours_of, ratio
+from bench.rounds import circumstances, ours_of, ratio, report
 from common.runtime import use_threads
 from lora.adapters.files import SavedAdapter
 from lora.adapters.layers import LinearLoRA
@@ -237,14 +234,9 @@ def main(argv: list[str] | None = None) -> None:
         "new_tokens": args.new,
         "threads": 1,
         "difference": differences,
-        "load": [round(load, 2), round(os.getloadavg()[0], 2)],
-        "clock": "cpu time",
-        "device": platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "peft", "transformers")},
+        **circumstances(load, "torch", "peft", "transformers"),
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    report(result, args.out)
 
 
 if __name__ == "__main__":

@@ -18,16 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
+from bench.rounds import circumstances
 from common.runtime import use_threads
 from rag.config import AnalyserConfig, BM25Config, DataConfig
 from rag.data import load_collection
@@ -35,6 +34,7 @@ from rag.search.analyser import LUCENE, Analyser
 from rag.search.bm25 import BM25
 
 K = 10
+PACKAGES = ("bm25s", "rank-bm25", "numba", "numpy", "PyStemmer")
 TOLERANCE = 1e-5
 
 
@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--data-root", default=os.environ.get("DATA_ROOT", "data"))
     args = parser.parse_args()
     use_threads(1)
+    load = os.getloadavg()[0]
     config = DataConfig(dataset="squad", max_passages=args.passages)
     collection = load_collection(config, args.data_root)
     texts = [passage.whole for passage in collection.passages]
@@ -187,11 +188,8 @@ def main() -> None:
         "passages": len(texts),
         "queries": len(queries),
         "rounds": args.rounds,
-        "clock": "wall" if args.wall else "cpu",
         "threads": 1,
-        "load": os.getloadavg()[0],
-        "platform": platform.platform(),
-        "versions": {name: version(name) for name in ("bm25s", "rank-bm25", "numba", "numpy", "PyStemmer")},
+        **circumstances(load, *PACKAGES, clock="wall time" if args.wall else "cpu time"),
     }
     for name in ("ours", "numba", "numpy", "rank_bm25"):
         print(f"{name:10} {result[name]:12,.0f} queries/s")

@@ -1,10 +1,18 @@
-"""Sides timed in turns in one process, and what is said about the times: shared by benchmarks of training steps."""
+"""Sides timed in turns in one process, and what is said about the times: shared by the benchmarks."""
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from common.runtime import cpu_name
 
 WARM_UP = 3  # steps: the optimizer's state, the choice of kernels
 
@@ -41,3 +49,27 @@ def ratio(name: str, above: list[float], below: list[float]) -> dict[str, float 
 def quartiles(values: list[float]) -> list[float]:
     """First and third; of one value, none."""
     return [round(q, 4) for q in statistics.quantiles(values, n=4, method="inclusive")[::2]] if len(values) > 1 else []
+
+
+def circumstances(load: float, *packages: str, clock: str = "cpu time") -> dict[str, Any]:
+    """What a figure depends on beside the code: how busy the machine was, the clock, the processor, versions.
+
+    Args:
+        load: `os.getloadavg()[0]` from before anything was timed; that of now is put beside it.
+        packages: whose versions count, by the names they are installed by.
+    """
+    versions = {name: version(name) for name in packages}
+    return {
+        "load": [round(load, 2), round(os.getloadavg()[0], 2)],
+        "clock": clock,
+        "device": cpu_name(),
+        "versions": {**versions, "python": platform.python_version()},
+    }
+
+
+def report(result: dict[str, Any], out: Path | None) -> None:
+    """The last line of stdout, and the file that was asked for."""
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(result))

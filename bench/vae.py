@@ -23,10 +23,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import logging
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -34,7 +32,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 import vae.train
-from bench.rounds import interleave, ours_of, quartiles, ratio
+from bench.rounds import circumstances, interleave, ours_of, quartiles, ratio, report
 from common.config import Options, resolve
 from common.images import MemoryImages
 from common.run import Run
@@ -350,14 +347,9 @@ def main(argv: list[str] | None = None) -> None:
         "steps": args.steps,
         "threads": 1,
         "difference": differences,
-        "load": [round(load, 2), round(os.getloadavg()[0], 2)],
-        "clock": "cpu time",
-        "device": platform.machine(),
-        "versions": {"torch": torch.__version__, "pythae": version("pythae"), "python": platform.python_version()},
+        **circumstances(load, "torch", "pythae"),
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    report(result, args.out)
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
     ):
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-    name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else cpu_name()
     return {
         "command": " ".join([sys.orig_argv[0].rsplit("/", 1)[-1], *sys.orig_argv[1:]]),
         "commit": _commit(),
@@ -262,7 +262,8 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in PEAK_BF16_FLOPS.items() if key in name), None)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, where Linux tells it, and how many cores it has."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         for line in file:
             if line.startswith("model name"):
