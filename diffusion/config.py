@@ -188,8 +188,10 @@ class SampleConfig:
     sigma_min: float = 0.002  # edm
     sigma_max: float = 80.0  # edm
     rho: float = 7.0  # edm: spacing of the noise levels (Karras et al. 2022, eq. 5)
-    count: int = 64  # images in a grid
+    count: int = 64  # images in a grid, or in the folder `out`
     batch_size: int = 256  # images drawn at once; more need more memory
+    out: str = ""  # diffusion.sample writes each image into this folder, instead of the pictures of a run
+    format: Literal["png", "npz"] = "png"  # of `out`: a file an image and labels.csv; or images and labels of a batch
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "sample.steps", "must be at least 1")

@@ -23,15 +23,13 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoint import weights_hash
 from common.errors import exits_cleanly
-from common.files import atomic_open, sha256, write_json
+from common.files import atomic_open, write_json
 from common.metrics import FeatureStatistics, frechet_between
 from common.provenance import discard, made_by
 from common.run import Run
@@ -51,7 +49,7 @@ from common.judges.features import (
 )
 from diffusion.images import Images, MemoryImages
 from diffusion.latents import pictured, reconstructions, to_pictures
-from diffusion.sample import Network, Objective, generate_batch, grid_labels, load_model, save_grid
+from diffusion.sample import Network, Objective, generate_batch, grid_labels, load_model, sample_key, save_grid
 from diffusion.samplers import SAMPLERS, resolve_sampler
 
 MANIFOLD_NEIGHBOURS = 5  # k of precision, recall, density and coverage
@@ -168,21 +166,6 @@ def build_judge(config: Config, features: str, train: Images, test: Images | Non
         identity["precision"] = config.eval.feature_precision
     statistics = reference_statistics(extractor, real.images, cache, {**identity, "split": "train"}, track=run.track)
     return Judge(extractor, real, statistics, held_out)
-
-
-def sample_key(model: Network, config: Config, count: int) -> dict[str, Any]:
-    """What generated images depend on, in JSON types: none kept of an interrupted evaluation are taken for others."""
-    return {
-        "weights": weights_hash(model.state_dict()),
-        "objective": dataclasses.asdict(config.objective),
-        "model": dataclasses.asdict(config.model),
-        "image_size": config.data.image_size,
-        "sample": dataclasses.asdict(config.sample),
-        "precision": config.precision,
-        "seed": config.seed,
-        "count": count,
-        "decoder": sha256(Path(config.data.decoder).expanduser()) if config.data.dataset == "latents" else "",
-    }
 
 
 def generate_resumable(

@@ -1,9 +1,12 @@
 """Draw images from a trained model:
 
     python -m diffusion.sample --run runs/ddpm_mnist [sample.guidance=2 sample.count=100 ...]
+    python -m diffusion.sample --run runs/ddpm_mnist --out DIR --count 10000 [sample.format=npz ...]
 
-Writes into the run's `figures/`: a grid, interpolations between noises, and how images come out of the noise, as a film
-strip (PNG) and a GIF. Legend: B batch, C channels, H = W pixels, T frames.
+Without --out, into the run's `figures/`: a grid, interpolations between noises, and how images come out of the noise,
+as a film strip (PNG) and a GIF. With it, as many images as the disk holds; see `diffusion.export`.
+
+Legend: B batch, C channels, H = W pixels, T frames.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
@@ -11,21 +14,23 @@ from common.config import Options, load
 from diffusion.config import Config
 
 if __name__ == "__main__":
-    CONFIG, OPTIONS = load(Config, "diffusion", "sample")
+    CONFIG, OPTIONS = load(Config, "diffusion", "sample", short={"out": "sample.out", "count": "sample.count"})
 
 import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from common import runtime
-from common.checkpoint import UNFIT, CheckpointError, load_chosen
+from common.checkpoint import UNFIT, CheckpointError, load_chosen, weights_hash
 from common.errors import exits_cleanly
-from common.files import atomic_open
+from common.files import atomic_open, sha256, write_csv
+from common.images.export import Shards, claimed
 from common.provenance import trained_otherwise
 from common.run import Run
 from diffusion.latents import check_decoder, to_pictures
@@ -47,6 +52,8 @@ def main(config: Config, options: Options) -> None:
     """Draw the pictures of one run."""
     with Run(config, options) as run:
         model, objective, step = load_model(config, options, run)
+        if config.sample.out:
+            return export(model, objective, config, run)
         folder = run.folder / "figures"
         sampler = resolve_sampler(config.objective.kind, config.sample.sampler)
         name = f"{sampler}{config.sample.steps}_w{config.sample.guidance:g}"
@@ -63,6 +70,46 @@ def main(config: Config, options: Options) -> None:
             f"step {step} of {config.train.steps}: wrote grid, interpolation, filmstrip and denoising_{name} into "
             f"{folder}"
         )
+
+
+def export(model: Network, objective: Objective, config: Config, run: Run) -> None:
+    """`sample.count` images into the folder `sample.out`, as PNGs beside a `labels.csv` or in npz files, a batch after
+    the other. The same command goes on where it was stopped, and with a larger count adds to what is there (only a last
+    batch that was not full is drawn anew).
+    """
+    settings = config.sample
+    folder = Path(settings.out).expanduser()
+    labels = grid_labels(config, settings.count)
+    size = settings.batch_size
+    with claimed(folder, sample_key(model, config, 0), run.display.say) as manifest:
+        shards = Shards(folder, manifest, settings.count, size, settings.format)
+        missing = shards.missing()
+        for number in run.track(run.display.track(missing, len(missing), "sampling")):
+            chunk = None if labels is None else labels[number * size : (number + 1) * size]
+            drawn = generate_batch(model, objective, config, number, shards.size(number), chunk, config.seed, run)
+            shards.write(number, to_pictures(drawn, model, config), chunk)
+        if labels is not None and settings.format == "png":
+            write_csv(
+                folder / "labels.csv", [{"file": f"{i:08d}.png", "class": c} for i, c in enumerate(labels.tolist())]
+            )
+    kept = shards.total - len(missing)
+    run.display.say(f"{settings.count} images in {folder}; {kept} of {shards.total} batches were there before")
+
+
+def sample_key(model: Network, config: Config, count: int) -> dict[str, Any]:
+    """What generated images depend on, in JSON types: none kept of an interrupted evaluation are taken for others."""
+    settings = dataclasses.asdict(config.sample)
+    return {
+        "weights": weights_hash(model.state_dict()),
+        "objective": dataclasses.asdict(config.objective),
+        "model": dataclasses.asdict(config.model),
+        "image_size": config.data.image_size,
+        "sample": {name: settings[name] for name in settings if name not in ("count", "out")},
+        "precision": config.precision,
+        "seed": config.seed,
+        "count": count,
+        "decoder": sha256(Path(config.data.decoder).expanduser()) if config.data.dataset == "latents" else "",
+    }
 
 
 def load_model(config: Config, options: Options, run: Run) -> tuple[Network, Objective, int]:

@@ -25,8 +25,8 @@ from common.checkpoint import weights_hash
 from common.errors import ProjectError, exits_cleanly
 from common.files import sha256
 from common.latents import Latents, read_latents
+from common.images.export import claimed, npz_writer, save_png, to_rows
 from common.run import Run
-from vae.files import claimed, npz_writer, save_png, to_rows
 from vae.figures import to_bytes
 from vae.load import load_model
 from vae.model import Autoencoder

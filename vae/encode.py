@@ -35,9 +35,9 @@ from common.errors import ProjectError, exits_cleanly
 from common.files import write_json
 from common.images import FolderImages, MemoryImages, list_images
 from common.program import save_program
+from common.images.export import MANIFEST, claimed, npz_writer
 from common.run import Run
 from vae.data import load_images
-from vae.files import MANIFEST, claimed, npz_writer
 from vae.images import expected
 from vae.load import load_model
 from vae.model import VAE, Autoencoder

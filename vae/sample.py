@@ -19,7 +19,6 @@ if __name__ == "__main__":
     CONFIG, OPTIONS = load(Config, "vae", "sample", short={"out": "sample.out", "count": "sample.count"})
 
 import dataclasses
-import hashlib
 import itertools
 from operator import itemgetter
 from pathlib import Path
@@ -30,10 +29,9 @@ from torch import Tensor
 
 from common.checkpoint import weights_hash
 from common.errors import exits_cleanly
-from common.files import sha256, write_json
+from common.images.export import Shards, claimed
 from common.run import Run
 from common.runtime import mix_seed
-from vae.files import MANIFEST, claimed, npz_writer, save_png, to_rows
 from vae.figures import to_bytes
 from vae.load import load_model
 from vae.model import Autoencoder
@@ -49,9 +47,9 @@ def main(config: Config, options: Options) -> None:
         model, step = load_model(config, options, run)
         folder = Path(settings.out).expanduser() if settings.out else run.folder / "generated"
         with claimed(folder, sample_key(model, config), run.display.say) as manifest:
-            shards = Shards(folder, manifest, config)
-            missing = [number for number in range(shards.total) if not shards.has(number)]
-            blocks = [(number, start) for number in missing for start in shards.blocks(number)]
+            shards = Shards(folder, manifest, settings.count, settings.shard, settings.format)
+            missing = shards.missing()
+            blocks = [(number, start) for number in missing for start in starts(shards, number, settings.batch_size)]
             track = run.track(run.display.track(blocks, len(blocks), "sampling"))
             for number, group in itertools.groupby(track, key=itemgetter(0)):
                 shards.write(number, torch.cat([draw(model, config, start, run) for _, start in group]))
@@ -59,6 +57,12 @@ def main(config: Config, options: Options) -> None:
         run.display.say(
             f"step {step}: {settings.count} images in {folder}, {kept} of {shards.total} shards were there before"
         )
+
+
+def starts(shards: Shards, number: int, batch_size: int) -> range:
+    """Numbers of the images with which the batches of a shard begin."""
+    first = number * shards.shard
+    return range(first, first + shards.size(number), batch_size)
 
 
 @torch.no_grad()
@@ -92,64 +96,6 @@ def sample_key(model: Autoencoder, config: Config) -> dict[str, Any]:
         "seed": config.seed,
         "sample": {name: settings[name] for name in settings if name not in ("count", "out")},
     }
-
-
-class Shards:
-    """The files of a folder. A shard counts as finished only once its files are in place and the manifest holds their
-    hash.
-    """
-
-    def __init__(self, folder: Path, manifest: dict[str, Any], config: Config) -> None:
-        self.folder = folder
-        self.settings = config.sample
-        self.total = -(-self.settings.count // self.settings.shard)
-        self.manifest = manifest
-        self.finished: dict[str, Any] = manifest.setdefault("shards", {})
-
-    def size(self, number: int) -> int:
-        """Images of a shard."""
-        return min(self.settings.shard, self.settings.count - number * self.settings.shard)
-
-    def blocks(self, number: int) -> range:
-        """Numbers of the images with which the batches of a shard begin."""
-        first = number * self.settings.shard
-        return range(first, first + self.size(number), self.settings.batch_size)
-
-    def paths(self, number: int, count: int) -> list[Path]:
-        """The files of a shard's first `count` images."""
-        if self.settings.format == "npz":
-            return [self.folder / f"images-{number:05d}.npz"]
-        first = number * self.settings.shard
-        return [self.folder / f"{i:08d}.png" for i in range(first, first + count)]
-
-    def has(self, number: int) -> bool:
-        """Whether a shard is finished, long enough, and as it was written."""
-        entry = self.finished.get(str(number), {})
-        count = entry.get("count", 0)
-        return count >= self.size(number) and digest(self.paths(number, count)) == entry.get("sha256")
-
-    def write(self, number: int, images: Tensor) -> None:
-        """Files, then their hash. uint8 (at least `size`, C, H, W)"""
-        count = self.size(number)
-        paths = self.paths(number, count)
-        if self.settings.format == "npz":
-            with npz_writer(paths[0]) as archive:
-                archive.add("images", to_rows(images[:count]))
-        else:
-            for image, path in zip(images, paths, strict=False):
-                save_png(image, path)
-        self.finished[str(number)] = {"count": count, "sha256": digest(paths)}
-        write_json(self.folder / MANIFEST, self.manifest)
-
-
-def digest(paths: list[Path]) -> str:
-    """SHA-256 over the hashes of files; empty where one is missing."""
-    total = hashlib.sha256()
-    for path in paths:
-        if not path.is_file():
-            return ""
-        total.update(sha256(path).encode())
-    return total.hexdigest()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from common.config import ConfigError, Options
 from common.judges.classifier import ResNet20
 from diffusion import eval as evaluation
 from diffusion.eval import main as evaluate
-from diffusion.eval import sample_key
 from diffusion.model import UNet
+from diffusion.sample import sample_key
 from tests.helpers import checkpoint, same, status, tiny, train
 
 QUICK_EVAL = ["eval.num_samples=4", "eval.manifold_samples=20", "eval.neighbours=0", "sample.steps=2"]

@@ -1,4 +1,4 @@
-"""Images and codes as files: PNG, and npz archives that are written row by row.
+"""Images and codes as files: PNG, and npz archives that are written row by row; and many of them in shards.
 
 A folder that is written to is claimed first: its `manifest.json` says by which weights and settings its files are made,
 and nothing is ever written beside files of others.
@@ -9,6 +9,7 @@ Legend: N rows, C channels, H = W pixels.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import ProjectError
-from common.files import TEMPORARY, atomic_open, read_json, write_json
+from common.files import TEMPORARY, atomic_open, read_json, sha256, write_json
 from common.lock import NAME as LOCK
 from common.lock import FolderLock
 
@@ -138,3 +139,73 @@ def npz_writer(path: Path) -> Iterator[NpzWriter]:
 def to_rows(images: Tensor) -> np.ndarray:
     """uint8 (N, C, H, W) on any device -> (N, H, W, C), the order in which others keep images."""
     return images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+class Shards:
+    """Images that a folder holds in files of `shard` images each, or as PNGs of which so many are finished together.
+
+    A shard counts as finished only once its files are in place and the manifest holds their hash.
+
+    Args:
+        manifest: what `claimed` gave; it is written anew after each shard.
+        count: images in all.
+        form: npz or png.
+
+    Attributes:
+        total: number of shards.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], count: int, shard: int, form: str) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.count = count
+        self.shard = shard
+        self.form = form
+        self.total = -(-count // shard)
+        self.finished: dict[str, Any] = manifest.setdefault("shards", {})
+
+    def size(self, number: int) -> int:
+        """Images of a shard."""
+        return min(self.shard, self.count - number * self.shard)
+
+    def missing(self) -> list[int]:
+        """The shards that are not finished, or are no longer as they were written."""
+        return [number for number in range(self.total) if not self.has(number)]
+
+    def has(self, number: int) -> bool:
+        """Whether a shard is finished, long enough, and as it was written."""
+        entry = self.finished.get(str(number), {})
+        count = entry.get("count", 0)
+        return count >= self.size(number) and digest(self.paths(number, count)) == entry.get("sha256")
+
+    def paths(self, number: int, count: int) -> list[Path]:
+        """The files of a shard's first `count` images."""
+        if self.form == "npz":
+            return [self.folder / f"images-{number:05d}.npz"]
+        first = number * self.shard
+        return [self.folder / f"{i:08d}.png" for i in range(first, first + count)]
+
+    def write(self, number: int, images: Tensor, labels: Tensor | None = None) -> None:
+        """Files, then their hash. uint8 (at least `size`, C, H, W); labels (at least `size`,) go into an npz."""
+        count = self.size(number)
+        paths = self.paths(number, count)
+        if self.form == "npz":
+            with npz_writer(paths[0]) as archive:
+                archive.add("images", to_rows(images[:count]))
+                if labels is not None:
+                    archive.add("labels", labels[:count].cpu().numpy())
+        else:
+            for image, path in zip(images, paths, strict=False):
+                save_png(image, path)
+        self.finished[str(number)] = {"count": count, "sha256": digest(paths)}
+        write_json(self.folder / MANIFEST, self.manifest)
+
+
+def digest(paths: list[Path]) -> str:
+    """SHA-256 over the hashes of files; empty where one is missing."""
+    total = hashlib.sha256()
+    for path in paths:
+        if not path.is_file():
+            return ""
+        total.update(sha256(path).encode())
+    return total.hexdigest()
