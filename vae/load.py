@@ -27,7 +27,9 @@ def load_model(config: Config, options: Options, run: Run) -> tuple[Autoencoder,
     state = load_chosen(folder, options.checkpoint)
     another = f"the checkpoint in {folder} is of another model than the config's model section"
     # before a model is built that may be far larger than what was trained
-    problem = trained_otherwise(state.get("config", ""), config, ("model.", "likelihood."), ("model.dropout", "model.init"))
+    problem = trained_otherwise(
+        state.get("config", ""), config, ("model.", "likelihood."), ("model.dropout", "model.init")
+    )
     if problem:
         raise CheckpointError(f"{another}: {problem}")
     model = build_model(config)
