@@ -16,7 +16,6 @@ from common.errors import ProjectError
 from common.pretrained import available
 from tests.clip.tiny import picture
 
-LITE = "efficientnet-lite0"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
 
