@@ -56,6 +56,7 @@ TINY = [
     "train.sample_every=0",
     "eval.num_images=200",
     "device=cpu",
+    "compile=false",
 ]
 DRAWS = 2000  # D, from which the total correlation is estimated
 PAIRS_AT_ONCE = 200_000  # of a draw and an image: bounds the memory

@@ -16,7 +16,7 @@ from common.config import resolve
 from tests.helpers import ROOT
 from vae.config import Config
 
-TINY = ["--config", str(ROOT / "configs/vae_mnist.yaml"), "model.hidden=[16]", "train.batch_size=8"]
+TINY = ["--config", str(ROOT / "configs/vae_mnist.yaml"), "model.hidden=[16]", "train.batch_size=8", "compile=false"]
 SHORT = ["--rounds", "1", "--steps", "2", "--program-rounds", "1", "--program-batches", "2"]
 
 
@@ -33,7 +33,17 @@ def test_ends_with_its_json_line(capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["unit"] == "images per CPU-second"
     assert result["program_images"] == 32
-    for key in ("ratio", "ratio_fp32", "ratio_default", "program_ratio", "aa_ratio", "ours", "peer", "program_peer"):
+    for key in (
+        "ratio",
+        "ratio_eager",
+        "ratio_fp32",
+        "ratio_default",
+        "program_ratio",
+        "aa_ratio",
+        "ours",
+        "peer",
+        "program_peer",
+    ):
         assert math.isfinite(result[key]) and result[key] > 0, key
     assert {"torch", "pythae", "python"} <= result["versions"].keys()
 
@@ -71,12 +81,13 @@ def test_summary_of_known_times() -> None:
     times = {
         "ours": [1.0, 2.0, 1.0],
         "again": [1.0, 2.0, 1.5],
+        "ours_eager": [1.0, 2.0, 2.5],
         "ours_fp32": [2.0, 3.0, 2.0],
         "peer": [2.0, 3.0, 2.5],
         "peer_default": [3.0, 4.0, 5.0],
     }
     result = bench.summarise(times, images=6)
     assert result["ratio"] == 2.0 and result["ratio_iqr"] == [1.75, 2.0]  # of 2 / 1, 3 / 2 and 2.5 / 1.25
-    assert result["ratio_fp32"] == 1.0 and result["ratio_default"] == 3.0
+    assert result["ratio_eager"] == 1.5 and result["ratio_fp32"] == 1.0 and result["ratio_default"] == 3.0
     assert result["aa_ratio"] == 1.0 and result["aa_ratio_iqr"] == [1.0, 1.25]
     assert result["ours"] == pytest.approx(6 / 1.25, abs=0.1) and result["peer"] == pytest.approx(6 / 2.5, abs=0.1)
