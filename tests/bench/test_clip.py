@@ -48,7 +48,7 @@ def test_ends_with_its_json_line(few_words, capsys: pytest.CaptureFixture[str], 
         assert math.isfinite(result[key]) and result[key] > 0, key
     assert result["pipeline_data"] == "scenes"
     assert result["tokens"]["ours"] < result["tokens"]["peer"] == 77
-    assert {"torch", "open_clip", "python"} <= result["versions"].keys()
+    assert {"torch", "open_clip_torch", "python"} <= result["versions"].keys()
 
 
 @pytest.mark.parametrize("size", ["tiny", "resnet"])

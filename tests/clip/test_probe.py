@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.clip.model.published import VIT, publish
 
 from clip import probe
 from clip.data.labelled import load_labelled
 from clip.model.published import load_published
 from common.errors import ProjectError
 from tests.clip.colours import Colours, chosen, picture
+from tests.clip.published import VIT, publish
 
 
 def clusters(count: int, noise: float, seed: int, classes: int = 3) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.clip.model.published import TEXT, VIT, publish
 
 from clip import search, zero_shot
 from clip.data.labelled import load_labelled, names_for
@@ -23,6 +22,7 @@ from common.errors import ProjectError
 from common.images import read_cifar100
 from common.images.formats import CIFAR_NAMES
 from tests.clip.colours import Colours, chosen, picture
+from tests.clip.published import TEXT, VIT, publish
 
 SHADES = {"red": (230, 30, 20), "green": (40, 220, 10), "dark_blue": (10, 20, 90)}
 
