@@ -16,7 +16,6 @@ circumstances.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -33,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.gnn_peers import pair
+from bench.rounds import report
 from common.config import resolve
 from common.runtime import cpu_name
 from gnn.config import Config
@@ -287,9 +287,7 @@ def main() -> None:
         "cpu": cpu_name(),
         "load": [round(x, 2) for x in os.getloadavg()],
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    report(result, args.out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import copy
 import io
-import json
 import os
 import platform
 import shutil
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 
 import ppo.train
+from bench.rounds import report
 from common.config import Options, resolve
 from ppo.config import Config
 from ppo.data import Batch, gae
@@ -359,9 +359,7 @@ def main(argv: list[str] | None = None) -> None:
         "python": platform.python_version(),
         "load": [round(x, 2) for x in os.getloadavg()],
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    report(result, args.out)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def main(config: Config, options: Options) -> None:
         assert train is not None
         judge = build_judge(shown, config.eval.features, train, test, run)
         name = judge.extractor.name
-        key = sample_key(model, config, config.eval.num_samples)
+        key = sample_key(model, config)
         marks = made_by(config, [key["weights"]])
         labels = grid_labels(config, config.eval.num_samples)
         generated = generate_resumable(model, objective, config, config.eval.num_samples, labels, key, run)
@@ -174,7 +174,8 @@ def generate_resumable(
     """As `sample.generate`, keeping each finished batch on disk until the evaluation is over. uint8 (count, C, H,
     W).
     """
-    folder = run.folder / "eval_samples" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    named = json.dumps(key | {"count": count}, sort_keys=True)  # a last batch that is not full depends on it
+    folder = run.folder / "eval_samples" / hashlib.sha256(named.encode()).hexdigest()[:16]
     size = config.sample.batch_size
     parts = []
     for b in run.display.track(range(0, count, size), -(-count // size), "generating"):
@@ -250,7 +251,7 @@ def quick_distance(model: Network, objective: Objective, config: Config, judge: 
     """Frechet distance, and agreement with the label, of `eval.nfe_samples` images drawn as `config.sample` says."""
     count = config.eval.nfe_samples
     labels = grid_labels(config, count)
-    generated = generate_resumable(model, objective, config, count, labels, sample_key(model, config, count), run)
+    generated = generate_resumable(model, objective, config, count, labels, sample_key(model, config), run)
     plain = dataclasses.replace(config, eval=dataclasses.replace(config.eval, manifold_samples=0))
     metrics = measure(generated, labels, judge, plain, run)
     return {name: metrics[name] for name in (judge.extractor.name, "conditional_accuracy") if name in metrics}

@@ -4,7 +4,7 @@
     python -m diffusion.sample --run runs/ddpm_mnist --out DIR --count 10000 [sample.format=npz ...]
 
 Without --out, into the run's `figures/`: a grid, interpolations between noises, and how images come out of the noise,
-as a film strip (PNG) and a GIF. With it, as many images as the disk holds; see `diffusion.export`.
+as a film strip (PNG) and a GIF. With it, as many images as the disk holds; see `export`.
 
 Legend: B batch, C channels, H = W pixels, T frames.
 """
@@ -81,7 +81,7 @@ def export(model: Network, objective: Objective, config: Config, run: Run) -> No
     folder = Path(settings.out).expanduser()
     labels = grid_labels(config, settings.count)
     size = settings.batch_size
-    with claimed(folder, sample_key(model, config, 0), run.display.say) as manifest:
+    with claimed(folder, sample_key(model, config), run.display.say) as manifest:
         shards = Shards(folder, manifest, settings.count, size, settings.format)
         missing = shards.missing()
         for number in run.track(run.display.track(missing, len(missing), "sampling")):
@@ -96,7 +96,7 @@ def export(model: Network, objective: Objective, config: Config, run: Run) -> No
     run.display.say(f"{settings.count} images in {folder}; {kept} of {shards.total} batches were there before")
 
 
-def sample_key(model: Network, config: Config, count: int) -> dict[str, Any]:
+def sample_key(model: Network, config: Config) -> dict[str, Any]:
     """What generated images depend on, in JSON types: none kept of an interrupted evaluation are taken for others."""
     settings = dataclasses.asdict(config.sample)
     return {
@@ -107,7 +107,6 @@ def sample_key(model: Network, config: Config, count: int) -> dict[str, Any]:
         "sample": {name: settings[name] for name in settings if name not in ("count", "out")},
         "precision": config.precision,
         "seed": config.seed,
-        "count": count,
         "decoder": sha256(Path(config.data.decoder).expanduser()) if config.data.dataset == "latents" else "",
     }
 
