@@ -206,19 +206,22 @@ class TextConfig:
 class HeadConfig:
     """From a tower's features to the embedding that is compared."""
 
-    kind: Literal["linear", "mlp", "none"] = "linear"  # none: the features are the embedding
-    bias: bool = False  # linear: whether it has one; an mlp always does
+    # mlp: two linear maps with a GELU between; residual: a linear map plus an mlp that starts at zero; none: the
+    # features are the embedding
+    kind: Literal["linear", "mlp", "residual", "none"] = "linear"
+    bias: bool = False  # linear: whether it has one; mlp and residual always do
     norm: bool = False  # LayerNorm of the features before the map
-    hidden: int = 1024  # mlp: width of its hidden layer
-    dropout: float = 0.0  # mlp: before each of its two maps
+    hidden: int = 1024  # mlp, residual: width of the hidden layer
+    dropout: float = 0.0  # mlp, residual: before each of the maps
 
     def check(self, key: str) -> None:
         """`ConfigError` for a value that cannot be; `key` is the name of this section."""
         require(self.hidden >= 1, f"{key}.hidden", "must be at least 1")
         require(0 <= self.dropout < 1, f"{key}.dropout", "must be in [0, 1)")
-        require(self.kind == "mlp" or self.dropout == 0, f"{key}.dropout", "only kind=mlp has it")
+        has_hidden = self.kind in ("mlp", "residual")
+        require(has_hidden or self.dropout == 0, f"{key}.dropout", "is for kind=mlp or residual")
         require(self.kind != "none" or not self.norm, f"{key}.norm", "has no map to stand before with kind=none")
-        require(self.kind == "linear" or not self.bias, f"{key}.bias", "is for kind=linear; an mlp always has one")
+        require(self.kind == "linear" or not self.bias, f"{key}.bias", "is for kind=linear; mlp and residual have one")
 
 
 @dataclass(frozen=True)

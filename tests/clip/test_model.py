@@ -11,6 +11,7 @@ import torch
 
 from clip.config import HeadConfig, ImageConfig, ModelConfig, TextConfig
 from clip.model import CLIP, parameter_groups
+from clip.model.dual_encoder import build_head
 from clip.model.image_encoder import drop_patches
 from clip.model.text_encoder import TextEncoder
 from clip.model.tokenizer import trim
@@ -65,6 +66,20 @@ def test_what_does_not_fit_is_refused() -> None:
         small.build().encode_image(torch.zeros(1, 3, 32, 32, dtype=torch.float64))
     with pytest.raises(ValueError, match="must be the tower's width 16"):
         small.build(image_head=HeadConfig(kind="none"))
+
+
+def test_a_residual_head_begins_as_its_linear_map_and_learns_both() -> None:
+    torch.manual_seed(0)
+    head = build_head(HeadConfig(kind="residual", hidden=8, dropout=0.5), 6, 4).eval()
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(head(x), head.linear(x))
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    for _ in range(2):  # in the first step the hidden layer has no gradient: what is behind it is zero
+        optimizer.zero_grad()
+        head(x).square().sum().backward()
+        optimizer.step()
+    assert all(float(p.grad.abs().sum()) > 0 for p in head.parameters())
+    assert not torch.allclose(head(x), head.linear(x))
 
 
 @pytest.mark.parametrize(
