@@ -36,8 +36,20 @@ OPENED = ("blocks", "stages", "features")  # modules whose children are stages o
 class Stages(nn.Sequential):
     """Stages of a convolutional network: float (B, ...) -> (B, C, H, W).
 
-    In training, BatchNorm keeps the averages of the pretraining: those of a few thousand images would be worse.
+    In training, BatchNorm keeps the averages of the pretraining: those of a few thousand images would be worse. The
+    channels of a pixel lie side by side in memory (channels_last): with depthwise convolutions in bf16 that takes less
+    than half of the time on a CPU, for the same numbers.
     """
+
+    def __init__(self, *stages: nn.Module):
+        super().__init__(*stages)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        out: Tensor = super().forward(x)
+        return out
 
     def train(self, mode: bool = True) -> Stages:
         super().train(mode)

@@ -11,6 +11,7 @@ from clip.config import ImageConfig, TextConfig
 from clip.model.image_tower import Stages, build_image_tower, load_network, rename_lite, split_stages
 from clip.model.pooling import AttentionMean, Pooling
 from clip.model.text_tower import before_end, build_text_tower
+from common.checkpoint import weights_hash
 from common.config import ConfigError
 from common.errors import ProjectError
 from common.pretrained import available
@@ -69,6 +70,19 @@ def test_batchnorm_keeps_the_averages_of_pretraining():
     before = {name: value.clone() for name, value in stages.named_buffers()}
     stages.train()(torch.randn(4, 3, 64, 64))
     assert all(torch.equal(value, before[name]) for name, value in stages.named_buffers())
+
+
+def test_channels_lie_side_by_side_and_the_numbers_stay():
+    """Whatever order images come in and weights were saved in."""
+    torch.manual_seed(0)
+    convolutions = [torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3, groups=8)]
+    before = {name: tensor.clone() for name, tensor in torch.nn.Sequential(*convolutions).state_dict().items()}
+    x = torch.randn(2, 3, 12, 12)
+    expected = torch.nn.Sequential(*convolutions)(x)
+    stages = Stages(*convolutions)
+    assert stages(x).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(stages(x), expected)
+    assert weights_hash(stages.state_dict()) == weights_hash(before)
 
 
 @pytest.mark.parametrize(
