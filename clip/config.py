@@ -210,7 +210,9 @@ class HeadConfig:
     # features are the embedding
     kind: Literal["linear", "mlp", "residual", "none"] = "linear"
     bias: bool = False  # linear: whether it has one; mlp and residual always do
-    norm: bool = False  # LayerNorm of the features before the map
+    # of the features before the map. layer: LayerNorm; standard: each minus its mean, over its standard deviation, both
+    # measured once on training data before the first step
+    norm: Literal["none", "layer", "standard"] = "none"
     hidden: int = 1024  # mlp, residual: width of the hidden layer
     dropout: float = 0.0  # mlp, residual: before each of the maps
 
@@ -220,7 +222,7 @@ class HeadConfig:
         require(0 <= self.dropout < 1, f"{key}.dropout", "must be in [0, 1)")
         has_hidden = self.kind in ("mlp", "residual")
         require(has_hidden or self.dropout == 0, f"{key}.dropout", "is for kind=mlp or residual")
-        require(self.kind != "none" or not self.norm, f"{key}.norm", "has no map to stand before with kind=none")
+        require(self.kind != "none" or self.norm == "none", f"{key}.norm", "has no map to stand before with kind=none")
         require(self.kind == "linear" or not self.bias, f"{key}.bias", "is for kind=linear; mlp and residual have one")
 
 

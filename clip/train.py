@@ -26,6 +26,7 @@ from clip.data.pairs import Crop
 from clip.embed import embed, measure
 from clip.load import Locked
 from clip.model import CLIP, Output, parameter_groups
+from clip.model.heads import standards
 from clip.model.tokenizer import Tokenizer
 from clip.model.towers import Towers, build_towers
 from common.checkpoint import export_weights
@@ -37,6 +38,7 @@ from common.rates import learning_rate
 from common.run import Run
 from common.runtime import check_machine, count_parameters
 
+MEASURED = 2_000  # images whose features are measured before the first step
 CHECKED = 20_000  # captions of which the length is looked at before a run
 
 
@@ -65,6 +67,8 @@ def train(config: Config, options: Options) -> None:
         parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "ema": ema, "locked": locked}
         done = run.resume(**parts)  # 0 when fresh
         train_pairs, val_pairs = prepare_data(config, splits, towers, run)
+        if done == 0:
+            measure_features(train_pairs, config, towers, run)
         data = started(open_batches(train_pairs, config, towers, run, done + 1))
         net = run.prepare(model)  # the same weights, compiled or spread over processes
         run.display.say(sizes(config, train_pairs, towers))
@@ -169,6 +173,28 @@ def inputs(batch: Batch, towers: Towers, run: Run) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), run.autocast():
             ids = towers.text_base(ids).float()
     return images, ids
+
+
+@torch.no_grad()
+def measure_features(pairs: Pairs | FeaturePairs, config: Config, towers: Towers, run: Run) -> None:
+    """Mean and deviation of the towers' features, where a head wants them: see `heads.Standard`. Of the first batches,
+    as many as give `MEASURED` images.
+    """
+    model = towers.model.eval()
+    of_images = standards([model.image_head])
+    of_texts = standards([model.text_head])
+    if not of_images and not of_texts:
+        return
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    data = open_batches(pairs, config, towers, run, 1)
+    for _ in range(-(-MEASURED // config.train.batch_size)):
+        images, ids = inputs(next(data), towers, run)
+        with run.autocast():
+            found[0].append(model.image_encoder(images).float())
+            found[1].append(model.text_encoder(ids).float())
+    for parts, features in zip((of_images, of_texts), found, strict=True):
+        for part in parts:
+            part.measure(torch.cat(features))
 
 
 # -- what is trained ---------------------------------------------------------------------------------------------------

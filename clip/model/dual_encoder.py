@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip.config import HeadConfig, ModelConfig
+from clip.config import ModelConfig
+from clip.model.heads import build_head
 from clip.model.image_encoder import build_image_encoder
 from clip.model.text_encoder import TextEncoder
 
@@ -102,57 +103,6 @@ def normalise(x: torch.Tensor) -> torch.Tensor:
     Autocast leaves this alone, and the losses multiply these float32 vectors outside of it.
     """
     return F.normalize(x.float() if x.dtype != torch.float64 else x, dim=-1)
-
-
-def build_head(config: HeadConfig, width: int, embed_dim: int) -> nn.Module:
-    """The map from a tower's features (B, width) to (B, embed_dim), before normalisation."""
-    if config.kind == "none":
-        if width != embed_dim:
-            raise ValueError(f"without a head, model.embed_dim must be the tower's width {width}, not {embed_dim}")
-        return nn.Identity()
-    head: nn.Module
-    if config.kind == "mlp":
-        head = build_mlp(config, width, embed_dim)
-    elif config.kind == "residual":
-        head = ResidualHead(config, width, embed_dim)
-    else:
-        head = nn.Linear(width, embed_dim, bias=config.bias)
-        nn.init.normal_(head.weight, std=width**-0.5)
-        if config.bias:
-            nn.init.zeros_(head.bias)
-    return nn.Sequential(nn.LayerNorm(width), head) if config.norm else head
-
-
-def build_mlp(config: HeadConfig, width: int, embed_dim: int) -> nn.Sequential:
-    """Two linear maps with a GELU between and dropout before each: (B, width) -> (B, embed_dim)."""
-    return nn.Sequential(
-        nn.Dropout(config.dropout),
-        nn.Linear(width, config.hidden),
-        nn.GELU(),
-        nn.Dropout(config.dropout),
-        nn.Linear(config.hidden, embed_dim),
-    )
-
-
-class ResidualHead(nn.Module):
-    """A linear map plus an MLP that is zero at first: (B, width) -> (B, embed_dim).
-
-    A tower that was trained to compare texts has vectors whose cosines mean something already. A linear map keeps most
-    of that, an MLP with random weights begins by losing it; here the MLP only adds what the linear map lacks.
-    """
-
-    def __init__(self, config: HeadConfig, width: int, embed_dim: int):
-        super().__init__()
-        self.dropout = nn.Dropout(config.dropout)
-        self.linear = nn.Linear(width, embed_dim)
-        self.mlp = build_mlp(config, width, embed_dim)
-        last = self.mlp[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.dropout(x)) + self.mlp(x)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -11,7 +11,7 @@ import torch
 
 from clip.config import HeadConfig, ImageConfig, ModelConfig, TextConfig
 from clip.model import CLIP, parameter_groups
-from clip.model.dual_encoder import build_head
+from clip.model.heads import Standard, build_head
 from clip.model.image_encoder import drop_patches
 from clip.model.text_encoder import TextEncoder
 from clip.model.tokenizer import trim
@@ -80,6 +80,21 @@ def test_a_residual_head_begins_as_its_linear_map_and_learns_both() -> None:
         optimizer.step()
     assert all(float(p.grad.abs().sum()) > 0 for p in head.parameters())
     assert not torch.allclose(head(x), head.linear(x))
+
+
+def test_standard_features_have_mean_zero_and_deviation_one() -> None:
+    """But for a channel that never says anything, which stays at zero."""
+    torch.manual_seed(0)
+    x = torch.randn(500, 6) * torch.tensor([0.1, 1, 10, 100, 1, 0]) + torch.tensor([5.0, 0, 0, -300, 2, 7])
+    part = Standard(6)
+    assert torch.equal(part(x), x)
+    part.measure(x)
+    torch.testing.assert_close(part(x).mean(dim=0), torch.zeros(6), atol=1e-4, rtol=0)
+    expected = torch.tensor([1.0, 1, 1, 1, 1, 0])
+    torch.testing.assert_close(part(x).std(dim=0, correction=0), expected, atol=0.02, rtol=0)
+    head = build_head(HeadConfig(norm="standard"), 6, 4)
+    assert isinstance(head, torch.nn.Sequential) and isinstance(head[0], Standard)
+    assert set(part.state_dict()) == {"mean", "deviation"}
 
 
 @pytest.mark.parametrize(
