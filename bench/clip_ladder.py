@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import subprocess
@@ -156,7 +155,7 @@ def run_rung(name: str, seed: int, runs: Path, extra: list[str]) -> dict[str, ob
 
 def command(arguments: list[str]) -> None:
     """Run a program of ours. SystemExit with the end of what it said if it failed."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, env=os.environ)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"python {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
 

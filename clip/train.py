@@ -181,20 +181,22 @@ def measure_features(pairs: Pairs | FeaturePairs, config: Config, towers: Towers
     as many as give `MEASURED` images.
     """
     model = towers.model.eval()
-    of_images = standards([model.image_head])
-    of_texts = standards([model.text_head])
+    of_images = standards(model.image_head)
+    of_texts = standards(model.text_head)
     if not of_images and not of_texts:
         return
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    image_features: list[Tensor] = []
+    text_features: list[Tensor] = []
     data = open_batches(pairs, config, towers, run, 1)
     for _ in range(-(-MEASURED // config.train.batch_size)):
         images, ids = inputs(next(data), towers, run)
         with run.autocast():
-            found[0].append(model.image_encoder(images).float())
-            found[1].append(model.text_encoder(ids).float())
-    for parts, features in zip((of_images, of_texts), found, strict=True):
-        for part in parts:
-            part.measure(torch.cat(features))
+            image_features.append(model.image_encoder(images))
+            text_features.append(model.text_encoder(ids))
+    for part in of_images:
+        part.measure(torch.cat(image_features))
+    for part in of_texts:
+        part.measure(torch.cat(text_features))
 
 
 # -- what is trained ---------------------------------------------------------------------------------------------------

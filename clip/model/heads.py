@@ -5,8 +5,6 @@ Legend: B images or texts, E numbers of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -48,9 +46,9 @@ class Standard(nn.Module):
         self.deviation.copy_((moments[1] - moments[0].square()).clamp(min=0).sqrt() + LEAST_DEVIATION)
 
 
-def standards(modules: Iterable[nn.Module]) -> list[Standard]:
-    """Those among the parts of heads."""
-    return [part for module in modules for part in module.modules() if isinstance(part, Standard)]
+def standards(head: nn.Module) -> list[Standard]:
+    """Those among the parts of a head."""
+    return [part for part in head.modules() if isinstance(part, Standard)]
 
 
 def build_head(config: HeadConfig, width: int, embed_dim: int) -> nn.Module:
