@@ -36,7 +36,16 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 @pytest.mark.parametrize("name", clip_ladder.RUNGS)
 def test_every_rung_is_a_config_of_its_own(name: str) -> None:
     config = resolve(Config, ROOT / clip_ladder.CONFIG, clip_ladder.RUNGS[name])
-    assert (config == resolve(Config, ROOT / clip_ladder.CONFIG, [])) == (name == "the config")
+    base = resolve(Config, ROOT / clip_ladder.CONFIG, clip_ladder.RUNGS[clip_ladder.BASE])
+    assert (config == base) == (name == clip_ladder.BASE)
+    images = config.train.steps * config.train.batch_size
+    assert name == "60 epochs" or abs(images / clip_ladder.IMAGES - clip_ladder.EPOCHS) < 0.05
+
+
+def test_the_long_rung_is_the_config_as_it_is() -> None:
+    config = resolve(Config, ROOT / clip_ladder.CONFIG, clip_ladder.RUNGS["60 epochs"])
+    plain = resolve(Config, ROOT / clip_ladder.CONFIG)
+    assert (config.train.steps, config.train.batch_size) == (plain.train.steps, plain.train.batch_size)
 
 
 def test_a_rung_is_run_once_for_each_config(tmp_path: Path, started: list[list[str]]) -> None:
