@@ -3,9 +3,10 @@
     python -m bench.clip_ladder [--seeds 1] [--only "linear heads" ...] [--tiny] [key=value ...]
 
 Every rung is `configs/lit_flickr8k.yaml` with the keys shown, trained from the start for 20 epochs, a third of the
-config's own ("60 epochs"); what is measured is recall on the validation images after the last step. Test images are never read: this is where choices are made. Seeds count from
-1000. A rung that is finished is kept under --runs as long as its config is the same. Features of locked towers are
-computed where they are not cached yet, which for another tower or more views takes some minutes.
+config's own ("60 epochs"); what is measured is recall on the validation images after the last step. Test images are
+never read: this is where choices are made. Seeds count from 1000. A rung that is finished is kept under --runs as long
+as its config is the same. Features of locked towers are computed where they are not cached yet, which for another tower
+or more views takes some minutes.
 
 Writes ladder.json (a record a rung and seed) and ladder.md into --results after every rung.
 """
