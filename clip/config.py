@@ -32,9 +32,6 @@ class DataConfig:
     # captions of an image in a step, drawn anew each epoch, all of them positives; 5 = all that Flickr8k's have
     captions: int = 1
     crop: float = 1.0  # smallest share of the image's area that a random resized crop keeps; 1 = the centre square
-    # random crops are shrunk to a side of so many pixels or more, drawn anew each time, and enlarged again, so that
-    # blurred images such as CIFAR's are nothing new; 0 = left sharp
-    coarse: int = 0
     flip: bool = False  # mirror half of the images; wrong where captions say left and right, as those of scenes do
     # locked towers: versions of each training image whose features are cached: the image, its mirror image (data.flip),
     # then random crops (data.crop); a step takes one of them
@@ -52,13 +49,12 @@ class DataConfig:
         for name in ("scenes", "captions", "views", "family"):
             require(getattr(self, name) >= 1, f"data.{name}", "must be at least 1")
         require(1 <= self.groups <= 3, "data.groups", "must be 1, 2 or 3")
-        for name in ("workers", "max_images", "coarse"):
+        for name in ("workers", "max_images"):
             require(getattr(self, name) >= 0, f"data.{name}", "must not be negative")
         require(0 < self.held_out < 1, "data.held_out", "must be in (0, 1)")
         needs_folder = self.dataset in ("folder", "webdataset")
         require(not needs_folder or self.folder, "data.folder", f"must name a directory for {self.dataset}")
         require(self.family == 1 or self.dataset == "scenes", "data.family", "is for data.dataset=scenes")
-        require(self.coarse == 0 or self.crop < 1, "data.coarse", "is for random crops (data.crop below 1)")
         require(self.scenes % self.family == 0, "data.scenes", f"must be a multiple of data.family={self.family}")
         require(needs_folder or not self.folder, "data.folder", "is for data.dataset=folder or webdataset")
         if self.dataset == "scenes":

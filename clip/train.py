@@ -154,7 +154,7 @@ def open_batches(
         batch_size=config.train.batch_size,
         seed=config.seed,
         captions=config.data.captions,
-        crop=Crop(config.data.crop, config.data.flip, config.data.coarse),
+        crop=Crop(config.data.crop, config.data.flip),
         workers=config.data.workers,
         rank=run.rank,
         world=run.world,

@@ -169,9 +169,7 @@ def cache_features(pairs: FilePairs, towers: Towers, config: Config, run: Run, v
 def describe_view(view: int, config: Config) -> dict[str, Any]:
     """What makes a view what it is: 0 the image, then its mirror image where data.flip, then random crops."""
     crops = view >= 1 + config.data.flip
-    about = {"view": view, "crop": config.data.crop if crops else 1.0, "flip": config.data.flip and view > 0}
-    # left out where it changes nothing, so that features computed earlier keep their name
-    return about | ({"coarse": config.data.coarse} if crops and config.data.coarse else {})
+    return {"view": view, "crop": config.data.crop if crops else 1.0, "flip": config.data.flip and view > 0}
 
 
 def key_of(facts: dict[str, Any]) -> str:
@@ -220,7 +218,7 @@ def _image_maker(pairs: FilePairs, towers: Towers, config: Config, run: Run, vie
     base = _ready(towers.image_base, run)
     about = describe_view(view, config)
     is_mirror = about["flip"] and about["crop"] == 1
-    crop = NO_CROP if view == 0 or is_mirror else Crop(about["crop"], about["flip"], about.get("coarse", 0))
+    crop = NO_CROP if view == 0 or is_mirror else Crop(about["crop"], about["flip"])
 
     @torch.no_grad()
     def make(start: int, stop: int) -> tuple[np.ndarray, None]:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from clip.data.scene_words import Scene
 from clip.data.scenes import Scenes
-from clip.model.images import Preprocess, coarsen, random_crop
+from clip.model.images import Preprocess, random_crop
 from common.images.reading import decode_image, open_image, square
 from common.runtime import mix_seed
 
@@ -27,13 +27,11 @@ CAPTION_STREAM, CROP_STREAM = 8_000_009, 8_000_011  # keep the generators of cap
 
 class Crop(NamedTuple):
     """How a training image is varied. `smallest`: share of the area that a random crop keeps at least; 1 = the centre
-    square. `flip`: mirror half of the images. `coarse`: fewest pixels of a side that a crop is shrunk to before it is
-    enlarged; 0 = not shrunk.
+    square. `flip`: mirror half of the images.
     """
 
     smallest: float = 1.0
     flip: bool = False
-    coarse: int = 0
 
 
 NO_CROP = Crop()
@@ -166,8 +164,6 @@ def vary(image: Image.Image, size: int, crop: Crop, rng: Callable[[], np.random.
         return square(image, size)
     random = rng()
     pixels = square(image, size) if crop.smallest == 1 else random_crop(image, size, crop.smallest, random)
-    if crop.coarse:
-        pixels = coarsen(pixels, crop.coarse, random)
     return pixels[:, :, ::-1] if crop.flip and random.random() < 0.5 else pixels
 
 

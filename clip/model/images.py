@@ -70,15 +70,3 @@ def random_crop(image: Image.Image, size: int, smallest: float, rng: np.random.G
             part = image.resize((size, size), Image.Resampling.BILINEAR, box=box, reducing_gap=None)
             return np.asarray(part).transpose(2, 0, 1)  # (H, W, C) -> (C, H, W)
     return square(image, size)
-
-
-def coarsen(pixels: np.ndarray, fewest: int, rng: np.random.Generator) -> np.ndarray:
-    """An image as if it had been enlarged from a smaller one: uint8 (3, S, S) -> the same. The smaller one's side is
-    `fewest` to S pixels, drawn so that each halving is as likely. A network trained on sharp photographs sees other
-    things in blurred ones, such as CIFAR's of 32 pixels.
-    """
-    size = pixels.shape[-1]
-    side = round(np.exp(rng.uniform(np.log(min(fewest, size)), np.log(size))))
-    image = Image.fromarray(pixels.transpose(1, 2, 0))  # (C, H, W) -> (H, W, C)
-    small = image.resize((side, side), Image.Resampling.BOX)
-    return np.asarray(small.resize((size, size), Image.Resampling.BILINEAR)).transpose(2, 0, 1)

@@ -16,7 +16,7 @@ from clip.data import FilePairs, ScenePairs, batches, load_splits, scene_words
 from clip.data.batches import order_of
 from clip.data.pairs import Crop, draw_numbers
 from clip.data.scenes import Scenes
-from clip.model.images import Preprocess, coarsen
+from clip.model.images import Preprocess
 from clip.model.tokenizer import WordTokenizer
 from common.errors import ProjectError
 from tests.clip.tiny import picture, tiny, write_karpathy
@@ -231,28 +231,6 @@ def test_each_epoch_has_other_captions_and_crops_and_a_resumed_run_the_same(tmp_
     assert first.keys() == second.keys() == set(range(16))
     assert sum(torch.equal(first[i], second[i]) for i in first) <= 1
     assert whole[0].text_ids.tolist() == whole[0].image_ids.repeat_interleave(2).tolist()
-
-
-def test_coarse_crops_lose_what_is_finer_than_the_smaller_image():
-    board = np.indices((32, 32)).sum(axis=0) % 2 * 255  # every other pixel
-    pixels = np.repeat(board[None], 3, axis=0).astype(np.uint8)
-    sides = [coarsen(pixels, fewest, np.random.default_rng(seed)) for fewest in (8, 32) for seed in range(20)]
-    assert all(each.shape == (3, 32, 32) and each.dtype == np.uint8 for each in sides)
-    assert all(np.array_equal(each, pixels) for each in sides[20:])  # no side is smaller than the image's own
-    contrast = [each.std() / pixels.std() for each in sides[:20]]
-    assert min(contrast) < 0.1  # a side of 16 or 8 holds whole fields of grey
-    assert len(set(contrast)) > 10
-    flat = np.full((3, 32, 32), 77, np.uint8)
-    assert np.array_equal(coarsen(flat, 8, np.random.default_rng(0)), flat)
-
-
-def test_coarse_crops_reach_a_step(tmp_path):
-    write_karpathy(tmp_path)
-    pairs = load_splits(config_of(tmp_path, "flickr8k")).train
-    sharp = pairs.pixels(0, PREPROCESS, Crop(0.5, True), 1, 0)
-    coarse = pairs.pixels(0, PREPROCESS, Crop(0.5, True, 2), 1, 0)
-    assert coarse.shape == sharp.shape and not np.array_equal(coarse, sharp)
-    assert np.array_equal(coarse, pairs.pixels(0, PREPROCESS, Crop(0.5, True, 2), 1, 0))
 
 
 def test_captions_are_drawn_without_repetition_as_long_as_there_are_enough():

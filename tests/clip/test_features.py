@@ -134,17 +134,6 @@ def test_other_settings_are_other_features(lit, word):
     assert len(list(root.iterdir())) == before + 1
 
 
-def test_coarse_crops_are_other_views_and_the_image_itself_is_not(lit):
-    first, _, _ = opened(lit(), views=3)
-    root = first.pairs.sources[0].parents[2] / FOLDER
-    before = len(list(root.iterdir()))
-    second, _, _ = opened(lit("data.coarse=8"), views=3)
-    assert len(list(root.iterdir())) == before + 1  # the image and its mirror image were there
-    rows = list(range(len(first)))
-    assert torch.equal(first.images[0].take(rows), second.images[0].take(rows))
-    assert not torch.equal(first.images[2].take(rows), second.images[2].take(rows))
-
-
 def test_another_image_of_the_same_name_is_another(lit):
     first, pairs, _ = opened(lit())
     pairs.sources[0].write_bytes(pairs.sources[1].read_bytes())
