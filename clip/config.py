@@ -239,6 +239,9 @@ class ModelConfig:
     # start training from these weights of OpenAI, OpenCLIP or transformers (a file, a folder, a Hub id); `image` and
     # `text` must describe them
     start: str = ""
+    # how the heads begin. classes: with what the image tower's own classifier knows, that of ImageNet; see
+    # `heads.start_from_classes`
+    start_heads: Literal["random", "classes"] = "random"
     image: ImageConfig = field(default_factory=ImageConfig)
     text: TextConfig = field(default_factory=TextConfig)
     image_head: HeadConfig = field(default_factory=HeadConfig)
@@ -254,6 +257,21 @@ class ModelConfig:
         require(math.isfinite(self.bias), "model.bias", "must be a finite number")
         self.image_head.check("model.image_head")
         self.text_head.check("model.text_head")
+        if self.start_heads == "classes":
+            self._check_classes()
+
+    def _check_classes(self) -> None:
+        key = "model.start_heads"
+        for name in ("image", "text"):
+            tower: ImageConfig | TextConfig = getattr(self, name)
+            head: HeadConfig = getattr(self, f"{name}_head")
+            require(tower.kind == "pretrained", key, f"classes needs model.{name}.kind=pretrained")
+            require(
+                head.kind in ("linear", "residual"), key, f"classes needs model.{name}_head.kind linear or residual"
+            )
+            require(head.norm == "standard", key, f"classes needs model.{name}_head.norm=standard")
+        require(self.image.weights != "random", key, "classes needs a trained image tower")
+        require(self.image.pool in ("mean", "mean_max"), key, "classes needs model.image.pool mean or mean_max")
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from clip.data.pairs import Crop
 from clip.embed import embed, measure
 from clip.load import Locked
 from clip.model import CLIP, Output, parameter_groups
-from clip.model.heads import standards
-from clip.model.tokenizer import Tokenizer
+from clip.model.heads import standards, start_from_classes
+from clip.model.image_tower import load_classifier
+from clip.model.tokenizer import Tokenizer, trim
 from clip.model.towers import Towers, build_towers
 from common.checkpoint import export_weights
 from common.config import require
@@ -69,6 +70,8 @@ def train(config: Config, options: Options) -> None:
         train_pairs, val_pairs = prepare_data(config, splits, towers, run)
         if done == 0:
             measure_features(train_pairs, config, towers, run)
+            if config.model.start_heads == "classes":
+                start_heads(towers, config, run)
         data = started(open_batches(train_pairs, config, towers, run, done + 1))
         net = run.prepare(model)  # the same weights, compiled or spread over processes
         run.display.say(sizes(config, train_pairs, towers))
@@ -173,6 +176,20 @@ def inputs(batch: Batch, towers: Towers, run: Run) -> tuple[Tensor, Tensor]:
         with torch.no_grad(), run.autocast():
             ids = towers.text_base(ids).float()
     return images, ids
+
+
+@torch.no_grad()
+def start_heads(towers: Towers, config: Config, run: Run) -> None:
+    """Both heads begin with the classes that the image tower was trained on: see `heads.start_from_classes`."""
+    weights, names = load_classifier(config.model.image)
+    model = towers.model.eval()
+    found: list[Tensor] = []
+    for start in range(0, len(names), config.eval.batch_size):
+        texts = [f"a photo of a {name}" for name in names[start : start + config.eval.batch_size]]
+        ids = trim(towers.tokenizer(texts), towers.tokenizer.end_id).to(run.device)
+        with run.autocast():
+            found.append(model.text_encoder(ids if towers.text_base is None else towers.text_base(ids)).float())
+    start_from_classes(model.image_head, model.text_head, weights.to(run.device), torch.cat(found))
 
 
 @torch.no_grad()

@@ -51,6 +51,51 @@ def standards(head: nn.Module) -> list[Standard]:
     return [part for part in head.modules() if isinstance(part, Standard)]
 
 
+@torch.no_grad()
+def start_from_classes(
+    image_head: nn.Module, text_head: nn.Module, classifier: torch.Tensor, names: torch.Tensor
+) -> None:
+    """Let two heads begin with what the image tower's classifier knows, so that images of a class are near its name
+    before the first step, whether or not any caption of the training data speaks of it.
+
+    The classifier gives an image with the features f the scores W f. If n_c are the features of the name of class c, a
+    text that fits the image should have features near the sum over c of (W f)_c n_c, both without their means. That is
+    a linear map of f, and where the image head begins; the text head begins by changing nothing. With probabilities in
+    the place of scores: Norouzi et al. 2014, "Zero-shot learning by convex combination of semantic embeddings",
+    arXiv:1312.5650.
+
+    Args:
+        image_head, text_head: `Standard`, measured, and then a linear or residual head.
+        classifier: W, (classes, width), for the first `width` of the image's features, which are their means.
+        names: n, (classes, text width), as they come out of the text tower.
+    """
+    image_norm, image_linear = _parts(image_head)
+    text_norm, text_linear = _parts(text_head)
+    num_classes, width = classifier.shape
+    text_width = names.shape[1]
+    assert len(names) == num_classes
+    assert text_width <= text_linear.out_features
+    to_text = (names - names.mean(dim=0)).T @ (classifier - classifier.mean(dim=0))  # (text width, width)
+    begin = torch.zeros_like(image_linear.weight)  # (embed_dim, image width)
+    begin[:text_width, :width] = to_text * image_norm.deviation[:width]  # which Standard has divided by
+    unchanged = torch.zeros_like(text_linear.weight)  # (embed_dim, text width)
+    unchanged[:text_width] = torch.diag(text_norm.deviation)
+    for linear, weight in ((image_linear, begin), (text_linear, unchanged)):
+        linear.weight.copy_(weight * (linear.weight.norm() / weight.norm()))  # as large as random ones were
+        if linear.bias is not None:
+            linear.bias.zero_()
+
+
+def _parts(head: nn.Module) -> tuple[Standard, nn.Linear]:
+    """The norm and the linear map of a head, which the config has checked."""
+    assert isinstance(head, nn.Sequential)
+    norm, rest = head
+    linear = rest.linear if isinstance(rest, ResidualHead) else rest
+    assert isinstance(norm, Standard)
+    assert isinstance(linear, nn.Linear)
+    return norm, linear
+
+
 def build_head(config: HeadConfig, width: int, embed_dim: int) -> nn.Module:
     """The map from a tower's features (B, width) to (B, embed_dim), before normalisation."""
     if config.kind == "none":

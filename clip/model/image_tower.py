@@ -250,6 +250,25 @@ def load_network(config: ImageConfig, start: bool) -> tuple[nn.Module, Preproces
     return network.eval(), Preprocess(config.image_size, mean, std)
 
 
+def load_classifier(config: ImageConfig) -> tuple[Tensor, list[str]]:
+    """The classifier that a network was pretrained with: its weights (1000, C), for the mean of each channel of the
+    feature map, and the names of ImageNet's classes. `ConfigError` where it has none of this kind.
+    """
+    from torchvision.models import ResNet18_Weights
+
+    names = list(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+    network, _ = load_network(config, True)
+    linear = [part for part in network.modules() if isinstance(part, nn.Linear)]
+    _, (channels, _, _) = split_stages(network, config.image_size)
+    require(
+        bool(linear) and linear[-1].weight.shape == (len(names), channels),
+        "model.start_heads",
+        f"classes needs a network that ends in a linear classifier of ImageNet's {len(names)} classes; "
+        f"{config.name} does not",
+    )
+    return linear[-1].weight.detach(), names
+
+
 @contextlib.contextmanager
 def repeatable() -> Iterator[None]:
     """Random weights within are the same every time: of a locked tower no checkpoint keeps them."""

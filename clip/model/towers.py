@@ -20,7 +20,8 @@ from torch import nn
 from clip.config import Config, ModelConfig
 from clip.data import scene_words
 from clip.model import CLIP
-from clip.model.image_tower import build_image_tower
+from clip.model.dual_encoder import width_of
+from clip.model.image_tower import build_image_tower, load_classifier
 from clip.model.images import Preprocess
 from clip.model.pretrained import IMAGE_MEAN, IMAGE_STD, from_pretrained
 from clip.model.text_tower import build_text_tower
@@ -71,6 +72,14 @@ def build_towers(config: Config, start: bool = True) -> Towers:
         raise ConfigError("model.embed_dim", str(error)) from None
     if config.model.start and start:
         _start_from(config.model, model)
+    if config.model.start_heads == "classes" and start:  # refused here, before any features are computed
+        load_classifier(config.model.image)
+        width = width_of(model.text_encoder)
+        require(
+            config.model.embed_dim >= width,
+            "model.embed_dim",
+            f"must be at least the text tower's width {width} for model.start_heads=classes",
+        )
     for base in (image_base, text_base):
         if base is not None:
             base.eval().requires_grad_(False)

@@ -8,13 +8,17 @@ import json
 import numpy as np
 import pytest
 import torch
+import torchvision
 
-from clip.config import Config
+import clip.train
+from clip.config import Config, HeadConfig
 from clip.data import load_splits
 from clip.data.features import FOLDER, Rows, cache_features
 from clip.data.pairs import Crop
 from clip.embed import embed
 from clip.load import load_run
+from clip.model.dual_encoder import normalise
+from clip.model.heads import build_head, start_from_classes
 from clip.model.towers import build_towers
 from clip.train import optimizer_groups
 from common.checkpoint import Checkpoints
@@ -180,6 +184,67 @@ def test_a_run_on_features_trains_resumes_and_is_measured(lit, tmp_path, monkeyp
         pixels = torch.from_numpy(np.stack([pairs.pixels(i, loaded.preprocess, Crop(), 0, 0) for i in range(4)]))
         np.testing.assert_allclose(loaded.encode_images(pixels).numpy(), saved["image"], atol=2e-3)
         np.testing.assert_allclose(loaded.encode_texts(saved["captions"].tolist()).numpy(), saved["text"], atol=2e-3)
+
+
+CLASSES = ["model.start_heads=classes", "model.embed_dim=16"] + [
+    f"model.{tower}_head.{word}" for tower in ("image", "text") for word in ("kind=residual", "norm=standard")
+]
+
+
+@pytest.mark.parametrize("kind", ["linear", "residual"])
+def test_heads_begin_with_the_classes_of_the_classifier(kind):
+    torch.manual_seed(0)
+    image_head, text_head = (build_head(HeadConfig(kind=kind, norm="standard"), width, 12).eval() for width in (20, 6))
+    classifier = torch.randn(9, 10)  # the first 10 of the 20 features of an image are means
+    names = torch.randn(9, 6) + 3
+    means = 0.1 * classifier @ torch.randn(10, 10).abs() + 5
+    image_head[0].measure(torch.cat([means, torch.randn(9, 10)], dim=1))
+    text_head[0].measure(names)
+    linear = image_head[1] if kind == "linear" else image_head[1].linear
+    before = linear.weight.norm()
+    start_from_classes(image_head, text_head, classifier, names)
+    torch.testing.assert_close(linear.weight.norm(), before)
+    # what the heads compute is the classifier's scores, over the names
+    features = torch.randn(50, 20)
+    scores = (features[:, :10] - means.mean(dim=0)) @ (classifier - classifier.mean(dim=0)).T
+    wanted = normalise(scores @ (names - names.mean(dim=0))) @ normalise(names - names.mean(dim=0)).T
+    found = normalise(image_head(features)) @ normalise(text_head(names)).T
+    # a deviation is measured LEAST_DEVIATION too large, so that nothing is divided by zero
+    torch.testing.assert_close(found, wanted, atol=5e-3, rtol=0)
+
+
+def test_a_run_begins_with_the_classes_and_a_resumed_one_does_not(lit, tmp_path, monkeypatch):
+    network = torchvision.models.resnet18()
+    torch.save(network.state_dict(), tmp_path / "resnet18.pth")
+    words = [*CLASSES, f"model.image.weights={tmp_path}/resnet18.pth", "train.steps=2"]
+    given = []
+    real = clip.train.start_from_classes
+    monkeypatch.setattr(clip.train, "start_from_classes", lambda *args: (given.append(args[2:]), real(*args)))
+    stop_in_check(monkeypatch, 1)
+    assert train(lit(*words)) == 143
+    ((classifier, names),) = given
+    assert torch.equal(classifier, network.fc.weight)
+    assert len(names) == 1000 and len(names.unique(dim=0)) > 1
+    assert train(lit(*words), resume=True) == 0
+    assert len(given) == 1
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("model.text_head.norm=layer", "model.start_heads: classes needs model.text_head.norm=standard"),
+        ("model.image_head.kind=mlp", "model.start_heads: classes needs model.image_head.kind linear or residual"),
+        ("model.image.weights=random", "model.start_heads: classes needs a trained image tower"),
+        ("model.embed_dim=4", "model.embed_dim: must be at least the text tower's width"),
+        ("model.image.name=torchvision/squeezenet1_0", "model.start_heads: classes needs a network that ends in a"),
+    ],
+)
+def test_what_cannot_begin_with_classes_is_refused(lit, tmp_path, word, key):
+    names = {"torchvision/squeezenet1_0": torchvision.models.squeezenet1_0}
+    network = names.get(word.partition("=")[2], torchvision.models.resnet18)()
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match=key):
+        build_towers(lit(*CLASSES, f"model.image.weights={tmp_path}/weights.pth", word))
 
 
 def test_other_locked_weights_are_refused(lit, tmp_path):
