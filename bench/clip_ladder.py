@@ -38,7 +38,8 @@ IMAGES = 6000
 BASE = "20 epochs"
 
 LINEAR = [f"model.{tower}_head.{key}" for tower in ("image", "text") for key in ("kind=linear", "dropout=0")]
-MLP = [f"model.{tower}_head.kind=mlp" for tower in ("image", "text")]
+RANDOM = ["model.start_heads=random"]
+MLP = ["model.image_head.kind=mlp", *RANDOM]
 MIRROR = ["data.views=2", "data.crop=1"]
 
 
@@ -61,9 +62,11 @@ def tower(name: str, weights: str, size: int) -> list[str]:
 CHANGES: dict[str, list[str]] = {
     BASE: [],
     "60 epochs": batch(1000, 60),
+    "heads begin at random": RANDOM,
     "linear heads": LINEAR,
-    "MLP heads": MLP,
-    "MLP head for images alone": MLP[:1],
+    "linear heads, begun at random": [*LINEAR, *RANDOM],
+    "MLP heads": [*MLP, "model.text_head.kind=mlp"],
+    "MLP head for images alone": MLP,
     "no augmentation": ["data.views=1", "data.crop=1", "data.flip=false"],
     "mirror images": MIRROR,
     "one caption a step": ["data.captions=1"],
@@ -75,9 +78,9 @@ CHANGES: dict[str, list[str]] = {
     "batch 6,000": batch(6000),
     "dropout 0.3 for images": ["model.image_head.dropout=0.3"],
     "dropout 0.7 for images": ["model.image_head.dropout=0.7"],
-    "random image tower": tower("timm/tf_efficientnet_lite0", "random", 224),
-    "random text tower": [*MIRROR, "model.text.random=true"],
-    "SqueezeNet": tower("torchvision/squeezenet1_0", "", 224),
+    "random image tower": tower("timm/tf_efficientnet_lite0", "random", 224) + RANDOM,
+    "random text tower": [*MIRROR, *RANDOM, "model.text.random=true"],
+    "SqueezeNet": tower("torchvision/squeezenet1_0", "", 224) + RANDOM,
     "EfficientNet-Lite0": tower("timm/tf_efficientnet_lite0", "efficientnet-lite0", 224),
     "text layers unlocked": ["model.text.unlock=2", "data.captions=2"],
     "stages and layers unlocked": ["model.image.unlock=2", "model.text.unlock=2", "data.captions=2"],
