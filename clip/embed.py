@@ -5,7 +5,7 @@ Legend: N images, M captions, E numbers of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -61,17 +61,22 @@ def _from_images(pairs: Pairs, towers: Towers, config: Config, run: Run) -> Embe
             index += numbers.tolist()
     texts = [pairs.captions(i) for i in index]
     captions = [caption for each in texts for caption in each]
-    text = torch.cat(list(_texts(captions, towers, config, run)))
+    text = torch.cat(list(encode_texts(captions, towers.model.encode_text, towers, config, run)))
     return Embedded(torch.cat(parts), text, owners([len(each) for each in texts], run.device), index, captions)
 
 
-def _texts(captions: list[str], towers: Towers, config: Config, run: Run) -> Iterator[Tensor]:
+def encode_texts(
+    texts: list[str], encode: Callable[[Tensor], Tensor], towers: Towers, config: Config, run: Run
+) -> Iterator[Tensor]:
+    """What `encode`, a part of the model, makes of texts, some at a time: float32 (n, width). Raises `Stopped` where a
+    stop signal arrives.
+    """
     size = config.eval.batch_size
-    for start in run.track(range(0, len(captions), size)):
-        ids = towers.tokenizer(captions[start : start + size])
+    for start in run.track(range(0, len(texts), size)):
+        ids = towers.tokenizer(texts[start : start + size])
         if config.model.text.pool != "last":
             ids = trim(ids, towers.tokenizer.end_id)
-        yield _apply(ids.to(run.device), towers.text_base, towers.model.encode_text, run)
+        yield _apply(ids.to(run.device), towers.text_base, encode, run)
 
 
 def _from_features(pairs: FeaturePairs, towers: Towers, config: Config, run: Run) -> Embedded:

@@ -23,12 +23,11 @@ from clip.contrastive import cached_backward, contrastive_loss
 from clip.data import Batch, FilePairs, Pairs, Splits, batches, load_splits
 from clip.data.features import FeaturePairs, cache_features
 from clip.data.pairs import Crop
-from clip.embed import embed, measure
+from clip.embed import embed, encode_texts, measure
 from clip.load import Locked
 from clip.model import CLIP, Output, parameter_groups
 from clip.model.heads import standards, start_from_classes
-from clip.model.image_tower import load_classifier
-from clip.model.tokenizer import Tokenizer, trim
+from clip.model.tokenizer import Tokenizer
 from clip.model.towers import Towers, build_towers
 from common.checkpoint import export_weights
 from common.config import require
@@ -181,15 +180,12 @@ def inputs(batch: Batch, towers: Towers, run: Run) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def start_heads(towers: Towers, config: Config, run: Run) -> None:
     """Both heads begin with the classes that the image tower was trained on: see `heads.start_from_classes`."""
-    weights, names = load_classifier(config.model.image)
+    assert towers.classifier is not None
+    weights, names = towers.classifier
     model = towers.model.eval()
-    found: list[Tensor] = []
-    for start in range(0, len(names), config.eval.batch_size):
-        texts = [f"a photo of a {name}" for name in names[start : start + config.eval.batch_size]]
-        ids = trim(towers.tokenizer(texts), towers.tokenizer.end_id).to(run.device)
-        with run.autocast():
-            found.append(model.text_encoder(ids if towers.text_base is None else towers.text_base(ids)).float())
-    start_from_classes(model.image_head, model.text_head, weights.to(run.device), torch.cat(found))
+    texts = [f"a photo of a {name}" for name in names]
+    found = torch.cat(list(encode_texts(texts, model.text_encoder, towers, config, run)))
+    start_from_classes(model.image_head, model.text_head, weights.to(run.device), found)
 
 
 @torch.no_grad()

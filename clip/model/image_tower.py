@@ -250,16 +250,15 @@ def load_network(config: ImageConfig, start: bool) -> tuple[nn.Module, Preproces
     return network.eval(), Preprocess(config.image_size, mean, std)
 
 
-def load_classifier(config: ImageConfig) -> tuple[Tensor, list[str]]:
-    """The classifier that a network was pretrained with: its weights (1000, C), for the mean of each channel of the
-    feature map, and the names of ImageNet's classes. `ConfigError` where it has none of this kind.
+def load_classifier(config: ImageConfig, channels: int) -> tuple[Tensor, list[str]]:
+    """The classifier that a network was pretrained with: its weights (1000, C), for the mean of each of the C channels
+    of the feature map, and the names of ImageNet's classes. `ConfigError` where it has none of this kind.
     """
     from torchvision.models import ResNet18_Weights
 
     names = list(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
     network, _ = load_network(config, True)
     linear = [part for part in network.modules() if isinstance(part, nn.Linear)]
-    _, (channels, _, _) = split_stages(network, config.image_size)
     require(
         bool(linear) and linear[-1].weight.shape == (len(names), channels),
         "model.start_heads",

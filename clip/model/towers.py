@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from clip.config import Config, ModelConfig
 from clip.data import scene_words
@@ -40,6 +40,8 @@ class Towers(NamedTuple):
     text_base: nn.Module | None  # locked: ids -> features; None: the model takes ids
     tokenizer: Tokenizer
     preprocess: Preprocess
+    # with model.start_heads=classes, before training: the image tower's classifier, and what its classes are called
+    classifier: tuple[Tensor, list[str]] | None = None
 
     @property
     def locked_hash(self) -> str:
@@ -72,18 +74,13 @@ def build_towers(config: Config, start: bool = True) -> Towers:
         raise ConfigError("model.embed_dim", str(error)) from None
     if config.model.start and start:
         _start_from(config.model, model)
-    if config.model.start_heads == "classes" and start:  # refused here, before any features are computed
-        load_classifier(config.model.image)
-        width = width_of(model.text_encoder)
-        require(
-            config.model.embed_dim >= width,
-            "model.embed_dim",
-            f"must be at least the text tower's width {width} for model.start_heads=classes",
-        )
+    classifier = None
+    if config.model.start_heads == "classes" and start:
+        classifier = _classifier_for(config.model, model)
     for base in (image_base, text_base):
         if base is not None:
             base.eval().requires_grad_(False)
-    return Towers(model, image_base, text_base, tokenizer, preprocess)
+    return Towers(model, image_base, text_base, tokenizer, preprocess, classifier)
 
 
 def build_tokenizer(config: Config) -> Tokenizer:
@@ -100,6 +97,18 @@ def build_tokenizer(config: Config) -> Tokenizer:
         f"must be {tokenizer.vocab_size} for data.tokenizer={config.data.tokenizer}",
     )
     return tokenizer
+
+
+def _classifier_for(config: ModelConfig, model: CLIP) -> tuple[Tensor, list[str]]:
+    """What the heads will begin with. `ConfigError` here, before any features are computed, where they cannot."""
+    width = width_of(model.text_encoder)
+    require(
+        config.embed_dim >= width,
+        "model.embed_dim",
+        f"must be at least the text tower's width {width} for model.start_heads=classes",
+    )
+    pooled = width_of(model.image_encoder)
+    return load_classifier(config.image, pooled // 2 if config.image.pool == "mean_max" else pooled)
 
 
 def _start_from(config: ModelConfig, model: CLIP) -> None:
