@@ -102,16 +102,21 @@ class Run:
 
     # -- models and randomness -----------------------------------------------------------------------------------------
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, compiled: bool = False) -> nn.Module:
         """The model to call in the loop: the same weights, wrapped for several processes and compiled as the config
         asks.
+
+        Args:
+            compiled: parts of it are compiled already, and the whole shall not be.
         """
         net: nn.Module = model
         if self.world > 1:
             net = nn.parallel.DistributedDataParallel(
                 model, device_ids=[self.device] if self.device.type == "cuda" else None
             )
-        return torch.compile(net) if self.config.compile else net  # type: ignore[return-value]  # called as a module is
+        if compiled or not self.config.compile:
+            return net
+        return torch.compile(net)  # type: ignore[return-value]  # called as a module is
 
     def generator(self, *numbers: int) -> torch.Generator:
         """A generator on the device whose stream depends on the run's seed and these numbers only; equal in every

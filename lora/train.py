@@ -29,7 +29,7 @@ from common.runtime import check_machine
 from lora.adapters.inject import parameter_groups
 from lora.adapters.files import save_adapter
 from lora.loss import ClassLoss, TuningLoss
-from lora.model import set_checkpointing, write_folder
+from lora.model import compile_blocks, set_checkpointing, write_folder
 from lora.plan import describe_memory
 from lora.pretrain import pretrain_base
 from lora.tuning import (
@@ -77,7 +77,10 @@ def train(config: Config, options: Options) -> None:
         optimizer = build_optimizer(groups, config.train)
         parts: dict[str, Any] = {"learned": Learned(model), "optimizer": optimizer}
         done = run.resume(**parts)  # 0 when fresh
-        net = objective if sharded else run.prepare(objective)  # the same weights, compiled or spread over processes
+        if config.compile:
+            compile_blocks(model)
+        # the same weights, for one process or several
+        net = objective if sharded else run.prepare(objective, compiled=True)
         autocast = run.autocast if base.dtype == torch.float32 else contextlib.nullcontext  # else typed already
         model.train()
 
@@ -108,7 +111,8 @@ def train(config: Config, options: Options) -> None:
 
             shown: dict[str, Any] = {"loss": loss, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"]}
             if run.due(step, config.train.validate_every):
-                shown |= source.validate(model, base.tokenizer, run)
+                with torch.compiler.set_stance("force_eager"):  # other shapes: not worth compiling again
+                    shown |= source.validate(model, base.tokenizer, run)
             run.log(step, config.train.log_every, batches.units(), **shown)
             if run.save_due(step, config.train.save_every):
                 run.save(step, **parts)

@@ -2,7 +2,9 @@
 
 from lora.model.calls import (
     additive,
+    blocks_of,
     class_logits,
+    compile_blocks,
     decoder_of,
     head_of,
     hidden_states,
@@ -20,7 +22,9 @@ __all__ = [
     "Llama",
     "LlamaShape",
     "additive",
+    "blocks_of",
     "class_logits",
+    "compile_blocks",
     "decoder_of",
     "head_of",
     "hidden_states",

@@ -17,6 +17,7 @@ from torch import nn
 
 from common.config import ConfigError
 from common.run import Run
+from lora.model import blocks_of
 
 T = TypeVar("T")
 
@@ -52,12 +53,6 @@ def shard_model(objective: nn.Module, run: Run) -> nn.Module:
         fully_shard(block, mesh=mesh, ignored_params=small)
     fully_shard(objective, mesh=mesh, ignored_params=small)
     return objective
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The layers of a transformer: the members of its longest list of modules."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=[])
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], run: Run) -> None:

@@ -100,6 +100,18 @@ def test_parts_of_a_batch_add_up_to_the_whole(base, tmp_path):
         assert losses == pytest.approx([row["loss"] for row in lines(tmp_path / "whole")], rel=1e-5)
 
 
+def test_compiled_layers_learn_the_same(base, tmp_path):
+    """Layer by layer, and validation, whose shapes are others, is not compiled."""
+    for name in ("false", "true"):
+        words = [f"compile={name}", "train.lr=0.01", "train.steps=2", "train.validate_every=1"]
+        assert train(base, tmp_path / name, *words) == 0
+    plain = learned(tmp_path / "false", 2)
+    for key, value in learned(tmp_path / "true", 2).items():
+        torch.testing.assert_close(value, plain[key], atol=1e-5, rtol=1e-4, msg=key)
+    for row, expected in zip(lines(tmp_path / "true"), lines(tmp_path / "false"), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(base, tmp_path, monkeypatch):
     words = ["train.steps=6", "adapter.dropout=0.3", "train.lr=0.01"]
     assert train(base, tmp_path / "whole", *words) == 0
