@@ -1,6 +1,6 @@
 """What each choice in locked-image tuning is worth, on validation images:
 
-    python -m bench.clip_ladder [--seeds 1] [--only "linear heads" ...] [--tiny] [key=value ...]
+    python -m bench.clip_ladder [--seeds 1] [--only "linear heads"] [--tiny] [key=value ...]
 
 Every rung is `configs/lit_flickr8k.yaml` with the keys shown, trained from the start for 20 epochs, a third of the
 config's own ("60 epochs"); what is measured is recall on the validation images after the last step. Test images are
@@ -93,7 +93,7 @@ COLUMNS = ("r1_t2i", "r5_t2i", "r10_t2i", "r1_i2t", "r5_i2t", "r10_i2t")
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     args = parse(argv)
-    for name in args.only:
+    for name in args.only or RUNGS:
         for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
             extra = [*args.overrides, *(TINY if args.tiny else [])]
             record = run_rung(name, seed, args.runs, extra)
@@ -107,7 +107,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m bench.clip_ladder", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=list(RUNGS), default=list(RUNGS), metavar="RUNG")
+    parser.add_argument("--only", action="append", choices=list(RUNGS), metavar="RUNG", help="may be repeated")
     parser.add_argument("--runs", type=Path, help=f"run folders (default: {RUNS})")
     parser.add_argument("--results", type=Path, help=f"the table (default: {RESULTS}, with --tiny the run folders)")
     parser.add_argument("--tiny", action="store_true", help="two steps: does everything run?")

@@ -15,24 +15,20 @@ Legend: N training images, D draws of z, Z latents.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from bench.cells import config_digest, spread, train_and_evaluate
 from common.checkpoint import read_weights
-from common.config import resolve, to_yaml
+from common.config import resolve
 from common.files import read_json, write_json, write_text
 from common.images import MemoryImages
 from common.runtime import use_threads
@@ -147,20 +143,12 @@ def run_cell(cell: Cell, seed: int, runs: Path, extra: list[str], threads: int) 
     """Train and evaluate, unless that was done with the same config; the record."""
     folder = runs / cell.folder / f"seed{seed}"
     kept = runs / cell.folder / f"seed{seed}.json"
-    overrides = [f"run_dir={folder}", f"seed={seed}", *extra, *cell.overrides]
-    config = resolve(Config, Path(cell.config), overrides)
-    digest = config_digest(config)
+    overrides = [f"seed={seed}", *extra, *cell.overrides]
+    config = resolve(Config, Path(cell.config), [f"run_dir={folder}", *overrides])
     record = read_json(kept)
-    if record.get("config_digest") == digest:
+    if record.get("config_digest") == config_digest(config):
         return record
-    begun = is_begun(folder, digest)
-    if not begun:
-        shutil.rmtree(folder, ignore_errors=True)
-    train = ["-m", "vae.train", "--config", cell.config, *overrides]
-    train_seconds = command([*train, *(["--resume"] if begun else [])], threads)
-    command(["-m", "vae.eval", "--run", str(folder)], threads)
-    result = read_json(folder / "eval.json")
-    environment = read_json(folder / "env.json")
+    result, origin = train_and_evaluate("vae", Config, cell.config, overrides, folder, threads)
     record = {
         "cell": cell.label,
         "seed": seed,
@@ -170,46 +158,10 @@ def run_cell(cell: Cell, seed: int, runs: Path, extra: list[str], threads: int) 
         "test_images": result["n"]["images"],
         "train_images": config.data.max_images,
         "images_seen": config.train.steps * config.train.batch_size,
-        # None for a run in several parts, of which only the last was timed
-        "train_cpu_seconds": None if begun else round(train_seconds, 1),
-        "eval_seconds": result["seconds"],
-        "threads": threads,
-        "precision": result["precision"],
-        "command": f"python {' '.join(train)}",
-        "config_digest": digest,
-        **{key: environment[key] for key in ("commit", "device_name") if key in environment},
+        **origin,
     }
     write_json(kept, record)
     return record
-
-
-def config_digest(config: Config) -> str:
-    """A short name of everything in a config that could change its results."""
-    return hashlib.sha256(to_yaml(replace(config, run_dir="", data_root="")).encode()).hexdigest()[:16]
-
-
-def is_begun(folder: Path, digest: str) -> bool:
-    """Whether the folder holds a run of the same config that can be gone on with."""
-    path = folder / "config.yaml"
-    return path.exists() and config_digest(resolve(Config, path)) == digest
-
-
-def command(arguments: list[str], threads: int) -> float:
-    """Run a program of ours; its CPU-seconds. SystemExit with the end of what it said if it failed."""
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-    )
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)  # wait() would not tell this child's time from another's
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"python {' '.join(arguments)} failed:\n{said[-2000:]}")
-    return usage.ru_utime + usage.ru_stime
 
 
 @torch.no_grad()
@@ -278,12 +230,6 @@ def table(records: list[dict]) -> str:
         cost = f"{statistics.mean(timed):.0f}" if timed else ""
         lines.append(f"| {cell.label} | {len(rows)} | {' | '.join(cells)} | {cost} |")
     return "\n".join([*lines, "", caption(records), ""])
-
-
-def spread(values: list[float], digits: int) -> str:
-    """`0.213 ± 0.020`: mean and standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def caption(records: list[dict]) -> str:

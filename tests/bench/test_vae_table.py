@@ -12,7 +12,7 @@ import torch
 
 import vae.eval
 import vae.train
-from bench import vae_table
+from bench import cells, vae_table
 from common.config import load, resolve
 from tests.helpers import ROOT
 from vae.config import Config, ObjectiveConfig
@@ -32,7 +32,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (vae.train.train if program == "train" else vae.eval.main)(config, options)
         return 1.5
 
-    monkeypatch.setattr(vae_table, "command", command)
+    monkeypatch.setattr(cells, "command", command)
     # the scores and the pictures have tests of their own, and take longer than the rest
     monkeypatch.setattr(
         vae.eval, "score_codes", lambda *_: dict.fromkeys(("mig", "dci", "sap", "factor_vae_score"), 0.5)

@@ -1,0 +1,71 @@
+"""The table of adapters: a run a cell, once for each config; full finetuning counts all numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import lora.eval
+import lora.train
+from bench import cells, lora_table
+from common.config import load, resolve
+from lora.config import Config
+from tests.helpers import ROOT
+from tests.lora.small import SETTINGS, write_base
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The programs that a small table starts, each run in this process."""
+    monkeypatch.chdir(ROOT)
+    names: list[str] = []
+
+    def command(arguments: list[str], threads: int) -> float:
+        program, rest = arguments[1].removeprefix("lora."), arguments[2:]
+        names.append(program)
+        config, options = load(Config, "lora", program, rest)
+        (lora.train.train if program == "train" else lora.eval.main)(config, options)
+        return 1.5
+
+    monkeypatch.setattr(cells, "command", command)
+    small = lora_table.Table(
+        "configs/lora_tiny.yaml",
+        (f"model.name={write_base(tmp_path / 'base')}", *SETTINGS, "train.validate_every=4", "eval.base=false"),
+        {"rank 2": ("adapter.rank=2",), "full": ("train.method=full",)},
+        {"bleu": "BLEU"},
+        7,
+        "val_loss",
+        "Made here.",
+    )
+    monkeypatch.setitem(lora_table.TABLES, "small", small)
+    return names
+
+
+def test_a_cell_is_run_once_for_each_config(tmp_path: Path, started: list[str]) -> None:
+    arguments = ["small", "--runs", str(tmp_path), "--results", str(tmp_path)]
+    lora_table.main(arguments)
+    lora_table.main(arguments)
+    assert started == ["train", "eval", "train", "eval"]
+    low, full = json.loads((tmp_path / "small.json").read_text())
+    assert (low["row"], full["row"], low["seed"]) == ("rank 2", "full", 7)
+    assert full["learned_numbers"] > 10 * low["learned_numbers"] > 0
+    assert low["validation"] > 0
+    lora_table.main([*arguments, "--only", "rank 2", "train.lr=0.01"])  # another config: the old result is not its own
+    assert started == ["train", "eval"] * 3
+    rows = (tmp_path / "small.md").read_text().splitlines()
+    assert rows[0].startswith("| | BLEU |") and rows[2].startswith("| rank 2 | ") and rows[3].startswith("| full | ")
+
+
+def test_an_unknown_row_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        lora_table.main(["sst2", "--only", "rank 3"])
+    assert "no row 'rank 3'" in capsys.readouterr().err
+
+
+def test_every_row_is_a_config_of_its_own() -> None:
+    for table in lora_table.TABLES.values():
+        configs = [resolve(Config, ROOT / table.config, [*table.settings, *row]) for row in table.rows.values()]
+        assert len({str(config) for config in configs}) == len(table.rows)
+        assert len({lora_table.folder_of(row, Path()) for row in table.rows}) == len(table.rows)
