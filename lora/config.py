@@ -14,6 +14,7 @@ from common.config import BaseConfig, require
 from lora.settings import AdapterConfig
 
 SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 PRETRAINED_HERE = "pretrain"  # model.name: a small base of this run's own, trained by lora.pretrain
 FILES = ("json", "csv")  # datasets that need data.path
 CLASSIFICATION = ("sst2", "cola", "csv")
@@ -202,6 +203,29 @@ class MergeConfig:
 
 
 @dataclass(frozen=True)
+class ManyConfig:
+    """How `lora.many` picks the adapter for a prompt."""
+
+    runs: tuple[str, ...] = ()  # folders of other runs on the same base, beside that of --run
+    encoder: str = MINILM  # embeds prompts: a Hub id or a folder of a sentence encoder, whose states are averaged
+    prompts: int = 200  # training prompts of each run that its centre is the mean of
+    held_out: int = 100  # validation prompts of each run that say how far from it a prompt may be
+    keep: float = 0.98  # share of a run's own prompts that are to count as known; the rest is answered by the base
+    # measure instead of answering: route so many test prompts of each run, drawn by seed (--measure)
+    measure: int = 0
+    unknown: str = ""  # measure: also route the lines of this text, relative to data_root; they are the base's
+
+    def __post_init__(self) -> None:
+        require(self.encoder, "many.encoder", "must name a model")
+        require(all(self.runs), "many.runs", "must not hold an empty name")
+        for name in ("prompts", "held_out"):
+            require(getattr(self, name) >= 1, f"many.{name}", "must be at least 1")
+        require(self.measure >= 0, "many.measure", "must not be negative")
+        require(0 < self.keep <= 1, "many.keep", "must be in (0, 1]")
+        require(not self.unknown or self.measure, "many.unknown", "does nothing without many.measure")
+
+
+@dataclass(frozen=True)
 class PlanConfig:
     """What `lora.plan` answers."""
 
@@ -223,6 +247,7 @@ class Config(BaseConfig):
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
+    many: ManyConfig = field(default_factory=ManyConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
 
     @property
@@ -239,7 +264,7 @@ class Config(BaseConfig):
         require(
             not self.classifies or self.model.name != PRETRAINED_HERE,
             "model.name",
-            "pretrain makes a language model; a classifier needs an encoder: sentence-transformers/all-MiniLM-L6-v2",
+            f"pretrain makes a language model; a classifier needs an encoder: {MINILM}",
         )
         require(
             not full or self.model.dtype != "bf16",

@@ -28,6 +28,7 @@ from lora.data import Example, encode_prompts, prompt_text
 from lora.data.templates import chat_text, end_of
 from lora.adapters.files import CONFIG as ADAPTER_CONFIG
 from lora.adapters.files import load_adapter
+from lora.adapters.multi import Bank
 from lora.metrics.losses import judging
 from lora.model.decoding import TextStream, write_answers
 from lora.tuning import Base, load_base, load_tuned
@@ -93,8 +94,14 @@ def answer(base: Base, prompts: Sequence[str], config: Config, run: Run) -> list
     return answers
 
 
-def answer_all(base: Base, texts: Sequence[str], config: Config, run: Run) -> list[str]:
-    """Answers to worded prompts, in batches of like lengths."""
+def answer_all(
+    base: Base, texts: Sequence[str], config: Config, run: Run, bank: Bank | None = None, names: Sequence[str] = ()
+) -> list[str]:
+    """Answers to worded prompts, in batches of like lengths.
+
+    Args:
+        bank: adapters on this base, of which `names` says which one answers each prompt.
+    """
     rows = encode_prompts(texts, base.tokenizer)
     check_room(rows, base, config)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -104,7 +111,14 @@ def answer_all(base: Base, texts: Sequence[str], config: Config, run: Run) -> li
         for start in run.track(range(0, len(order), size)):
             chosen = order[start : start + size]
             seed = run.generator(ANSWERS_STREAM, start).initial_seed()
-            written = write_answers(base.model, [rows[i] for i in chosen], config.generate, ends_of(base), seed)
+            prompts = [rows[i] for i in chosen]
+            if bank is None:
+                written = write_answers(base.model, prompts, config.generate, ends_of(base), seed)
+            else:
+                with bank.use([names[i] for i in chosen]):
+                    written = write_answers(
+                        base.model, prompts, config.generate, ends_of(base), seed, follow=bank.follow
+                    )
             for i, tokens in zip(chosen, written, strict=True):
                 answers[i] = base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
     return answers

@@ -211,6 +211,11 @@ class Bank:
         finally:
             self.choose(before)
 
+    def follow(self, rows: Tensor) -> None:
+        """The batch goes on with these of its rows only, in this order."""
+        if self.rows.index is not None:
+            self.choose(self.rows.index[rows])
+
     def choose(self, index: Tensor | None) -> None:
         """Point all layers at these slots, one a row."""
         self.rows.index = index

@@ -22,6 +22,7 @@ from lora.model.calls import hidden_states, keep_rows, new_cache, token_logits
 
 CROWDED = 0.75  # share of rows still being written below which the others are dropped from the cache
 Watch = Callable[[int, int], None]
+Follow = Callable[[Tensor], None]
 
 
 class Reader:
@@ -29,9 +30,11 @@ class Reader:
 
     Attributes:
         logits: of the next token of each row, float32 (B, V).
+        follow: told which rows are gone on with.
     """
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], room: int) -> None:
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], room: int, follow: Follow | None = None) -> None:
+        self.follow = follow
         device = next(model.parameters()).device
         longest = max(map(len, prompts))
         tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
@@ -67,6 +70,8 @@ class Reader:
         self.present = self.present[rows]
         self.next_position = self.next_position[rows]
         self.logits = self.logits[rows]
+        if self.follow is not None:
+            self.follow(rows)
 
 
 @torch.no_grad()
@@ -77,6 +82,7 @@ def write_answers(
     ends: Collection[int],
     seed: int = 0,
     watch: Watch | None = None,
+    follow: Follow | None = None,
 ) -> list[list[int]]:
     """An answer to each prompt, without the token that ends it.
 
@@ -85,10 +91,12 @@ def write_answers(
         ends: tokens after which an answer is finished.
         seed: of what is drawn; an answer's draws depend on its own place in `prompts` only.
         watch: told (row, token) as soon as a token is known; not by beam search, which may change its mind.
+        follow: told which rows of the batch are gone on with, in which order, whenever that changes: for what else
+            is known by row.
     """
     if config.beams > 1:
-        return beam_search(model, prompts, config, ends)
-    reader = Reader(model, prompts, config.max_tokens)
+        return beam_search(model, prompts, config, ends, follow)
+    reader = Reader(model, prompts, config.max_tokens, follow)
     rngs = [torch.Generator().manual_seed(mix_seed(seed, row)) for row in range(len(prompts))]
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompt each row of the reader belongs to
@@ -192,13 +200,17 @@ class Search:
 
 
 def beam_search(
-    model: Any, prompts: Sequence[Sequence[int]], config: GenerateConfig, ends: Collection[int]
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    config: GenerateConfig,
+    ends: Collection[int],
+    follow: Follow | None = None,
 ) -> list[list[int]]:
     """For each prompt the answer with the highest log-probability over length^penalty among those that are found by
     going on, at each step, with the K most probable beginnings (Sutskever et al. 2014; length as in Wu et al. 2016,
     simplified).
     """
-    reader = Reader(model, prompts, config.max_tokens)
+    reader = Reader(model, prompts, config.max_tokens, follow)
     searches = [Search(config) for _ in prompts]
     active = searches
     for _ in range(config.max_tokens):
