@@ -4,10 +4,12 @@ answered together, as one batch on one base.
     python -m lora.many --run runs/lora_e2e many.runs=[runs/lora_gsm8k,runs/lora_squad] "name: Blue Fox | food: Thai"
     python -m lora.many --run runs/lora_e2e many.runs=[runs/lora_gsm8k,runs/lora_squad] --measure 200
 
-The router needs no training. It knows each run by the mean embedding of some of its training prompts; a prompt that is
-farther from all of them than nearly all of their own validation prompts are is nobody's, and the base answers it, in
-its chat template if it has one. `--measure` routes held-out test prompts instead, says how many find their run, and
-writes routing.json and routing.csv into the folder of --run.
+The router needs no training. It knows each run by the embeddings of some of its training prompts, their mean and how
+they spread; a prompt that is farther from the nearest run than nearly all of that run's own validation prompts are is
+nobody's, and the base answers it, in its chat template if it has one.
+
+`--measure` routes held-out test prompts instead, says how many find their run, and writes routing.json and routing.csv
+into the folder of --run.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
@@ -35,7 +37,8 @@ from common.files import write_csv, write_json, write_text
 from common.pretrained import find
 from common.run import Run
 from common.terminal import show_metrics
-from lora.adapters.multi import BASE, Bank, Router
+from lora.adapters.multi import BASE, Bank
+from lora.adapters.router import Router
 from lora.data import Example, load_examples, prompt_text
 from lora.data.examples import Split
 from lora.data.rows import read_text
@@ -44,7 +47,8 @@ from lora.tuning import Base, load_base
 from lora.tuning.tasks import draw
 
 BATCH = 64  # prompts that are embedded at once
-LONGEST = 128  # tokens of a prompt that its embedding is made of: the start says what kind of prompt it is
+ENDS = 240  # characters at either end of a long prompt that its embedding is made of: there stands what is asked
+LONGEST = 160  # tokens of that at most
 SHORTEST = 40  # characters of a line that is routed as unknown text
 
 
@@ -148,9 +152,13 @@ def load_encoder(name: str, run: Run) -> Callable[[list[str]], Tensor]:
     def encode(texts: list[str]) -> Tensor:
         parts = []
         for start in range(0, len(texts), BATCH):
-            batch = tokenizer(
-                texts[start : start + BATCH], padding=True, truncation=True, max_length=LONGEST, return_tensors="pt"
-            ).to(run.device)
+            some = [
+                text if len(text) <= 2 * ENDS else f"{text[:ENDS]} {text[-ENDS:]}"
+                for text in texts[start : start + BATCH]
+            ]
+            batch = tokenizer(some, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt").to(
+                run.device
+            )
             states = model(**batch).last_hidden_state  # (B, T, D)
             present = batch["attention_mask"][..., None].to(states.dtype)
             parts.append((states * present).sum(1) / present.sum(1))
@@ -183,7 +191,7 @@ def measure(router: Router, members: Sequence[Member], config: Config, run: Run)
         found = router.route(prompts)
         metrics[f"routed_{name}"] = found.count(name) / len(found)
         counts = Counter(found)
-        rows.append({"prompts_of": name, "number": len(found), **{to: counts[to] for to in [*router.centroids, BASE]}})
+        rows.append({"prompts_of": name, "number": len(found), **{to: counts[to] for to in [*router.means, BASE]}})
     own = [metrics[f"routed_{member.name}"] for member in members]
     metrics = {"routing_accuracy": sum(own) / len(own), **metrics}  # every run counts the same, whatever its size
     write_csv(run.folder / "routing.csv", rows)

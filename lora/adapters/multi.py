@@ -1,4 +1,4 @@
-"""Many adapters on one base: each row of a batch has its own, and a router can choose it by the prompt.
+"""Many adapters on one base: each row of a batch has its own (`router.py` chooses it by the prompt).
 
 Of n adapters every layer keeps A and B in two stacked tensors. The rows of a batch pick theirs by index, and two
 batched products do the rest, however many adapters take part:
@@ -16,7 +16,7 @@ Legend: N rows, T positions, r the largest rank.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,61 +237,3 @@ def as_layer(base: Any, name: str, saved: SavedAdapter) -> LoRALayer:
         if f"{name}.{part}" in saved.tensors:
             getattr(layer, part).copy_(saved.tensors[f"{name}.{part}"])
     return layer
-
-
-# -- which adapter -----------------------------------------------------------------------------------------------------
-
-
-class Router:
-    """Which adapter a prompt is for: the one whose prompts' mean embedding is nearest, or none.
-
-    Embeddings are scaled to length 1, a centroid is the mean of an adapter's, scaled to length 1 again, and nearness is
-    the cosine. A prompt less similar to its nearest centroid than nearly all of that adapter's own prompts are is
-    unknown, and the base answers.
-
-    Args:
-        encode: texts -> (N, D), any sentence encoder.
-    """
-
-    def __init__(self, encode: Callable[[list[str]], Tensor]) -> None:
-        self.encode = encode
-        self.centroids: dict[str, Tensor] = {}  # (D,) each
-        self.thresholds: dict[str, float] = {}  # the least cosine of a prompt that is known
-
-    def add(self, name: str, prompts: Sequence[str], held_out: Sequence[str], keep: float = 0.98) -> None:
-        """Learn an adapter from examples of its prompts.
-
-        Args:
-            held_out: other prompts, for the threshold: prompts are nearer to a centroid that was made of them.
-            keep: the part of the adapter's own prompts that are to count as known.
-        """
-        if not prompts or not held_out:
-            raise ProjectError(f"the router needs prompts of {name}, and others of it held out for the threshold")
-        if not 0 < keep <= 1:
-            raise ProjectError(f"keep={keep} is not a part of the prompts: it must be in (0, 1]")
-        self.centroids[name] = F.normalize(self.embed(prompts).mean(0), dim=0)
-        similar = self.embed(held_out) @ self.centroids[name]
-        self.thresholds[name] = float(similar.quantile(1 - keep))
-
-    def remove(self, name: str) -> None:
-        """Forget an adapter. `ProjectError` for an unknown name."""
-        if name not in self.centroids:
-            raise ProjectError(f"the router knows no {name}; it knows: {', '.join(self.centroids) or 'nothing'}")
-        del self.centroids[name], self.thresholds[name]
-
-    @torch.no_grad()
-    def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings of length 1. (N, D)"""
-        return F.normalize(self.encode(list(prompts)).float(), dim=1)
-
-    def route(self, prompts: Sequence[str]) -> list[str]:
-        """The adapter's name for each prompt, "base" for one that is like none of them."""
-        if not self.centroids or not prompts:
-            return [BASE] * len(prompts)
-        names = list(self.centroids)
-        similar = self.embed(prompts) @ torch.stack([self.centroids[name] for name in names]).T  # (N, adapters)
-        best, which = similar.max(1)
-        chosen = [names[index] for index in which.tolist()]
-        return [
-            name if value >= self.thresholds[name] else BASE for name, value in zip(chosen, best.tolist(), strict=True)
-        ]

@@ -11,8 +11,9 @@ from torch import nn
 from common.errors import ProjectError
 from lora.adapters.files import load_adapter, save_adapter
 from lora.adapters.inject import inject
-from lora.adapters.multi import Bank, MultiLinear, Router
+from lora.adapters.multi import Bank, MultiLinear
 from lora.adapters.quantize import QuantizedLinear, quantize_model
+from lora.adapters.router import Router
 from lora.settings import AdapterConfig
 from tests.lora.tiny import TinyConv, output, randomise, tiny_gpt2, tiny_llama, tokens
 
