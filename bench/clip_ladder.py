@@ -82,8 +82,12 @@ CHANGES: dict[str, list[str]] = {
     "random text tower": [*MIRROR, *RANDOM, "model.text.random=true"],
     "SqueezeNet": tower("torchvision/squeezenet1_0", "", 224) + RANDOM,
     "EfficientNet-Lite0": tower("timm/tf_efficientnet_lite0", "efficientnet-lite0", 224),
-    "text layers unlocked": ["model.text.unlock=2", "data.captions=2"],
-    "stages and layers unlocked": ["model.image.unlock=2", "model.text.unlock=2", "data.captions=2"],
+    "one caption a step, text layers unlocked": ["model.text.unlock=2", "data.captions=1"],
+    "one caption a step, stages and layers unlocked": [
+        "model.image.unlock=1",
+        "model.text.unlock=2",
+        "data.captions=1",
+    ],
 }
 RUNGS = {name: [*batch(1000), *changes] for name, changes in CHANGES.items()}
 TINY = ["train.batch_size=4", "train.steps=2", "train.warmup=1", "train.eval_every=1", "device=cpu"]
