@@ -22,7 +22,6 @@ import argparse
 import copy
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -34,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.rounds import quartiles
+from bench.rounds import circumstances, quartiles
 from diffusion.config import ModelConfig
 from diffusion.model import Attention, ResidualBlock, Stage, UNet
 
@@ -315,7 +314,6 @@ def main(argv: list[str]) -> None:
     if args.memory_of:
         print(memory_of(args))
         return
-    import diffusers
 
     config, image_size = SIZES[args.size], IMAGE_SIZE[args.size]
     batch = make_batch(config, image_size, args.batch)
@@ -332,6 +330,7 @@ def main(argv: list[str]) -> None:
     memory = {name: measure_memory(name, argv) for name in ("ours", result["peer_format"])}
     result["memory_ratio"] = round(memory["ours"] / memory[result["peer_format"]], 4)
     result["memory_mib"] = {name: round(mib) for name, mib in memory.items()}
+    clock = "cpu time" if args.device == "cpu" and args.threads == 1 else "wall time"
     result |= {
         "size": args.size,
         "precision": args.precision,
@@ -341,15 +340,10 @@ def main(argv: list[str]) -> None:
         "rounds": args.rounds,
         "threads": args.threads,
         "difference": differences,
-        "load": [round(load, 2), round(os.getloadavg()[0], 2)],
-        "clock": "cpu time" if args.device == "cpu" and args.threads == 1 else "wall time",
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.machine(),
-        "versions": {
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
+        **circumstances(load, "torch", "diffusers", clock=clock),
     }
+    if args.device == "cuda":
+        result["device"] = torch.cuda.get_device_name()
     print(json.dumps(result))
 
 

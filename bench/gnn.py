@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -32,9 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.gnn_peers import pair
-from bench.rounds import report
+from bench.rounds import circumstances, report
 from common.config import resolve
-from common.runtime import cpu_name
 from gnn.config import Config
 from gnn.core.graph import Graph, build_graph, choose_storage
 from gnn.core.sparse import SparseFeatures
@@ -271,6 +268,7 @@ def main() -> None:
     if args.rounds < 2:
         parser.error("--rounds must be at least 2")
     torch.set_num_threads(1)
+    load = os.getloadavg()[0]
     result = bench_run(args)
     if args.layers:
         result["layers"] = bench_layers(args)
@@ -281,11 +279,7 @@ def main() -> None:
         "epochs_a_round": args.repeats,
         "threads": 1,
         "dtype": "float32",
-        "torch": torch.__version__,
-        "torch_geometric": sys.modules["torch_geometric"].__version__,
-        "python": platform.python_version(),
-        "cpu": cpu_name(),
-        "load": [round(x, 2) for x in os.getloadavg()],
+        **circumstances(load, "torch", "torch-geometric"),
     }
     report(result, args.out)
 

@@ -18,7 +18,6 @@ import contextlib
 import copy
 import io
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -27,12 +26,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 
 import ppo.train
-from bench.rounds import report
+from bench.rounds import circumstances, report
 from common.config import Options, resolve
 from ppo.config import Config
 from ppo.data import Batch, gae
@@ -323,6 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     threads = torch.get_num_threads()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         config = resolve(Config, args.config, [f"run_dir={folder}", "device=cpu", *args.overrides])
@@ -354,10 +353,7 @@ def main(argv: list[str] | None = None) -> None:
         "threads": 1,
         "peer_threads": threads,
         "dtype": "float32",
-        "torch": torch.__version__,
-        "gymnasium": gym.__version__,
-        "python": platform.python_version(),
-        "load": [round(x, 2) for x in os.getloadavg()],
+        **circumstances(load, "torch", "gymnasium"),
     }
     report(result, args.out)
 
