@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.rounds import circumstances, quartiles
+from bench.rounds import circumstances, peak_memory, quartiles
 from diffusion.config import ModelConfig
 from diffusion.model import Attention, ResidualBlock, Stage, UNet
 
@@ -269,7 +269,7 @@ def memory_of(args: argparse.Namespace) -> float:
         side.step(batch)
     if args.device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return peak_memory() - before
 
 
 def current_rss() -> float:

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gnn_scale_peer import Blocks, TorchSampler, floyd, smallest_keys
-from bench.rounds import quartiles
+from bench.rounds import peak_memory, quartiles
 from gnn.config import ModelConfig, SyntheticConfig
 from gnn.core.sparse import Structure
 from gnn.data.storage import open_arrays, save_arrays
@@ -238,7 +237,7 @@ def measure_sampled(parts: dict[str, Tensor]) -> dict[str, float]:
 
 def peak() -> float:
     """Largest resident memory of this process so far, GiB; pages of mapped files that were read count."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_memory() / 1024
 
 
 def available() -> float:

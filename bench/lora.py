@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.rounds import circumstances, ours_of, ratio, report
+from bench.rounds import circumstances, ours_of, peak_memory, ratio, report
 from common.pretrained import find
 from common.runtime import use_threads
 from lora.adapters.inject import adapters_of, inject
@@ -264,8 +263,7 @@ def measure_memory(args: argparse.Namespace) -> None:
         data: Any = batches(examples)[0] if args.memory_of == "ours" else pad(examples)
         for _ in range(2):
             side.step(data)
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit))
+    print(json.dumps(peak_memory() / 1024))
 
 
 def memory_of(side: str, argv: list[str]) -> float:

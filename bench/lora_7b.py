@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.rounds import circumstances, report
+from bench.rounds import circumstances, peak_memory, report
 from common.config import resolve
 from common.runtime import choose_device, choose_precision, use_threads
 from lora.adapters.inject import inject, parameter_groups
@@ -42,7 +40,6 @@ CONFIG = "configs/qlora_llama7b_alpaca.yaml"
 HERE = ["train.optimizer=adamw", "device=cpu", "train.batch_size=1", "train.microbatch=0"]
 TINY_SHAPE = LlamaShape(512, 128, 3, 4, 2, 32, 256, 512)
 DEVIATION = 0.02  # of the random weights
-UNIT = GIB if sys.platform == "darwin" else GIB // 1024  # of ru_maxrss
 
 
 def parameters(shape: LlamaShape) -> list[tuple[str, Tensor]]:
@@ -64,7 +61,7 @@ def random_weights(shape: LlamaShape) -> Iterator[tuple[str, Tensor]]:
 
 def memory() -> float:
     """Largest resident memory of this process so far, GiB."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / UNIT, 3)
+    return round(peak_memory() / 1024, 3)
 
 
 def measure(config: Config, shape: LlamaShape) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import shutil
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.rounds import peak_memory
 from common.files import write_json
 from common.runtime import mix_seed, use_threads
 from rag.config import IndexConfig
@@ -126,7 +126,7 @@ def measure(kind: str, count: int, folder: Path, truth: Path, threads: int) -> d
 
 def peak() -> int:
     """The most memory that this process has had, in megabytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return round(peak_memory())
 
 
 def work(queue: Any, *arguments: Any) -> None:

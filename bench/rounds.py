@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -49,6 +51,21 @@ def ratio(name: str, above: list[float], below: list[float]) -> dict[str, float 
 def quartiles(values: list[float]) -> list[float]:
     """First and third; of one value, none."""
     return [round(q, 4) for q in statistics.quantiles(values, n=4, method="inclusive")[::2]] if len(values) > 1 else []
+
+
+def peak_memory() -> float:
+    """Largest resident memory of this process so far, MiB.
+
+    From /proc where that is: `getrusage` of a program that has just been started begins with the memory of the one that
+    started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def circumstances(load: float, *packages: str, clock: str = "cpu time") -> dict[str, Any]:
