@@ -184,6 +184,7 @@ def measure(router: Router, members: Sequence[Member], config: Config, run: Run)
         path = Path(config.many.unknown).expanduser()
         text = read_text(path if path.is_absolute() else Path(config.data_root) / path)
         lines = [line.strip() for line in text.splitlines() if len(line.strip()) >= SHORTEST]
+        require(lines, "many.unknown", f"{path} has no line of {SHORTEST} characters or more")
         asked[BASE] = draw(lines, config.many.measure, config.seed)
     rows = []
     metrics: dict[str, float] = {}

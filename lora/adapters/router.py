@@ -67,15 +67,15 @@ class Router:
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings of length 1. (N, D)"""
-        return F.normalize(self.encode(list(prompts)).double(), dim=1)
+        """Embeddings of length 1, on the CPU: not every device has float64. (N, D)"""
+        return F.normalize(self.encode(list(prompts)).cpu().double(), dim=1)
 
     def distances(self, x: Tensor) -> Tensor:
         """Squared distances of embeddings to each adapter's mean. (N, D) -> (N, adapters)"""
         within = torch.stack(list(self.covariances.values())).mean(0)  # S
         # a few hundred prompts say little of hundreds of directions: a part of S is the same in all of them
         even = within.diagonal().mean().clamp_min(torch.finfo(x.dtype).tiny)
-        within = (1 - SHRINKAGE) * within + SHRINKAGE * even * torch.eye(len(within), dtype=x.dtype, device=x.device)
+        within = (1 - SHRINKAGE) * within + SHRINKAGE * even * torch.eye(len(within), dtype=x.dtype)
         apart = x[:, None] - torch.stack(list(self.means.values()))  # (N, adapters, D)
         return (torch.linalg.solve(within, apart.flatten(0, 1).T).T.view_as(apart) * apart).sum(-1)
 

@@ -67,6 +67,12 @@ def test_test_prompts_find_their_run(runs, encoder, tmp_path, capsys):
     assert header == "prompts_of,number,slots,sums,base" and len(rows) == 3
 
 
+def test_a_text_without_lines_is_refused(runs, encoder, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("too short\n")
+    assert ask(runs, encoder, "--measure", "2", f"many.unknown={tmp_path / 'short.txt'}") == 2
+    assert "has no line of 40 characters" in capsys.readouterr().err
+
+
 def test_each_prompt_is_answered_by_its_run(runs, encoder, tmp_path, capsys):
     out = tmp_path / "answers.jsonl"
     prompts = [SLOTS, "add 3 and 4 and 7", "name: Silver Raven | kind: bar | food: Indian"]
