@@ -98,7 +98,8 @@ def test_too_few_file_handles_in_a_worker(pictures, monkeypatch, capfd):
     images = FolderImages("mine", list_images(pictures, "data.folder"), size=16, workers=1)
     with pytest.raises(ProjectError, match=r"has died.* data\.workers.*Too many open files"):
         next(images.batches(1, 8, 0, torch.device("cpu")))
-    assert "skipping" not in capfd.readouterr().err
+    said = capfd.readouterr().err  # gRPC, where other tests of this process have used it, speaks of skipping, too
+    assert not any(f"skipping {path}" in said for path in images.files)
 
 
 def test_too_few_file_handles_for_environments(tmp_path):
