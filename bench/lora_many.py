@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.cells import command, config_digest
+from bench.cells import command, config_digest, is_begun
 from common.config import resolve
 from common.errors import ProjectError
 from common.files import read_json, write_json
@@ -33,7 +32,8 @@ RESULTS = Path("docs/results/lora")
 STEPS = 60
 LIKED = {"positive": "yes", "negative": "no"}
 GOOD = {"acceptable": "yes", "unacceptable": "no"}
-TINY = ["many.prompts=20", "many.held_out=10", "data.max_examples=200"]
+TINY_TRAINING = ["data.max_examples=200"]
+TINY_ROUTER = ["many.prompts=20", "many.held_out=10"]
 Row = dict[str, str]
 
 
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     folders = [train(name, args, data_root) for name in TASKS]
     first, *others = map(str, folders)
     words = ["--run", first, f"many.runs=[{','.join(others)}]", "--measure", str(args.measure)]
-    extra = [item for item in (TINY if args.tiny else []) if item.startswith("many.")]
+    extra = TINY_ROUTER if args.tiny else []
     command(["-m", "lora.many", *words, "many.unknown=wikitext2/test.txt", *extra], args.threads)
     result = read_json(folders[0] / "routing.json")
     result |= {"steps": args.steps, "routes": (folders[0] / "routing.csv").read_text(encoding="utf-8").splitlines()}
@@ -142,13 +142,10 @@ def train(name: str, args: argparse.Namespace, data_root: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(MADE[name](data_root)), encoding="utf-8")
         settings += ["data.dataset=json", f"data.path={path}"]
-    settings += [*args.overrides, *(item for item in (TINY if args.tiny else []) if item.startswith("data."))]
+    settings += [*args.overrides, *(TINY_TRAINING if args.tiny else [])]
     config = resolve(Config, Path(CONFIG), [f"run_dir={folder}", *settings])
-    done = folder / "config.yaml"
-    if (folder / "adapter").is_dir() and done.is_file():
-        kept = replace(resolve(Config, done, [], str(folder)), many=config.many)
-        if config_digest(kept) == config_digest(config):
-            return folder
+    if (folder / "adapter").is_dir() and is_begun(Config, folder, config_digest(config)):
+        return folder
     seconds = command(
         ["-m", "lora.train", "--config", CONFIG, f"run_dir={folder}", *settings, "--overwrite"], args.threads
     )

@@ -21,6 +21,7 @@ from bench.cells import config_digest, spread, train_and_evaluate
 from common.checkpoint import Checkpoints
 from common.config import resolve
 from common.files import read_json, write_json, write_text
+from common.logging import read_metrics
 from common.runtime import use_threads
 from lora.config import Config
 
@@ -193,8 +194,7 @@ def run_row(table: Table, row: str, seed: int, runs: Path, extra: list[str], thr
 
 def validation(folder: Path, name: str) -> float | None:
     """The last figure of that name that training logged."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [row[name] for row in map(json.loads, lines) if name in row]
+    found = [row[name] for row in read_metrics(folder / "metrics.jsonl") if name in row]
     return found[-1] if found else None
 
 

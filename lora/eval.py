@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from common.errors import exits_cleanly
-from common.files import write_csv, write_json, write_text
+from common.files import write_csv, write_json
 from common.provenance import discard, made_by, output_hashes
 from common.run import Run
 from common.terminal import show_metrics
 from lora.adapters.inject import disabled
 from lora.data import Example, encode, load_examples, load_labelled, prompt_text
-from lora.data.rows import read_text
+from lora.data.rows import place_of, read_text, write_json_rows
 from lora.generate import answer_all
 from lora.metrics.answers import Score, score_answers
 from lora.metrics.classes import accuracy, matthews
@@ -140,8 +140,7 @@ def judge(
         scores = score_answers(answers, [example.references for example in examples], config)
         metrics |= {score.name: score.value for score in scores}
     if config.eval.general_text:
-        path = Path(config.eval.general_text).expanduser()
-        text = read_text(path if path.is_absolute() else Path(config.data_root) / path)
+        text = read_text(place_of(config.eval.general_text, config.data_root))
         sums, counts = text_losses(
             base.model, base.tokenizer, text, config.eval.general_tokens, config.eval.batch_size, run
         )
@@ -201,8 +200,7 @@ def write_predictions(rows: list[dict[str, Any]], folder: Path, config: Config) 
     if config.classifies:
         write_csv(folder / "predictions.csv", rows)
         return "predictions.csv"
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(folder / "predictions.jsonl", text)
+    write_json_rows(folder / "predictions.jsonl", rows)
     return "predictions.jsonl"
 
 

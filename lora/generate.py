@@ -14,17 +14,16 @@ from lora.config import Config
 if __name__ == "__main__":
     CONFIG, OPTIONS = load(Config, "lora", "generate", short={"out": "generate.out"}, words="prompt")
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import ProjectError, exits_cleanly
-from common.files import write_text
 from common.pretrained import HUB_ID
 from common.run import Run
 from lora.data import Example, encode_prompts, prompt_text
+from lora.data.rows import write_json_rows
 from lora.data.templates import chat_text, end_of
 from lora.adapters.files import CONFIG as ADAPTER_CONFIG
 from lora.adapters.files import load_adapter
@@ -42,18 +41,24 @@ def main(config: Config, options: Options) -> None:
     require(not config.classifies, "data.dataset", f"{config.data.dataset} is a classifier's: it writes nothing")
     prompts = list(options.words)
     if not prompts and not sys.stdin.isatty():
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        prompts = prompts_of_stdin()
     with Run(config, options) as run:
         base = load_asked(config, options, run)
         if not prompts:
-            if not sys.stdin.isatty():
-                raise ProjectError("no prompt: give one on the command line, or lines of them on stdin")
             talk(base, config, run)
             return
         answers = answer(base, prompts, config, run)
         if config.generate.out:
             rows = [{"prompt": prompt, "answer": text} for prompt, text in zip(prompts, answers, strict=True)]
-            write_text(Path(config.generate.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_json_rows(Path(config.generate.out), rows)
+
+
+def prompts_of_stdin() -> list[str]:
+    """A prompt a line. `ProjectError` where there is none."""
+    prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ProjectError("no prompt: give one on the command line, or lines of them on stdin")
+    return prompts
 
 
 def load_asked(config: Config, options: Options, run: Run) -> Base:

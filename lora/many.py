@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from common.config import UNUSABLE, ConfigError, explain, resolve
-from common.errors import ProjectError, exits_cleanly
-from common.files import write_csv, write_json, write_text
+from common.errors import exits_cleanly
+from common.files import write_csv, write_json
 from common.pretrained import find
 from common.run import Run
 from common.terminal import show_metrics
@@ -41,8 +41,9 @@ from lora.adapters.multi import BASE, Bank
 from lora.adapters.router import Router
 from lora.data import Example, load_examples, prompt_text
 from lora.data.examples import Split
-from lora.data.rows import read_text
-from lora.generate import answer_all
+from lora.data.rows import place_of, read_text, write_json_rows
+from lora.data.templates import words_of
+from lora.generate import answer_all, prompts_of_stdin
 from lora.tuning import Base, load_base
 from lora.tuning.tasks import draw
 
@@ -69,7 +70,7 @@ class Member:
     def prompts(self, split: Split, count: int) -> list[str]:
         """So many prompts of one part of its data, drawn by its seed."""
         examples = load_examples(self.config.data, self.config.data_root, split, note)
-        return [bare(example) for example in draw(examples, count, self.config.seed)]
+        return [words_of(example) for example in draw(examples, count, self.config.seed)]
 
 
 @exits_cleanly
@@ -80,9 +81,7 @@ def main(config: Config, options: Options) -> None:
         require(not prompts, "many.measure", "answers nothing: leave out the prompts, or this")
     members = find_members(config)
     if not prompts and not config.many.measure:
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-        if not prompts:
-            raise ProjectError("no prompt: give one on the command line, or lines of them on stdin")
+        prompts = prompts_of_stdin()
     with Run(config, options) as run:
         router = build_router(members, load_encoder(config.many.encoder, run), config)
         if config.many.measure:
@@ -100,17 +99,12 @@ def main(config: Config, options: Options) -> None:
     for row in rows:
         print(f"> {row['prompt']}\n[{row['adapter']}] {row['answer']}\n", flush=True)
     if config.generate.out:
-        write_text(Path(config.generate.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_json_rows(Path(config.generate.out), rows)
 
 
 def note(text: str) -> None:
     """Print what a person should know where it does not mix with results."""
     print(text, file=sys.stderr, flush=True)
-
-
-def bare(example: Example) -> str:
-    """A prompt as a person would give it, without a template."""
-    return f"{example.prompt}\n\n{example.context}" if example.context.strip() else example.prompt
 
 
 # -- the runs ----------------------------------------------------------------------------------------------------------
@@ -181,9 +175,8 @@ def measure(router: Router, members: Sequence[Member], config: Config, run: Run)
     """Where test prompts go."""
     asked = {member.name: member.prompts("test", config.many.measure) for member in members}
     if config.many.unknown:
-        path = Path(config.many.unknown).expanduser()
-        text = read_text(path if path.is_absolute() else Path(config.data_root) / path)
-        lines = [line.strip() for line in text.splitlines() if len(line.strip()) >= SHORTEST]
+        path = place_of(config.many.unknown, config.data_root)
+        lines = [line.strip() for line in read_text(path).splitlines() if len(line.strip()) >= SHORTEST]
         require(lines, "many.unknown", f"{path} has no line of {SHORTEST} characters or more")
         asked[BASE] = draw(lines, config.many.measure, config.seed)
     rows = []

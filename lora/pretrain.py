@@ -26,7 +26,7 @@ from torch import Tensor
 from common.errors import ProjectError, exits_cleanly
 from common.run import Run
 from common.runtime import count_parameters
-from lora.data.rows import read_text
+from lora.data.rows import place_of, read_text
 from lora.data.slots import pretraining_text
 from lora.model import Llama, LlamaShape, initialise, write_folder
 from lora.model.files import read_settings, weight_files
@@ -70,8 +70,7 @@ def load_texts(config: PretrainConfig, data_root: str, seed: int) -> list[str]:
     """Paragraphs to learn from. `ProjectError` for a file that is missing or too short."""
     if config.text == "generated":
         return pretraining_text(config.sentences, seed)
-    path = Path(config.text).expanduser()
-    path = path if path.is_absolute() else Path(data_root) / path
+    path = place_of(config.text, data_root)
     texts = [part.strip() for part in read_text(path).split("\n\n") if part.strip()]
     if not texts:
         raise ProjectError(f"{path} is empty")

@@ -15,7 +15,7 @@ from common.errors import ProjectError
 from common.runtime import mix_seed
 from lora.config import DataConfig
 from lora.data.examples import SPLIT_SEED, Split
-from lora.data.rows import Row, hub_rows, read_csv_rows, read_tsv, text_of
+from lora.data.rows import Row, hub_rows, place_of, read_csv_rows, read_tsv, text_of
 
 HUB = {"sst2": ("nyu-mll/glue", "sst2"), "cola": ("nyu-mll/glue", "cola")}
 NAMES = {"sst2": ("negative", "positive"), "cola": ("unacceptable", "acceptable")}
@@ -116,8 +116,7 @@ def binary(place: str, label: str) -> int:
 
 def read_csv(config: DataConfig, root: Path) -> tuple[list[Text], tuple[str, ...]]:
     """A person's own texts; the classes are whatever stands in the column of labels, sorted."""
-    path = Path(config.path).expanduser()
-    path = path if path.is_absolute() else root / path
+    path = place_of(config.path, root)
     rows = read_csv_rows(path, (config.text_column, config.label_column))
     labels = []
     for place, row in rows:

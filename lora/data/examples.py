@@ -21,7 +21,7 @@ from typing import Any, Literal
 from common.errors import ProjectError
 from common.runtime import mix_seed
 from lora.config import DataConfig
-from lora.data.rows import Row, hub_rows, read_csv_rows, read_json_rows, read_text, text_of
+from lora.data.rows import Row, hub_rows, place_of, read_csv_rows, read_json_rows, read_text, text_of
 from lora.data.slots import slot_examples
 
 Split = Literal["train", "validation", "test"]
@@ -200,8 +200,7 @@ def answered(name: str, passage: str, question: str, answers: list[str], title: 
 def read_instructions(config: DataConfig, root: Path) -> list[Example]:
     """Alpaca, Dolly, or a file or Hub dataset with columns of the names that the config gives."""
     if config.dataset == "json":
-        path = Path(config.path).expanduser()
-        path = path if path.is_absolute() else root / path
+        path = place_of(config.path, root)
         rows = read_json_rows(path) if path.is_file() else hub_or_missing(config.path, path)
         names = (config.prompt_column, config.input_column, config.completion_column)
     else:

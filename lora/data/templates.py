@@ -51,10 +51,15 @@ def prompt_text(example: Example, config: DataConfig, tokenizer: Any) -> str:
     if config.template == "alpaca":
         form = ALPACA_CONTEXT if example.context.strip() else ALPACA
         return form.format(prompt=example.prompt, context=example.context)
-    words = f"{example.prompt}\n\n{example.context}" if example.context.strip() else example.prompt
+    words = words_of(example)
     if config.template == "plain":
         return f"{words}\n"
     return chat_text([{"role": "user", "content": words}], config.system, tokenizer)
+
+
+def words_of(example: Example) -> str:
+    """What is asked and what it is asked of, as a person would write it, without a template."""
+    return f"{example.prompt}\n\n{example.context}" if example.context.strip() else example.prompt
 
 
 def chat_text(messages: list[dict[str, str]], system: str, tokenizer: Any) -> str:

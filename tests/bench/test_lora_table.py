@@ -9,9 +9,10 @@ import pytest
 
 import lora.eval
 import lora.train
-from bench import cells, lora_table
-from common.config import load, resolve
+from bench import lora_table
+from common.config import resolve
 from lora.config import Config
+from tests.bench.programs import run_here
 from tests.helpers import ROOT
 from tests.lora.small import SETTINGS, write_base
 
@@ -19,17 +20,7 @@ from tests.lora.small import SETTINGS, write_base
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The programs that a small table starts, each run in this process."""
-    monkeypatch.chdir(ROOT)
-    names: list[str] = []
-
-    def command(arguments: list[str], threads: int) -> float:
-        program, rest = arguments[1].removeprefix("lora."), arguments[2:]
-        names.append(program)
-        config, options = load(Config, "lora", program, rest)
-        (lora.train.train if program == "train" else lora.eval.main)(config, options)
-        return 1.5
-
-    monkeypatch.setattr(cells, "command", command)
+    names = run_here(monkeypatch, "lora", Config, {"train": lora.train.train, "eval": lora.eval.main})
     small = lora_table.Table(
         "configs/lora_tiny.yaml",
         (f"model.name={write_base(tmp_path / 'base')}", *SETTINGS, "train.validate_every=4", "eval.base=false"),

@@ -12,8 +12,9 @@ import torch
 
 import vae.eval
 import vae.train
-from bench import cells, vae_table
-from common.config import load, resolve
+from bench import vae_table
+from common.config import resolve
+from tests.bench.programs import run_here
 from tests.helpers import ROOT
 from vae.config import Config, ObjectiveConfig
 from vae.model import Gaussian
@@ -22,17 +23,8 @@ from vae.model import Gaussian
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The programs that the table starts, each run in this process."""
-    monkeypatch.chdir(ROOT)
-    names: list[str] = []
-
-    def command(arguments: list[str], threads: int) -> float:
-        program, rest = arguments[1].removeprefix("vae."), arguments[2:]
-        names.append(program)
-        config, options = load(Config, "vae", program, rest)
-        (vae.train.train if program == "train" else vae.eval.main)(config, options)
-        return 1.5
-
-    monkeypatch.setattr(cells, "command", command)
+    programs = {"train": vae.train.train, "eval": lambda *given: vae.eval.main(*given)}  # a test replaces the latter
+    names = run_here(monkeypatch, "vae", Config, programs)
     # the scores and the pictures have tests of their own, and take longer than the rest
     monkeypatch.setattr(
         vae.eval, "score_codes", lambda *_: dict.fromkeys(("mig", "dci", "sap", "factor_vae_score"), 0.5)
