@@ -13,7 +13,7 @@ import torch
 import vae.eval
 import vae.train
 from bench import vae_table
-from common.config import resolve
+from common.config import Options, resolve
 from tests.bench.programs import run_here
 from tests.helpers import ROOT
 from vae.config import Config, ObjectiveConfig
@@ -23,7 +23,11 @@ from vae.model import Gaussian
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The programs that the table starts, each run in this process."""
-    programs = {"train": vae.train.train, "eval": lambda *given: vae.eval.main(*given)}  # a test replaces the latter
+
+    def evaluate(config: Config, options: Options) -> None:
+        vae.eval.main(config, options)  # whatever a test has put there since
+
+    programs = {"train": vae.train.train, "eval": evaluate}
     names = run_here(monkeypatch, "vae", Config, programs)
     # the scores and the pictures have tests of their own, and take longer than the rest
     monkeypatch.setattr(
