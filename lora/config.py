@@ -68,9 +68,12 @@ class ModelConfig:
     double_quant: bool = True  # nf4: quantise the scales, too: 4.13 bits a number instead of 4.5
     # classification: mean of the last layer over the text's tokens, or whatever head transformers gives the model
     pooling: Literal["mean", "model"] = "mean"
+    # classification: share of the encoder's numbers that are dropped while it learns; -1: as its own config says
+    dropout: float = -1.0
 
     def __post_init__(self) -> None:
         require(self.name, "model.name", "must name a model")
+        require(self.dropout == -1 or 0 <= self.dropout < 1, "model.dropout", "must be in [0, 1), or -1")
         require(
             self.name != PRETRAINED_HERE or self.quantize == "none",
             "model.quantize",
@@ -257,6 +260,7 @@ class Config(BaseConfig):
 
     def __post_init__(self) -> None:
         full = self.train.method == "full"
+        require(self.model.dropout == -1 or self.classifies, "model.dropout", "is of encoders that classify")
         require(self.train.method != "head" or self.classifies, "train.method", "head is for classification")
         require(
             not full or self.model.quantize == "none", "model.quantize", "4-bit weights cannot be trained themselves"

@@ -126,12 +126,14 @@ class Batches:
         return torch.randperm(len(self.rows), generator=rng).tolist()
 
     def rows_of(self, step: int) -> list[list[Tokens]]:
-        """The rows of step 1, 2, ...: every row once an epoch, in an order drawn for each epoch."""
+        """The rows of step 1, 2, ...: every row once an epoch, in an order drawn for each epoch. Within a step short
+        ones come first, so that a microbatch has rows of like length; packed ones are all the same.
+        """
         chosen = []
         for place in range((step - 1) * self.batch_size, step * self.batch_size):
             epoch, number = divmod(place, len(self.rows))
             chosen.append([self.kept[i] for i in self.rows[self.order(epoch)[number]]])
-        return chosen
+        return chosen if self.packed else sorted(chosen, key=lambda row: len(row[0]))
 
     def collate(self, rows: Sequence[Sequence[Tokens]]) -> Batch:
         """Some of a step's rows as tensors; packed ones all have the same length."""

@@ -68,12 +68,14 @@ class TextBatches:
         return torch.randperm(len(self.rows), generator=rng).tolist()
 
     def rows_of(self, step: int) -> list[int]:
-        """Indices of the texts of step 1, 2, ...: every text once an epoch, in an order drawn for each epoch."""
+        """Indices of the texts of step 1, 2, ...: every text once an epoch, in an order drawn for each epoch. Within a
+        step short ones come first, so that a microbatch has texts of like length and little that is filled up.
+        """
         chosen = []
         for place in range((step - 1) * self.batch_size, step * self.batch_size):
             epoch, number = divmod(place, len(self.rows))
             chosen.append(self.order(epoch)[number])
-        return chosen
+        return sorted(chosen, key=lambda index: len(self.rows[index]))
 
     def num_labels(self, rows: Sequence[int]) -> int:
         """What the loss of these texts is a mean over."""

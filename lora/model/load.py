@@ -98,7 +98,13 @@ def load_classifier(
 
     with torch.random.fork_rng(devices=[]):  # transformers draws the new layer from the global generator
         torch.manual_seed(seed)
-        model = from_transformers(AutoModelForSequenceClassification, folder, dtype, num_labels=num_classes)
+        model = from_transformers(
+            AutoModelForSequenceClassification, folder, dtype, num_labels=num_classes, **attention_for(device)
+        )
+    if config.dropout >= 0:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = config.dropout
     head = find_head(model)
     plain = isinstance(getattr(model, "classifier", None), nn.Linear)
     require(
@@ -110,6 +116,13 @@ def load_classifier(
         quantize_model(model, config.double_quant)
     model.get_submodule(head).float()
     return model.to(device).eval().requires_grad_(False)
+
+
+def attention_for(device: torch.device) -> dict[str, str]:
+    """How transformers shall compute attention: by plain products on a CPU. There the backward pass of PyTorch's own
+    function takes half of a step in bfloat16 (MiniLM, 32 texts: 0.93 s with it, 0.45 s without; PyTorch 2.11).
+    """
+    return {"attn_implementation": "eager"} if device.type == "cpu" else {}
 
 
 def find_head(model: Any) -> str:

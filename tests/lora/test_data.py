@@ -138,6 +138,16 @@ def test_every_row_comes_once_an_epoch_and_steps_do_not_depend_on_history():
     assert [other.rows_of(s) for s in (1, 2, 3)] != [batches.rows_of(s) for s in (1, 2, 3)]
 
 
+def test_microbatches_of_unpacked_rows_hold_rows_of_like_length():
+    examples = some_tokens(40)
+    batches = Batches(examples, 64, False, 8, 0)
+    for step in (1, 2, 7):
+        lengths = [len(row[0]) for row in batches.rows_of(step)]
+        assert lengths == sorted(lengths)
+    seen = [id(row[0]) for step in range(1, 6) for row in batches.rows_of(step)]
+    assert len(set(seen)) == len(examples)  # 5 steps of 8: an epoch
+
+
 def test_too_long_examples_are_counted_and_said():
     batches = Batches([*some_tokens(5, longest=10), Tokens([1] * 20, [2])], 12, False, 2, 0)
     assert batches.too_long == 1

@@ -240,6 +240,23 @@ def test_a_classifier_learns(encoder, spam, tmp_path, words):
     assert metrics["accuracy"] == pytest.approx(right / 16)
 
 
+def weights_of(run_dir, step):
+    from common.checkpoint import Checkpoints
+
+    return Checkpoints.load(run_dir / f"checkpoints/{step:08d}.pt")["parts"]["learned"]
+
+
+def test_without_dropout_parts_of_a_batch_are_the_batch(encoder, spam, tmp_path):
+    settings = [*spam, "train.steps=3", "train.batch_size=8", "model.dropout=0"]
+    assert train(encoder, tmp_path / "whole", *settings) == 0
+    assert train(encoder, tmp_path / "parts", *settings, "train.microbatch=2") == 0
+    assert train(encoder, tmp_path / "dropped", *settings, "model.dropout=0.5") == 0
+    whole, parts, dropped = (weights_of(tmp_path / name, 3) for name in ("whole", "parts", "dropped"))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-5, rtol=1e-4)
+    assert any(not torch.allclose(dropped[name], value, atol=1e-3) for name, value in whole.items())
+
+
 def test_a_classifiers_adapter_is_one_that_peft_reads(encoder, spam, tmp_path):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForSequenceClassification
@@ -249,9 +266,7 @@ def test_a_classifiers_adapter_is_one_that_peft_reads(encoder, spam, tmp_path):
     theirs = peft.PeftModel.from_pretrained(
         AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2), run_dir / "adapter"
     ).eval()
-    from common.checkpoint import Checkpoints
-
-    state = Checkpoints.load(run_dir / "checkpoints/00000005.pt")["parts"]["learned"]
+    state = weights_of(run_dir, 5)
     assert torch.equal(theirs.base_model.model.classifier.weight, state["classifier.weight"])
     assert json.loads((run_dir / "adapter/adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
 

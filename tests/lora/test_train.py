@@ -248,6 +248,8 @@ def test_a_base_that_changes_is_not_resumed(base, tmp_path, capsys):
         (["data.dataset=sst2", "model.name=pretrain"], "model.name"),
         (["train.sharding=fsdp", "model.quantize=nf4"], "train.sharding"),
         (["train.microbatch=99"], "train.microbatch"),
+        (["model.dropout=1"], "model.dropout"),
+        (["model.dropout=0.1"], "model.dropout"),  # of a language model, which has none here
         (["data.system=hello"], "data.system"),
         (["generate.beams=4", "generate.temperature=1"], "generate.beams"),
         (["pretrain.kv_heads=3"], "pretrain.kv_heads"),
