@@ -65,7 +65,7 @@ ENCODER = {
     "frozen, new head": ("train.method=head", "train.lr=1.0e-2"),
     **ranks(1, 2, 4, 8, 16, 32),
     "queries and values, rank 8": ("adapter.targets=[query,value]",),
-    **kinds(8, pissa="1.0e-3", lora_plus="5.0e-4"),
+    **kinds(8, pissa="1.0e-3", lora_plus="3.0e-4"),
     "full": ("train.method=full", "train.lr=1.0e-4"),
 }
 ATTENTION = "adapter.targets=[q_proj,k_proj,v_proj,o_proj]"
@@ -91,6 +91,7 @@ TABLES = {
     "e2e": Table(
         "configs/lora_e2e.yaml",
         (
+            "train.lr=4.0e-3",
             "compile=true",
             "train.steps=40",
             "train.warmup=5",
@@ -106,7 +107,7 @@ TABLES = {
             **ranks(1, 2, 4, 8, 16, 32),
             "attention only, rank 8": (ATTENTION,),
             "attention only, rank 24": (ATTENTION, "adapter.rank=24", "adapter.alpha=48"),
-            **kinds(8),
+            **kinds(8, pissa="2.0e-3", lora_plus="5.0e-4"),
             "full": ("train.method=full", "train.lr=1.0e-4", "model.dtype=fp32"),
         },
         {"bleu": "BLEU", "rouge_l": "ROUGE-L"},
