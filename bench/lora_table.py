@@ -108,7 +108,7 @@ TABLES = {
             "attention only, rank 8": (ATTENTION,),
             "attention only, rank 24": (ATTENTION, "adapter.rank=24", "adapter.alpha=48"),
             **kinds(8, pissa="2.0e-3", lora_plus="5.0e-4"),
-            "full": ("train.method=full", "train.lr=1.0e-4", "model.dtype=fp32"),
+            "full": ("train.method=full", "train.lr=2.5e-4", "model.dtype=fp32"),
         },
         {"bleu": "BLEU", "rouge_l": "ROUGE-L"},
         1000,
