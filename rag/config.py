@@ -144,9 +144,10 @@ class TrainConfig:
 
     steps: int = 2000  # updates
     batch_size: int = 64  # questions over all processes together
-    # texts that go through the encoder at once; below the batch, gradients are the same and the memory is that of one
-    # chunk (gradient cache)
-    chunk: int = 256
+    chunk: int = 64  # texts that go through the encoder at once, passages of like length together
+    # a batch of up to so many passages is encoded once, its whole graph kept; a larger one twice, chunk by chunk: the
+    # same gradients with the memory of one chunk (gradient cache)
+    one_pass: int = 256
     lr: float = 2e-5  # learning rate of AdamW, after the warm-up
     warmup: int = 200  # steps; at most a tenth of train.steps is used
     decay: Literal["constant", "linear", "cosine"] = "linear"  # shape after the warm-up
@@ -161,7 +162,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "chunk", "log_every", "save_every"):
             require(getattr(self, name) >= 1, f"train.{name}", "must be at least 1")
-        for name in ("warmup", "weight_decay", "grad_clip", "validate_every"):
+        for name in ("warmup", "weight_decay", "grad_clip", "validate_every", "one_pass"):
             require(getattr(self, name) >= 0, f"train.{name}", "must not be negative")
         require(0 < self.lr < math.inf, "train.lr", "must be positive and finite")
         require(self.validation_questions >= 1, "train.validation_questions", "must be at least 1")

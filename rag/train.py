@@ -14,6 +14,8 @@ from rag.config import Config
 if __name__ == "__main__":
     CONFIG, OPTIONS = load(Config, "rag")
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -61,17 +63,20 @@ def train(config: Config, options: Options) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.train)
             batch = examples.batch(step, config.train.batch_size, config.negatives.count, config.seed)
-            chunks = tokenize(batch, collection, tokenizer, config, run)  # of this process's questions
+            orders = encoding_orders(batch, collection, config, run.world)
+            chunks = tokenize(
+                batch, orders[run.rank], collection, tokenizer, config, run
+            )  # of this process's questions
 
             optimizer.zero_grad(set_to_none=True)
             net.train()
             result = backward_in_chunks(
                 net,
                 chunks,
-                lambda vectors: batch_loss(vectors, batch, config, run.world),  # noqa: B023 (called at once)
+                lambda vectors: batch_loss(restore(vectors, orders), batch, config),  # noqa: B023 (called at once)
                 run.scaler.scale,
                 run.autocast,
-                at_once=run.world == 1 and len(chunks) <= 2,
+                at_once=run.world == 1 and len(orders[0]) <= config.train.one_pass,
             )
             grad_norm = run.check_gradients(optimizer, result.loss, config.train.grad_clip)
             run.scaler.step(optimizer)  # in fp16 left out where a gradient overflowed; else simply optimizer.step()
@@ -99,41 +104,80 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
 
 
-def tokenize(batch: Batch, collection: Collection, tokenizer: Tokenizer, config: Config, run: Run) -> list[Tokens]:
-    """This process's texts in chunks: its questions, then their passages, then their hard negatives (bi-encoder), or
-    each question with its passage and its negatives (cross-encoder).
+def passages_of(batch: Batch, part: slice, kind: str) -> np.ndarray[Any, Any]:
+    """The passages of some of a batch's questions, as rows of the corpus: each question's own and then the hard
+    negatives of all (bi-encoder), or question by question its own and its negatives (cross-encoder). (b * (1 + H),)
     """
-    size, rest = divmod(len(batch.questions), run.world)
-    require(rest == 0, "train.batch_size", f"must be divisible by the number of processes, {run.world}")
-    mine = slice(run.rank * size, (run.rank + 1) * size)
+    if kind == "cross_encoder":
+        return np.concatenate([batch.positives[part, None], batch.negatives[part]], axis=1).reshape(-1)
+    return np.concatenate([batch.positives[part], batch.negatives[part].reshape(-1)])
+
+
+def shares(batch: Batch, world: int) -> list[slice]:
+    """Each process's questions. `ConfigError` where they cannot be divided evenly."""
+    size, rest = divmod(len(batch.questions), world)
+    require(rest == 0, "train.batch_size", f"must be divisible by the number of processes, {world}")
+    return [slice(rank * size, (rank + 1) * size) for rank in range(world)]
+
+
+def encoding_orders(batch: Batch, collection: Collection, config: Config, world: int) -> list[Tensor]:
+    """For each process, the places of its `passages_of`, short passages first: a chunk's texts are then of like length
+    and little of it is padding. The same in every process. int64 (b * (1 + H),) each
+    """
+    orders = []
+    for part in shares(batch, world):
+        rows = passages_of(batch, part, config.model.kind)
+        lengths = [len(collection.passages[int(row)].whole) for row in rows]
+        orders.append(torch.from_numpy(np.argsort(lengths, kind="stable")))
+    return orders
+
+
+def restore(vectors: Tensor, orders: list[Tensor]) -> Tensor:
+    """Vectors of passages back from the order of encoding; questions, which come before them, stay. (W, N, D)"""
+    restored = vectors.clone()
+    for rank, order in enumerate(orders):
+        first = vectors.shape[1] - len(order)
+        restored[rank, first + order.to(vectors.device)] = vectors[rank, first:]
+    return restored
+
+
+def tokenize(
+    batch: Batch, order: Tensor, collection: Collection, tokenizer: Tokenizer, config: Config, run: Run
+) -> list[Tokens]:
+    """This process's texts in chunks: its questions and then their passages, of their own and hard negatives
+    (bi-encoder), or each passage with its question (cross-encoder).
+
+    Args:
+        order: of this process, from `encoding_orders`.
+    """
+    mine = shares(batch, run.world)[run.rank]
     questions = batch.questions[mine]
+    rows = passages_of(batch, mine, config.model.kind)
+    texts = [collection.passages[int(rows[place])].whole for place in order]
     chunk = config.train.chunk
     if config.model.kind == "cross_encoder":
-        grid = np.concatenate([batch.positives[mine, None], batch.negatives[mine]], axis=1)  # (b, 1 + H)
-        asked = [question for question in questions for _ in range(grid.shape[1])]
-        texts = [collection.passages[int(row)].whole for row in grid.reshape(-1)]
+        group = 1 + batch.negatives.shape[1]
+        asked = [questions[int(place) // group] for place in order]
         parts = [tokenizer.pairs(asked[i : i + chunk], texts[i : i + chunk]) for i in range(0, len(texts), chunk)]
     else:
-        rows = np.concatenate([batch.positives[mine], batch.negatives[mine].reshape(-1)])
-        texts = [collection.passages[int(row)].whole for row in rows]
-        parts = [tokenizer.questions(questions[i : i + chunk]) for i in range(0, size, chunk)]
+        parts = [tokenizer.questions(questions[i : i + chunk]) for i in range(0, len(questions), chunk)]
         parts += [tokenizer.passages(texts[i : i + chunk]) for i in range(0, len(texts), chunk)]
     return [{name: part.to(run.device) for name, part in tokens.items()} for tokens in parts]
 
 
-def batch_loss(vectors: Tensor, batch: Batch, config: Config, world: int) -> Contrast:
-    """The loss of a batch, from the vectors or scores of all processes' texts in the order of `tokenize`. (W, N, D)"""
+def batch_loss(vectors: Tensor, batch: Batch, config: Config) -> Contrast:
+    """The loss of a batch, from the vectors or scores of all processes' texts: questions, then `passages_of`. (W, N, D)"""
     if config.model.kind == "cross_encoder":
         return list_loss(vectors.reshape(-1, 1), 1 + config.negatives.count)
-    size = len(batch.questions) // world
+    parts = shares(batch, len(vectors))
+    size = len(batch.questions) // len(parts)
     questions = vectors[:, :size].reshape(-1, vectors.shape[2])  # (B, D)
     candidates = vectors[:, size:].reshape(-1, vectors.shape[2])  # (B * (1 + H), D)
     rows: list[int] = []
     right: list[int] = []
-    for start in range(0, len(batch.questions), size):
-        part = slice(start, start + size)
+    for part in parts:
         right += range(len(rows), len(rows) + size)
-        rows += [*batch.positives[part].tolist(), *batch.negatives[part].reshape(-1).tolist()]
+        rows += passages_of(batch, part, "bi_encoder").tolist()
     own = torch.tensor(right, device=vectors.device)
     if config.loss.mask_false_negatives:
         allowed = wrong_candidates(batch.gold, rows).to(vectors.device)

@@ -265,3 +265,22 @@ def test_mistakes_end_as_one_line(tmp_path, data_root, capsys):
 def test_every_config_is_valid():
     for path in sorted(ROOT.glob("configs/rag_*.yaml")):
         assert resolve(Config, path, []).train.steps >= 1
+
+
+@pytest.mark.parametrize("kind", ["bi_encoder", "cross_encoder"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_passages_of_like_length_share_a_chunk_and_find_back(kind, world, tmp_path, data_root):
+    config = tiny(tmp_path, data_root, f"model.kind={kind}", "negatives.count=3")
+    collection = load_collection(config.data, config.data_root)
+    batch = load_examples(collection, config, lambda text: None).batch(1, 8, 3, 0)
+    orders = rag.train.encoding_orders(batch, collection, config, world)
+    rows = [rag.train.passages_of(batch, part, kind) for part in rag.train.shares(batch, world)]
+    lengths = [
+        [len(collection.passages[int(r[place])].whole) for place in o] for r, o in zip(rows, orders, strict=True)
+    ]
+    assert all(row == sorted(row) for row in lengths)
+    assert sorted(int(row) for part in rows for row in part) == sorted([*batch.positives, *batch.negatives.reshape(-1)])
+    questions = 0 if kind == "cross_encoder" else 8 // world
+    encoded = [[-1] * questions + [int(r[place]) for place in o] for r, o in zip(rows, orders, strict=True)]
+    restored = rag.train.restore(torch.tensor(encoded)[..., None], orders)[..., 0]
+    assert restored.tolist() == [[-1] * questions + [int(row) for row in part] for part in rows]
