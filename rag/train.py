@@ -166,7 +166,7 @@ def tokenize(
 
 
 def batch_loss(vectors: Tensor, batch: Batch, config: Config) -> Contrast:
-    """The loss of a batch, from the vectors or scores of all processes' texts: questions, then `passages_of`. (W, N, D)"""
+    """The loss of a batch, from the vectors or scores (W, N, D) of each process's questions, then its passages."""
     if config.model.kind == "cross_encoder":
         return list_loss(vectors.reshape(-1, 1), 1 + config.negatives.count)
     parts = shares(batch, len(vectors))
