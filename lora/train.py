@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.blocks import compile_blocks
 from common.errors import exits_cleanly
 from common.rates import learning_rate
 from common.run import Run
@@ -29,7 +30,7 @@ from common.runtime import check_machine
 from lora.adapters.inject import parameter_groups
 from lora.adapters.files import save_adapter
 from lora.loss import ClassLoss, TuningLoss
-from lora.model import compile_blocks, set_checkpointing, write_folder
+from lora.model import set_checkpointing, write_folder
 from lora.plan import describe_memory
 from lora.pretrain import pretrain_base
 from lora.tuning import (

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.blocks import compile_blocks
 from common.config import ConfigError, require
 from common.errors import exits_cleanly
 from common.rates import learning_rate
@@ -53,7 +54,9 @@ def train(config: Config, options: Options) -> None:
         optimizer = torch.optim.AdamW(trained(task.model), lr=settings.lr, weight_decay=settings.weight_decay)
         parts: dict[str, Any] = {"model": task.learned, "optimizer": optimizer}
         done = run.resume(**parts)  # 0 when fresh
-        net = run.prepare(task.model.train())
+        if config.compile:
+            compile_blocks(task.model)
+        net = run.prepare(task.model.train(), compiled=True)
         batches = Batches(task, contexts, config)
         size = sum(parameter.numel() for parameter in trained(task.model))
         run.display.say(
@@ -110,7 +113,8 @@ def validate(task: Task[Any, Any], collection: Collection, contexts: Contexts, c
     places = drawn(config.reader_train.validation_questions, len(questions), config.seed, VALIDATION_STREAM)
     chosen = [questions[int(place)] for place in places]
     task.model.eval()
-    scores = score(task.reader(), chosen, [mixed(question, contexts, config) for question in chosen])
+    with torch.compiler.set_stance("force_eager"):  # other shapes: not worth compiling again
+        scores = score(task.reader(), chosen, [mixed(question, contexts, config) for question in chosen])
     task.model.train()
     return scores
 

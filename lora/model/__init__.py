@@ -2,9 +2,7 @@
 
 from lora.model.calls import (
     additive,
-    blocks_of,
     class_logits,
-    compile_blocks,
     decoder_of,
     head_of,
     hidden_states,
@@ -22,9 +20,7 @@ __all__ = [
     "Llama",
     "LlamaShape",
     "additive",
-    "blocks_of",
     "class_logits",
-    "compile_blocks",
     "decoder_of",
     "head_of",
     "hidden_states",

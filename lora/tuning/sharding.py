@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from common.blocks import blocks_of
 from common.config import ConfigError
 from common.run import Run
-from lora.model import blocks_of
 
 T = TypeVar("T")
 

@@ -257,6 +257,19 @@ def test_a_run_goes_on_exactly(config, tmp_path):
     assert size < 200_000 and (folder / "adapter/adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow  # the compiler takes a minute
+def test_compiled_layers_learn_the_same(config, tmp_path):
+    """Layer by layer; validation, whose shapes are others, is not compiled."""
+    settings = replace(config.reader_train, steps=2, warmup=0, validate_every=2, validation_questions=3)
+    found = []
+    for name in ("plain", "compiled"):
+        this = replace(config, run_dir=str(tmp_path / name), reader_train=settings, compile=name == "compiled")
+        assert status(train, this, Options("train")) == 0
+        found.append(Checkpoints(tmp_path / name / "reader/checkpoints").load_newest()["parts"]["model"])
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_a_finetuned_reader_is_used_as_it_was_trained(config, tmp_path):
     settings = replace(config.reader_train, steps=1, decay="constant", validate_every=1, validation_questions=3)
     config = replace(config, reader_train=settings)
