@@ -21,7 +21,6 @@ import io
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -36,6 +35,7 @@ from safetensors import safe_open
 import ppo.train
 from bench.gpu import campaign
 from bench.ppo import stopwatch
+from bench.rounds import peak_memory
 from common.config import Options, resolve
 from common.errors import ProjectError, exits_cleanly
 from common.files import atomic_open, write_json
@@ -135,7 +135,7 @@ def measure(args: argparse.Namespace, count: int, seconds: float) -> dict[str, A
         "seconds": total,
         "threads": int(spent["threads"]),
         "gpu_peak_gib": torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
-        "host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "host_peak_gib": peak_memory() / 1024,
     }
 
 
