@@ -29,7 +29,7 @@ from common.lock import FolderLock
 from common.run import Run
 from common.runtime import check_machine
 from rag.config import SCRATCH
-from rag.data.documents import count_kinds
+from rag.data.documents import check_folder, count_kinds
 from rag.data.corpus import named
 from rag.load import load_reranker, load_untrained
 from rag.model.encoder import fingerprint
@@ -59,11 +59,14 @@ def main(config: Config, options: Options) -> None:
 
 
 def settle(config: Config) -> Config:
-    """The config with the dataset and the folders that go without saying. `ConfigError` where no folder is named."""
+    """The config with the dataset and the folders that go without saying. `ConfigError` where no folder is named,
+    `ProjectError` where there is none of that name.
+    """
     require(config.data.folder, "data.folder", "name the folder of documents: python -m rag.index --corpus <folder>")
     require(config.model.name != SCRATCH, "model.name", "must name a trained encoder, such as runs/rag_squad/encoder")
     require(config.model.kind == "bi_encoder", "model.kind", "must be bi_encoder: documents are found by their vectors")
     folder = Path(config.data.folder).expanduser().resolve()
+    check_folder(folder)  # before an encoder is loaded for nothing
     data = replace(config.data, dataset="folder", folder=str(folder))
     return replace(config, data=data, run_dir=config.run_dir or f"runs/{folder.name or 'documents'}")
 

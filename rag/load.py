@@ -44,13 +44,6 @@ def open_tokenizer(config: Config, texts: Callable[[], list[str]], run: Run) -> 
     return load_tokenizer(folder, config.model)
 
 
-def quiet() -> None:
-    """No progress bars of transformers for what takes a moment."""
-    from transformers.utils import logging as wordy
-
-    wordy.disable_progress_bar()
-
-
 def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
     """A folder that is there whole or not at all; an earlier one is replaced."""
     temporary = folder.parent / f"{TEMPORARY}{os.getpid()}-{folder.name}"

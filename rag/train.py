@@ -27,8 +27,8 @@ from common.rates import learning_rate
 from common.run import Run
 from common.runtime import check_machine, count_parameters
 from rag.data import Collection, load_collection
-from rag.load import ENCODER, open_tokenizer, quiet, write_folder
-from rag.model.encoder import CrossEncoder, Encoder, Tokenizer, Tokens, build_model, build_tokenizer
+from rag.load import ENCODER, open_tokenizer, write_folder
+from rag.model.encoder import CrossEncoder, Encoder, Tokenizer, Tokens, build_model, build_tokenizer, quiet
 from rag.model.loss import Contrast, backward_in_chunks, contrastive_loss, list_loss, wrong_candidates
 from rag.negatives import Batch, load_examples
 from rag.validation import Validation

@@ -47,15 +47,23 @@ class Folder:
 
     def notes(self) -> list[str]:
         """A line for each reason."""
-        return [f"{len(paths)} files left out ({reason}): {named(paths)}" for reason, paths in self.skipped.items()]
+        return [
+            f"{len(paths)} file{'s' * (len(paths) > 1)} left out ({reason}): {named(paths)}"
+            for reason, paths in self.skipped.items()
+        ]
+
+
+def check_folder(folder: Path) -> None:
+    """`ProjectError` where there is no such folder."""
+    if not folder.is_dir():
+        raise ProjectError(f"{folder} is no folder; give one with {', '.join(KINDS)} files")
 
 
 def scan(folder: Path, config: DataConfig) -> Folder:
     """The documents of a folder and its sub-folders; hidden ones, other kinds, files too large, and second copies of
     the same content are left out. `ProjectError` where there is no such folder or nothing in it.
     """
-    if not folder.is_dir():
-        raise ProjectError(f"{folder} is no folder; give one with {', '.join(KINDS)} files")
+    check_folder(folder)
     found = Folder()
     first: dict[str, str] = {}  # content -> the file that had it first
     for path in sorted(folder.rglob("*")):

@@ -226,6 +226,7 @@ def named_network(config: ModelConfig, weights: bool) -> nn.Module:
     from common.pretrained import find
 
     folder = find(config.name)
+    quiet()
     try:
         shape = AutoConfig.from_pretrained(folder)
         if getattr(shape, "is_encoder_decoder", False) or not hasattr(shape, "hidden_size"):
@@ -238,6 +239,13 @@ def named_network(config: ModelConfig, weights: bool) -> nn.Module:
         return AutoModel.from_pretrained(folder, config=shape, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
         raise ProjectError(f"{config.name} cannot be read as an encoder: {first_line(error)}") from None
+
+
+def quiet() -> None:
+    """No progress bars of transformers for what takes a moment."""
+    from transformers.utils import logging as wordy
+
+    wordy.disable_progress_bar()
 
 
 def set_dropout(shape: Any, rate: float) -> None:

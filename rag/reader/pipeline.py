@@ -115,6 +115,11 @@ def open_pipeline(config: Config, options: Options, run: Run) -> Pipeline:
     retriever = open_retriever(config, options, run, collection)
     reader, name = open_run_reader(config, run, collection)
     threshold = config.reader.threshold if config.reader.threshold >= 0 else calibrated(config, name)
+    if threshold == 0 and config.reader.threshold < 0:
+        run.display.say(
+            "note: no answer is withheld, however unsure: this reader has no threshold yet. rag.answer sets one in a "
+            "run that has questions, and reader.weights=<that run> reads with it"
+        )
     return Pipeline(retriever, reader, config.reader.passages, threshold, name)
 
 
