@@ -49,7 +49,8 @@ def train_and_evaluate(
         "eval_seconds": result["seconds"],
         "threads": threads,
         "precision": result["precision"],
-        "command": f"python {' '.join(train)}",
+        # without the folder, which is the machine's own
+        "command": f"python {' '.join(word for word in train if not word.startswith('run_dir='))}",
         "config_digest": digest,
         **{key: environment[key] for key in ("commit", "device_name") if key in environment},
     }
