@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
+os.environ["GRPC_VERBOSITY"] = "NONE"  # its threads outlive a test and would write into what another one reads
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes must not write one cache of compiled loops
     caches = Path(__file__).resolve().parent.parent / ".cache"
     os.environ.setdefault("NUMBA_CACHE_DIR", str(caches / f"numba-{os.environ['PYTEST_XDIST_WORKER']}"))

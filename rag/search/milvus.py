@@ -11,6 +11,7 @@ Legend: Q queries, K results, N passages, D dimensions.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ class MilvusIndex:
         self, config: IndexConfig, bm25: BM25Config, analyser: Analyser, default: Path, dimension: int
     ) -> None:
         try:
+            # what goes wrong is raised; gRPC's own lines about idle connections would stand among a person's answers
+            os.environ.setdefault("GRPC_VERBOSITY", "NONE")
             from pymilvus import MilvusClient
         except ImportError:
             raise ProjectError("index.backend=milvus needs pymilvus: pip install 'seven-projects[milvus]'") from None
