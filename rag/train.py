@@ -63,20 +63,18 @@ def train(config: Config, options: Options) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.train)
             batch = examples.batch(step, config.train.batch_size, config.negatives.count, config.seed)
-            orders = encoding_orders(batch, collection, config, run.world)
-            chunks = tokenize(
-                batch, orders[run.rank], collection, tokenizer, config, run
-            )  # of this process's questions
+            chunks, places = tokenize(batch, collection, tokenizer, config, run)  # of this process's questions
 
             optimizer.zero_grad(set_to_none=True)
             net.train()
             result = backward_in_chunks(
                 net,
                 chunks,
-                lambda vectors: batch_loss(restore(vectors, orders), batch, config),  # noqa: B023 (called at once)
+                places,
+                lambda vectors: batch_loss(vectors, batch, config),  # noqa: B023 (called at once)
                 run.scaler.scale,
                 run.autocast,
-                at_once=run.world == 1 and len(orders[0]) <= config.train.one_pass,
+                at_once=run.world == 1 and batch.positives.size + batch.negatives.size <= config.train.one_pass,
             )
             grad_norm = run.check_gradients(optimizer, result.loss, config.train.grad_clip)
             run.scaler.step(optimizer)  # in fp16 left out where a gradient overflowed; else simply optimizer.step()
@@ -120,49 +118,32 @@ def shares(batch: Batch, world: int) -> list[slice]:
     return [slice(rank * size, (rank + 1) * size) for rank in range(world)]
 
 
-def encoding_orders(batch: Batch, collection: Collection, config: Config, world: int) -> list[Tensor]:
-    """For each process, the places of its `passages_of`, short passages first: a chunk's texts are then of like length
-    and little of it is padding. The same in every process. int64 (b * (1 + H),) each
-    """
-    orders = []
-    for part in shares(batch, world):
-        rows = passages_of(batch, part, config.model.kind)
-        lengths = [len(collection.passages[int(row)].whole) for row in rows]
-        orders.append(torch.from_numpy(np.argsort(lengths, kind="stable")))
-    return orders
-
-
-def restore(vectors: Tensor, orders: list[Tensor]) -> Tensor:
-    """Vectors of passages back from the order of encoding; questions, which come before them, stay. (W, N, D)"""
-    restored = vectors.clone()
-    for rank, order in enumerate(orders):
-        first = vectors.shape[1] - len(order)
-        restored[rank, first + order.to(vectors.device)] = vectors[rank, first:]
-    return restored
-
-
 def tokenize(
-    batch: Batch, order: Tensor, collection: Collection, tokenizer: Tokenizer, config: Config, run: Run
-) -> list[Tokens]:
-    """This process's texts in chunks: its questions and then their passages, of their own and hard negatives
-    (bi-encoder), or each passage with its question (cross-encoder).
+    batch: Batch, collection: Collection, tokenizer: Tokenizer, config: Config, run: Run
+) -> tuple[list[Tokens], Tensor]:
+    """This process's texts in chunks: its questions and then their passages (bi-encoder), or each passage with its
+    question (cross-encoder). Short passages come first: a chunk's texts are of like length and little of it is padding.
 
-    Args:
-        order: of this process, from `encoding_orders`.
+    Returns:
+        The chunks, and the place of each of their texts among the questions and then `passages_of`, int64 (N,).
     """
     mine = shares(batch, run.world)[run.rank]
     questions = batch.questions[mine]
-    rows = passages_of(batch, mine, config.model.kind)
-    texts = [collection.passages[int(rows[place])].whole for place in order]
+    passages = [collection.passages[int(row)].whole for row in passages_of(batch, mine, config.model.kind)]
+    order = sorted(range(len(passages)), key=lambda place: len(passages[place]))
+    texts = [passages[place] for place in order]
     chunk = config.train.chunk
     if config.model.kind == "cross_encoder":
         group = 1 + batch.negatives.shape[1]
-        asked = [questions[int(place) // group] for place in order]
+        asked = [questions[place // group] for place in order]
         parts = [tokenizer.pairs(asked[i : i + chunk], texts[i : i + chunk]) for i in range(0, len(texts), chunk)]
+        places = order
     else:
         parts = [tokenizer.questions(questions[i : i + chunk]) for i in range(0, len(questions), chunk)]
         parts += [tokenizer.passages(texts[i : i + chunk]) for i in range(0, len(texts), chunk)]
-    return [{name: part.to(run.device) for name, part in tokens.items()} for tokens in parts]
+        places = [*range(len(questions)), *(len(questions) + place for place in order)]
+    chunks = [{name: part.to(run.device) for name, part in tokens.items()} for tokens in parts]
+    return chunks, torch.tensor(places, device=run.device)
 
 
 def batch_loss(vectors: Tensor, batch: Batch, config: Config) -> Contrast:

@@ -85,6 +85,7 @@ def wrong_candidates(gold: Sequence[Sequence[int]], rows: Sequence[int]) -> Tens
 def backward_in_chunks(
     net: nn.Module,
     chunks: list[Tokens],
+    places: Tensor,
     loss_of: Callable[[Tensor], Contrast],
     scale: Callable[[Tensor], Tensor],
     autocast: Callable[[], AbstractContextManager[object]],
@@ -99,6 +100,7 @@ def backward_in_chunks(
 
     Args:
         net: tokens to (n, D).
+        places: int64 (N,), where among this process's texts, as the loss has them, each text of the chunks stands.
         loss_of: from the vectors of all texts of all processes (W, N, D) to the loss; equal in every process.
         scale: of a gradient scaler.
         at_once: keep the graph of the first pass instead of a second one: faster, where it fits into memory. For one
@@ -111,13 +113,14 @@ def backward_in_chunks(
         states.append(random_state(device))
         with torch.set_grad_enabled(at_once), autocast():
             parts.append(net(chunk))
-    vectors = gather(torch.cat(parts).detach()).requires_grad_()  # (W, N, D), a leaf
+    encoded = torch.cat(parts).detach()
+    vectors = gather(torch.empty_like(encoded).index_copy_(0, places, encoded)).requires_grad_()  # (W, N, D), a leaf
     result = loss_of(vectors)
     scale(result.loss).backward()
     assert vectors.grad is not None
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     # DistributedDataParallel averages over processes, but each has only its own texts' part of the gradient
-    gradients = (vectors.grad[rank] * world).split([len(part) for part in parts])
+    gradients = (vectors.grad[rank][places] * world).split([len(part) for part in parts])
     if at_once:
         torch.autograd.backward(parts, list(gradients))
         return Contrast(result.loss.detach(), result.accuracy)

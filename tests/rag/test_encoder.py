@@ -94,19 +94,37 @@ def test_symmetric_loss():
     torch.testing.assert_close(both, (there + back) / 2)
 
 
-def gradients(tokenizer, model, chunk: int, at_once: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    torch.manual_seed(5)
-    model.train()
+def backward(model, chunks, places: torch.Tensor, at_once: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of four questions and their passages."""
     model.zero_grad()
-    questions = [tokenizer.questions(TEXTS[i : i + chunk]) for i in range(4, 8, chunk)]
-    passages = [tokenizer.passages(TEXTS[i : i + chunk]) for i in range(0, 4, chunk)]
 
     def loss_of(vectors: torch.Tensor) -> losses.Contrast:
         q, c = vectors[0].split([4, 4])
         return losses.contrastive_loss(q, c, torch.arange(4), torch.ones(4, 4, dtype=torch.bool), LossConfig())
 
-    result = losses.backward_in_chunks(model, questions + passages, loss_of, lambda x: x, nullcontext, at_once)
+    result = losses.backward_in_chunks(model, chunks, places, loss_of, lambda x: x, nullcontext, at_once)
     return result.loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def gradients(tokenizer, model, chunk: int, at_once: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    torch.manual_seed(5)
+    model.train()
+    questions = [tokenizer.questions(TEXTS[i : i + chunk]) for i in range(4, 8, chunk)]
+    passages = [tokenizer.passages(TEXTS[i : i + chunk]) for i in range(0, 4, chunk)]
+    return backward(model, questions + passages, torch.arange(8), at_once)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_texts_may_be_encoded_in_any_order(small, at_once):
+    tokenizer, model = small
+    model.eval()
+    texts = [tokenizer.passages([text]) for text in [*TEXTS[4:8], *TEXTS[:4]]]
+    order = [6, 2, 0, 7, 1, 3, 5, 4]
+    expected_loss, expected = backward(model, texts, torch.arange(8), at_once)
+    loss, found = backward(model, [texts[place] for place in order], torch.tensor(order), at_once)
+    torch.testing.assert_close(loss, expected_loss, atol=1e-12, rtol=1e-10)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-10, rtol=1e-8)
 
 
 @pytest.mark.parametrize("chunk", [4, 2, 1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -273,14 +274,39 @@ def test_passages_of_like_length_share_a_chunk_and_find_back(kind, world, tmp_pa
     config = tiny(tmp_path, data_root, f"model.kind={kind}", "negatives.count=3")
     collection = load_collection(config.data, config.data_root)
     batch = load_examples(collection, config, lambda text: None).batch(1, 8, 3, 0)
-    orders = rag.train.encoding_orders(batch, collection, config, world)
-    rows = [rag.train.passages_of(batch, part, kind) for part in rag.train.shares(batch, world)]
-    lengths = [
-        [len(collection.passages[int(r[place])].whole) for place in o] for r, o in zip(rows, orders, strict=True)
-    ]
-    assert all(row == sorted(row) for row in lengths)
-    assert sorted(int(row) for part in rows for row in part) == sorted([*batch.positives, *batch.negatives.reshape(-1)])
-    questions = 0 if kind == "cross_encoder" else 8 // world
-    encoded = [[-1] * questions + [int(r[place]) for place in o] for r, o in zip(rows, orders, strict=True)]
-    restored = rag.train.restore(torch.tensor(encoded)[..., None], orders)[..., 0]
-    assert restored.tolist() == [[-1] * questions + [int(row) for row in part] for part in rows]
+    seen = []
+    for rank, part in enumerate(rag.train.shares(batch, world)):
+        texts = Texts()
+        run = SimpleNamespace(world=world, rank=rank, device=torch.device("cpu"))
+        chunks, places = rag.train.tokenize(batch, collection, texts, config, run)
+        rows = rag.train.passages_of(batch, part, kind)
+        wanted = [collection.passages[int(row)].whole for row in rows]
+        asked = batch.questions[part]
+        if kind == "cross_encoder":
+            wanted = list(zip([question for question in asked for _ in range(4)], wanted, strict=True))
+        else:
+            wanted = [*asked, *wanted]
+        given = [texts.given[int(number)] for chunk in chunks for number in chunk["input_ids"]]
+        restored = dict(zip(places.tolist(), given, strict=True))
+        assert [restored[place] for place in range(len(wanted))] == wanted
+        passages = [text[1] for text in given] if kind == "cross_encoder" else given[len(asked) :]
+        lengths = [len(text) for text in passages]
+        assert lengths == sorted(lengths)
+        seen += rows.tolist()
+    assert sorted(seen) == sorted([*batch.positives, *batch.negatives.reshape(-1)])
+
+
+class Texts:
+    """A tokenizer that numbers what it is given."""
+
+    def __init__(self):
+        self.given = []
+
+    def _number(self, texts):
+        self.given += texts
+        return {"input_ids": torch.arange(len(self.given) - len(texts), len(self.given))}
+
+    questions = passages = _number
+
+    def pairs(self, questions, passages):
+        return self._number(list(zip(questions, passages, strict=True)))
