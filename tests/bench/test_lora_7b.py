@@ -22,6 +22,16 @@ def test_a_small_shape_is_quantised_and_takes_a_step(monkeypatch, capsys, tmp_pa
     assert result["parameters"] == sum(value.numel() for _, value in lora_7b.random_weights(lora_7b.TINY_SHAPE))
 
 
+def test_several_steps_of_several_rows(monkeypatch, capsys):
+    """The loss of rows that are learned falls, and the rate counts the tokens of every row."""
+    monkeypatch.chdir(ROOT)
+    settings = ["data.max_length=32", "precision=fp32", "train.batch_size=2", "train.lr=5e-3"]
+    lora_7b.main(["--tiny", "--steps", "12", *settings])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["loss"] < 0.95 * math.log(lora_7b.TINY_SHAPE.vocab_size)
+    assert result["tokens_per_second"] == pytest.approx(2 * 32 / result["seconds_step"], rel=0.1)
+
+
 def test_weights_are_drawn_one_at_a_time():
     """Nothing is kept of one weight when the next is asked for, and their numbers do not depend on what was done."""
     found = dict(lora_7b.random_weights(lora_7b.TINY_SHAPE))
