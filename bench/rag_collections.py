@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,24 +33,27 @@ from rag.search.vectors import VectorIndex
 SHOWN = ("ndcg_at_10", "mrr_at_10", "recall_at_1", "recall_at_5", "recall_at_20", "recall_at_100")
 
 
-def search_all(config: Config) -> dict[str, Any]:
-    """Metrics of each way of searching one collection, and whether the hybrid is better than either half."""
+def open_embedder(config: Config) -> Embedder:
+    """The encoder that config.model names, as it comes: of the Hub, or the `encoder` folder of a run."""
     import torch
 
+    device = choose_device(config.device)
+    dtype = choose_precision(config.precision, device)
+
+    def autocast() -> AbstractContextManager[object]:
+        return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+    return Embedder(*load_untrained(config.model, device), autocast, config.eval.batch_size)
+
+
+def search_all(config: Config) -> dict[str, Any]:
+    """Metrics of each way of searching one collection, and whether the hybrid is better than either half."""
     collection = load_collection(config.data, config.data_root)
     questions = collection.questions(config.eval.split)
     words = build_bm25(collection, config)
     arms = {"bm25": Retriever(collection.passages, replace(config.search, mode="bm25"), words)}
     if config.model.name != "none":
-        device = choose_device(config.device)
-        dtype = choose_precision(config.precision, device)
-        model, tokenizer = load_untrained(config.model, device)
-        embedder = Embedder(
-            model,
-            tokenizer,
-            lambda: torch.autocast(device.type, dtype, enabled=dtype is not None),
-            config.eval.batch_size,
-        )
+        embedder = open_embedder(config)
         folder = Path(config.data_root) / CACHE / "vectors"
         files = vector_files(
             collection, embedder, folder, config.index.shard, lambda text: print(text, file=sys.stderr)
