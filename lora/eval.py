@@ -2,8 +2,8 @@
 
     python -m lora.eval --run runs/lora_e2e [eval.split=validation eval.num_examples=200 generate.beams=4 ...]
 
-Writes `eval.json` and `predictions.jsonl` (or `predictions.csv` of a classifier) into the run folder; the last line of
-stdout is the content of `eval.json`.
+Writes `eval.json`, `predictions.jsonl` (or `predictions.csv` of a classifier) and, for the report, a few of these as
+`samples/examples.json` into the run folder; the last line of stdout is the content of `eval.json`.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
@@ -41,7 +41,10 @@ from lora.metrics.losses import class_scores, example_losses, text_losses
 from lora.tuning import Base, load_base, load_tuned
 from lora.tuning.tasks import draw
 
-OUTPUTS = ("predictions.jsonl", "predictions.csv")  # written before eval.json, and go before it is written anew
+EXAMPLES = "samples/examples.json"
+SHOWN = 6  # examples there
+# written before eval.json, and go before it is written anew
+OUTPUTS = ("predictions.jsonl", "predictions.csv", EXAMPLES)
 Metrics = dict[str, float]
 
 
@@ -54,6 +57,7 @@ def main(config: Config, options: Options) -> None:
         metrics, rows, step, state_hash = measure(config, options, run)
         discard(run.folder, OUTPUTS)
         written = write_predictions(rows, run.folder, config)
+        write_json(run.folder / EXAMPLES, [shown(row) for row in draw(rows, SHOWN, config.seed)])
         result = {
             "project": "lora",
             "config": run.folder.name,
@@ -202,6 +206,15 @@ def write_predictions(rows: list[dict[str, Any]], folder: Path, config: Config) 
         return "predictions.csv"
     write_json_rows(folder / "predictions.jsonl", rows)
     return "predictions.jsonl"
+
+
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    """A prediction as the report shows it: what was asked, what is right, what the models say."""
+    if "text" in row:
+        return {"text": row["text"], "right": row["label"], "finetuned": row["predicted"]}
+    asked = "\n".join(part for part in (row["prompt"], row["context"]) if part)
+    said = {name: row[column] for name, column in (("base", "base"), ("finetuned", "answer")) if column in row}
+    return {"prompt": asked, "right": row["references"][0], **said}
 
 
 if __name__ == "__main__":

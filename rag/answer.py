@@ -3,8 +3,8 @@
     python -m rag.answer --run runs/rag_squad [reader.weights=base reader.passages=5 answer.num_questions=500 ...]
 
 Writes `answers.json`, `answers.jsonl` and `answers.csv` (what each arm said to each question, with sources), with
-answer.label=base `answers-base.json` and so on, and into `calibration.json` the threshold of abstention for `rag.ask`;
-the last line of stdout is the content of `answers.json`.
+answer.label=base `answers-base.json` and so on, for the report a few of these as `samples/answers.json`, and into
+`calibration.json` the threshold of abstention for `rag.ask`; the last line of stdout is the content of `answers.json`.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
@@ -38,7 +38,8 @@ from rag.reader.reader import Reader
 from rag.reader.weights import ADAPTER, CALIBRATION, MARKER, find_reader
 from rag.search.retriever import Retriever
 
-QUESTION_STREAM, CALIBRATION_STREAM = 7_500_011, 7_500_012
+QUESTION_STREAM, CALIBRATION_STREAM, EXAMPLE_STREAM = 7_500_011, 7_500_012, 7_500_013
+SHOWN_QUESTIONS = 6
 
 
 @exits_cleanly
@@ -54,11 +55,13 @@ def main(config: Config, options: Options) -> None:
         threshold = calibrate(reader, name, retriever, collection, config)
         metrics, arms = measure(reader, retriever, collection, questions, threshold, config, run)
         stem = f"answers-{config.answer.label}" if config.answer.label else "answers"
-        outputs = (f"{stem}.jsonl", f"{stem}.csv")
+        outputs = (f"{stem}.jsonl", f"{stem}.csv", f"samples/{stem}.json")
         discard(run.folder, outputs)
         predictions = [measures.prediction(question, i, arms) for i, question in enumerate(questions)]
         write_text(run.folder / outputs[0], "".join(json.dumps(item) + "\n" for item in predictions))
         write_csv(run.folder / outputs[1], measures.flat(predictions))
+        few = drawn(SHOWN_QUESTIONS, len(predictions), config.seed, EXAMPLE_STREAM)
+        write_json(run.folder / outputs[2], [measures.example(predictions[i]) for i in few.tolist()])
         result = {
             "project": "rag",
             "config": run.folder.name,

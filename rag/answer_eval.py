@@ -311,6 +311,12 @@ def prediction(question: Question, place: int, arms: dict[str, Arm]) -> dict[str
     return about | {"right": question.relevant, "said": said}
 
 
+def example(item: dict[str, Any]) -> dict[str, str]:
+    """A prediction as the report shows it: what is right, and what each arm said."""
+    said = {name: said["answer"] for name, said in item["said"].items()}
+    return {"question": item["question"], "right": ", ".join(item["answers"]), **said}
+
+
 def flat(predictions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same as rows of a table, one for each question and arm."""
     rows = []

@@ -18,7 +18,7 @@ import numpy as np
 
 from common.run import Run
 from rag.config import SCRATCH, Config
-from rag.data.corpus import Collection, Question
+from rag.data.corpus import Collection, Passage, Question
 from rag.load import load_reranker, load_untrained
 from rag.metrics import answer_at, score_ranking
 from rag.model.encoder import Encoder, Tokenizer, fingerprint
@@ -29,6 +29,7 @@ from rag.search.vectors import VectorFiles, VectorIndex
 
 Array = np.ndarray[Any, Any]
 Mode = Literal["bm25", "dense", "hybrid"]
+BEGINNING = 25  # words of a passage in an example
 # which the plain metric names, without an arm's, are of: the last of these that was measured
 ORDER = ("bm25", "zero_shot", "trained", "hybrid", "reranked")
 
@@ -173,3 +174,21 @@ def prediction(question: Question, place: int, results: dict[str, Result], arms:
         }
     about = asdict(question)
     return json.dumps({name: about[name] for name in ("id", "text", "kind", "answers", "gold")} | {"found": found})
+
+
+def example(question: Question, place: int, results: dict[str, Result], arms: dict[str, Retriever]) -> dict[str, str]:
+    """A question as the report shows it: what is right, and the beginning of each arm's first passage, with a mark
+    where it is the right one.
+    """
+    shown = {"question": question.text, "right": ", ".join(question.answers) or ", ".join(question.relevant)}
+    for name, result in results.items():
+        row = int(result.rows[place][0])
+        shown[name] = "nothing" if row < 0 else beginning(arms[name].passages[row], question)
+    return shown
+
+
+def beginning(passage: Passage, question: Question) -> str:
+    """The first words of a passage."""
+    words = passage.whole.split()
+    mark = "\u2713 " if passage.id in question.relevant else ""
+    return mark + " ".join(words[:BEGINNING]) + (" ..." if len(words) > BEGINNING else "")

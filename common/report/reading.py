@@ -16,14 +16,26 @@ from typing import Any
 
 import yaml
 
+from common.files import visible
 from common.logging import read_metrics
 from common.report.pictures import Picture, draw_curves, embed, pictures_in, spread
 from common.report.rows import Row, metric_rows
 from common.report.text import amount, number, plain, words
 
+MOST_EXAMPLES = 12
+OWN = ("eval.json", "env.json")  # have a place of their own on the page
 MAX_TEXT = 2**18  # bytes of a settings or results file
 # what readers and the steps after them raise on damaged or absurd content
 DAMAGED = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError)
+
+
+@dataclass
+class Table:
+    """A few rows of text."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
 
 
 @dataclass
@@ -38,8 +50,10 @@ class RunView:
     metrics: list[Row] = field(default_factory=list)
     headlines: list[Row] = field(default_factory=list)
     evaluation: list[tuple[str, str]] = field(default_factory=list)
+    further: list[tuple[str, list[Row]]] = field(default_factory=list)  # what other programs measured: file, metrics
     curves: list[tuple[str, str, str]] = field(default_factory=list)  # title, light picture, dark picture
     samples: list[Picture] = field(default_factory=list)  # oldest first
+    examples: list[Table] = field(default_factory=list)  # texts: what a model was given and what it made of it
     figures: list[Picture] = field(default_factory=list)
     times: list[tuple[str, float]] = field(default_factory=list)  # stage, seconds
     failure: dict[str, Any] | None = None  # what `common.demo` noted of a stage that failed
@@ -84,10 +98,12 @@ def read_run(folder: Path) -> RunView:
     view.metrics, view.headlines = metric_rows(values if isinstance(values, dict) else {}, view.project)
     others = {key: value for key, value in evaluation.items() if key not in ("project", "config", "metrics")}
     view.evaluation = attempt("eval.json", lambda: text_rows(others), [], view)
+    view.further = further_results(folder, view)
     view.samples = embed_all(spread(pictures_in(folder / "samples"), 7), view)
     view.figures = embed_all(pictures_in(folder / "figures"), view)
-    if not view.samples and not view.figures:
-        view.missing.append("pictures in samples/ and figures/")
+    view.examples = read_examples(folder / "samples", view)
+    if not view.samples and not view.figures and not view.examples:
+        view.missing.append("pictures or examples in samples/ and figures/")
     view.environment = attempt("env.json", lambda: environment_rows(env), [], view)
     view.device = str(env.get("device_name") or env.get("device") or "")
     view.times, view.failure = read_stages(folder, evaluation)
@@ -185,6 +201,32 @@ def read_stages(folder: Path, evaluation: dict[str, Any]) -> tuple[list[tuple[st
         times.append(("train", (folder / "metrics.jsonl").stat().st_mtime - (folder / "env.json").stat().st_mtime))
     times.append(("eval", amount(evaluation.get("seconds"))))
     return [(stage, seconds) for stage, seconds in times if seconds > 0], None
+
+
+def further_results(folder: Path, view: RunView) -> list[tuple[str, list[Row]]]:
+    """File name and metrics of every other result in a run folder: `metrics`, as eval writes them."""
+    found = []
+    for path in visible(folder, "*.json"):
+        if path.name in OWN or path.stat().st_size > MAX_TEXT:
+            continue
+        values = read_json(path, view).get("metrics")
+        rows = metric_rows(values, view.project)[0] if isinstance(values, dict) else []
+        if rows:
+            found.append((path.name, rows))
+    return found
+
+
+def read_examples(folder: Path, view: RunView) -> list[Table]:
+    """Every list of objects among the JSON files of samples/, as a table."""
+
+    def parse(path: Path) -> Table:
+        items = json.loads(read_text(path))[:MOST_EXAMPLES]
+        columns = list(items[0])
+        rows = [[plain(item.get(column, "")) for column in columns] for item in items]
+        return Table(words(path.stem), [words(column) for column in columns], rows)
+
+    found = [read(path, parse, None, view) for path in visible(folder, "*.json")]
+    return [table for table in found if table is not None]
 
 
 def environment_rows(env: dict[str, Any]) -> list[tuple[str, str]]:

@@ -143,6 +143,17 @@ def test_metrics_in_the_words_of_their_project(run: Path):
     assert projects.find_demos() == (projects.Demo("abacus", "configs/abacus.yaml", 5),)
 
 
+def test_shows_what_other_programs_measured(run: Path):
+    """Any file with `metrics`, in the words of the project; nothing of a file without, or of one that is no result."""
+    (run / "answers.json").write_text(json.dumps({"project": "abacus", "metrics": {"bead_error": 31415, "note": "x"}}))
+    (run / "calibration.json").write_text(json.dumps({"threshold": 0.4321}))
+    (run / "huge.json").write_text(json.dumps({"metrics": {"elbo": 1.0}, "text": "x" * 2**18}))
+    (run / "broken.json").write_text("{")
+    text = page_of(run).text
+    assert "answers.json" in text and text.count("Bead error") == text.count("31,415") == 1
+    assert "0.4321" not in text and "huge.json" not in text and "broken.json, which is damaged" in text
+
+
 @pytest.mark.parametrize("name", ["antigravity", "os", "abacus.train", "../abacus"])
 def test_a_project_named_by_a_file_is_not_imported(run: Path, name: str):
     (run / "eval.json").write_text(json.dumps({"project": name, "metrics": {"elbo": 1.0}}))
@@ -216,8 +227,23 @@ def test_no_pictures_and_no_folder(run: Path, tmp_path: Path):
     for path in [*run.glob("samples/*"), *run.glob("figures/*")]:
         path.unlink()
     text = page_of(run, tmp_path / "runs/absent").text
-    assert "pictures in samples/ and figures/" in text
+    assert "pictures or examples in samples/ and figures/" in text
     assert "the run folder: nothing was written" in text and "not started" in text
+
+
+def test_examples_of_text(run: Path):
+    """A list of objects in samples/ is a table, nothing in it is taken for HTML, and it stands for pictures."""
+    for path in [*run.glob("samples/*"), *run.glob("figures/*")]:
+        path.unlink()
+    rows = [{"prompt": f"question {i}", "right_answer": "<b>blue</b>", "said": ["a", "b"]} for i in range(20)]
+    (run / "samples/examples.json").write_text(json.dumps(rows))
+    for name, content in (("number", "7"), ("nothing", "[]"), ("broken", "[{"), ("words", '["a"]')):
+        (run / f"samples/{name}.json").write_text(content)
+    page = page_of(run)
+    assert "Right answer" in page.text and "question 11" in page.text and "question 12" not in page.text
+    assert "<b>blue</b>" in page.text and "a, b" in page.text and not page.all("b")
+    assert all(f"{name}.json, which is damaged" in page.text for name in ("number", "nothing", "broken", "words"))
+    assert "pictures" not in page.text
 
 
 def test_failed_stage_of_a_demo(run: Path):

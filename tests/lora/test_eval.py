@@ -163,6 +163,13 @@ def test_an_evaluation_compares_base_and_adapted(trained, tmp_path, capsys):
     assert len(rows) == 6 == result["n"]["examples"]
     assert set(rows[0]) == {"id", "prompt", "context", "references", "answer", "base"}
     assert all(row["id"].startswith("test-") for row in rows)
+    shown = json.loads((trained / "samples/examples.json").read_text())  # what the report has of them
+    assert shown[0] == {
+        "prompt": rows[0]["prompt"],
+        "right": rows[0]["references"][0],
+        "base": rows[0]["base"],
+        "finetuned": rows[0]["answer"],
+    }
 
 
 def test_the_base_after_full_finetuning_is_the_one_before(base, tmp_path):

@@ -258,6 +258,9 @@ def test_the_program_writes_what_it_measures(run_folder, capsys):
     assert wanted | {"abstention_auroc", "poison_changed_as_it_is", "poison_changed_neutralised"} <= set(metrics)
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and set(lines[0]["said"]) == {"closed_book", "random", "retrieved", "gold", "removed"}
+    shown = json.loads((folder / "samples/answers.json").read_text())  # what the report has of them
+    assert [item["question"] for item in shown] == [line["question"] for line in lines]
+    assert shown[0]["gold"] == lines[0]["said"]["gold"]["answer"]
     for arm in ("retrieved", "gold"):
         assert metrics[f"em_{arm}"] == pytest.approx(np.mean([line["said"][arm]["em"] for line in lines]))
     for line in lines:

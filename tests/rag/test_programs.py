@@ -98,6 +98,14 @@ def test_everything_is_measured_and_left_behind(tmp_path, data_root, capsys):
     assert json.loads(out.splitlines()[-1]) == result and "nDCG " in out
     rows = [json.loads(line) for line in (tmp_path / "run/predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 40 and len(rows[0]["found"]["bm25"]["passages"]) <= 10
+    shown = json.loads((tmp_path / "run/samples/found.json").read_text())  # what the report has of them
+    by_question = {row["text"]: row for row in rows}
+    for item in shown:
+        row = by_question[item["question"]]
+        assert item["trained"].startswith("\u2713") == bool(
+            set(row["gold"]) & set(row["found"]["trained"]["passages"][:1])
+        )
+    assert len(shown) == 6 and list(shown[0]) == ["question", "right", "bm25", "trained", "hybrid", "reranked"]
     hits = [bool(set(row["gold"]) & set(row["found"]["trained"]["passages"][:1])) for row in rows]
     assert np.mean(hits) == pytest.approx(metrics["hit_at_1_trained"])
     from transformers import AutoModel, AutoTokenizer
