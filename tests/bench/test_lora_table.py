@@ -9,7 +9,7 @@ import pytest
 
 import lora.eval
 import lora.train
-from bench import lora_table
+from bench import lora_picture, lora_table
 from common.config import resolve
 from lora.config import Config
 from tests.bench.programs import run_here
@@ -60,3 +60,24 @@ def test_every_row_is_a_config_of_its_own() -> None:
         configs = [resolve(Config, ROOT / table.config, [*table.settings, *row]) for row in table.rows.values()]
         assert len({str(config) for config in configs}) == len(table.rows)
         assert len({lora_table.folder_of(row, Path()) for row in table.rows}) == len(table.rows)
+
+
+def test_the_picture_is_of_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Means and deviations in percent, and a picture with a panel a table; without a table, what makes one."""
+    with pytest.raises(SystemExit, match="no table"):
+        lora_picture.draw(tmp_path)
+    rows = [
+        ("rank 2", 10, 0.5),
+        ("rank 2", 10, 0.7),
+        ("rank 8", 40, 0.8),
+        ("DoRA, rank 8", 44, 0.9),
+        ("full", 900, 1.0),
+    ]
+    records = [{"row": row, "learned_numbers": count, "accuracy": value} for row, count, value in rows]
+    (tmp_path / "sst2.json").write_text(json.dumps(records))
+    points = lora_picture.read_points(tmp_path / "sst2.json", "accuracy")
+    assert (
+        points["rank 2"] == (10, pytest.approx(60), pytest.approx(14.142, abs=1e-3)) and points["full"].deviation == 0
+    )
+    lora_picture.main(["--results", str(tmp_path)])
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG") and "ranks.png" in capsys.readouterr().out
