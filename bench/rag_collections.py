@@ -20,11 +20,11 @@ import numpy as np
 
 from common.config import resolve
 from common.runtime import choose_device, choose_precision, use_threads
-from rag.arms import measure, vector_files
 from rag.config import Config
 from rag.data import load_collection
 from rag.load import load_untrained
-from rag.metrics import paired_bootstrap
+from rag.metrics.arms import measure, vector_files
+from rag.metrics.scores import paired_bootstrap
 from rag.negatives import CACHE, build_bm25
 from rag.search.embed import Embedder
 from rag.search.retriever import Retriever

@@ -36,12 +36,12 @@ from common.config import resolve
 from common.files import read_json, write_json, write_text
 from common.logging import read_metrics
 from common.runtime import use_threads
-from rag.arms import measure, vector_files
 from rag.config import Config
 from rag.data import load_collection
 from rag.data.chunks import Section, chunk
 from rag.data.corpus import Collection, Passage, Passages, Question, drawn
-from rag.metrics import answer_at
+from rag.metrics.arms import measure, vector_files
+from rag.metrics.scores import answer_at
 from rag.negatives import CACHE, build_bm25
 from rag.search.embed import Embedder
 from rag.search.retriever import Retriever

@@ -3,8 +3,9 @@
     python -m rag.answer --run runs/rag_squad [reader.weights=base reader.passages=5 answer.num_questions=500 ...]
 
 Writes `answers.json`, `answers.jsonl` and `answers.csv` (what each arm said to each question, with sources), with
-answer.label=base `answers-base.json` and so on, for the report a few of these as `samples/answers.json`, and into
-`calibration.json` the threshold of abstention for `rag.ask`; the last line of stdout is the content of `answers.json`.
+answer.label=base `answers-base.json` and so on; for the report a few of these as `samples/answers.json`, and
+`figures/answers.png`; and into `calibration.json` the threshold of abstention for `rag.ask`. The last line of stdout is
+the content of `answers.json`.
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
@@ -29,10 +30,11 @@ from common.errors import ProjectError, exits_cleanly
 from common.files import read_json, sha256, write_csv, write_json, write_text
 from common.provenance import discard, made_by, output_hashes
 from common.run import Run
-from rag import answer_eval as measures
-from rag.answer_eval import Arm
+from rag.metrics import answers as measures
+from rag.metrics.answers import Arm
 from rag.data import Collection, Question, load_collection
 from rag.data.corpus import drawn
+from rag.metrics.figures import save_answers
 from rag.reader.pipeline import calibrated, open_retriever, open_run_reader
 from rag.reader.reader import Reader
 from rag.reader.weights import ADAPTER, CALIBRATION, MARKER, find_reader
@@ -55,13 +57,14 @@ def main(config: Config, options: Options) -> None:
         threshold = calibrate(reader, name, retriever, collection, config)
         metrics, arms = measure(reader, retriever, collection, questions, threshold, config, run)
         stem = f"answers-{config.answer.label}" if config.answer.label else "answers"
-        outputs = (f"{stem}.jsonl", f"{stem}.csv", f"samples/{stem}.json")
+        outputs = (f"{stem}.jsonl", f"{stem}.csv", f"samples/{stem}.json", f"figures/{stem}.png")
         discard(run.folder, outputs)
         predictions = [measures.prediction(question, i, arms) for i, question in enumerate(questions)]
         write_text(run.folder / outputs[0], "".join(json.dumps(item) + "\n" for item in predictions))
         write_csv(run.folder / outputs[1], measures.flat(predictions))
         few = drawn(SHOWN_QUESTIONS, len(predictions), config.seed, EXAMPLE_STREAM)
         write_json(run.folder / outputs[2], [measures.example(predictions[i]) for i in few.tolist()])
+        save_answers(metrics, config.answer.arms, f"{run.folder.name}: {name}", run.folder / outputs[3])
         result = {
             "project": "rag",
             "config": run.folder.name,

@@ -2,8 +2,9 @@
 
     python -m rag.eval --run runs/rag_squad [rerank.model=runs/rag_squad_rerank data.dataset=scifact ...]
 
-Writes `eval.json`, `predictions.jsonl` (a line a question, with what each way of searching found) and, for the report,
-a few of these as `samples/found.json` into the run folder; the last line of stdout is the content of `eval.json`.
+Writes `eval.json`, `predictions.jsonl` (a line a question, with what each way of searching found), `figures/recall.png`
+and, for the report, a few predictions as `samples/found.json` into the run folder; the last line of stdout is the
+content of `eval.json`.
 
 Legend: Q questions.
 """
@@ -29,15 +30,21 @@ from common.files import write_json, write_text
 from common.metrics import bootstrap_interval
 from common.provenance import discard, made_by, output_hashes
 from common.run import Run
-from rag.arms import ORDER, Result, build_arms, example, measure, prediction
+from rag.metrics.arms import ORDER, Result, build_arms, example, measure, prediction
 from rag.data import Collection, load_collection
 from rag.data.corpus import Question, drawn
 from rag.load import load_trained
-from rag.metrics import paired_bootstrap
+from rag.metrics.figures import save_recall
+from rag.metrics.scores import paired_bootstrap
 from rag.model.encoder import Encoder
 
 EXAMPLES = "samples/found.json"
-OUTPUTS = ("predictions.jsonl", EXAMPLES)  # what is written before eval.json, and goes before it is written anew
+FIGURE = "figures/recall.png"
+OUTPUTS = (
+    "predictions.jsonl",
+    EXAMPLES,
+    FIGURE,
+)  # what is written before eval.json, and goes before it is written anew
 QUESTION_STREAM, EXAMPLE_STREAM = 7_600_001, 7_600_002
 SHOWN_QUESTIONS = 6
 # whether one way of searching is better than another: pairs that are compared on the same questions
@@ -80,6 +87,8 @@ def main(config: Config, options: Options) -> None:
         discard(run.folder, OUTPUTS)
         lines = [prediction(question, i, results, arms) for i, question in enumerate(questions)]
         write_text(run.folder / "predictions.jsonl", "\n".join(lines) + "\n")
+        if f"recall_at_{config.eval.cutoffs[0]}_{next(iter(results))}" in metrics:  # passages were judged
+            save_recall(metrics, list(results), config.eval.cutoffs, run.folder / FIGURE)
         few = drawn(SHOWN_QUESTIONS, len(questions), config.seed, EXAMPLE_STREAM)
         write_json(run.folder / EXAMPLES, [example(questions[i], i, results, arms) for i in few.tolist()])
         result = {

@@ -23,7 +23,7 @@ from common.files import atomic_open
 from common.runtime import mix_seed
 from rag.config import Config
 from rag.data.corpus import Collection, Question
-from rag.metrics import answer_at
+from rag.metrics.scores import answer_at
 from rag.search.analyser import Analyser
 from rag.search.bm25 import BM25
 

@@ -31,7 +31,7 @@ from rag.load import ENCODER, open_tokenizer, write_folder
 from rag.model.encoder import CrossEncoder, Encoder, Tokenizer, Tokens, build_model, build_tokenizer, quiet
 from rag.model.loss import Contrast, backward_in_chunks, contrastive_loss, list_loss, wrong_candidates
 from rag.negatives import Batch, load_examples
-from rag.validation import Validation
+from rag.metrics.validation import Validation
 
 
 @exits_cleanly

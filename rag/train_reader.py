@@ -28,7 +28,7 @@ from common.run import Run
 from common.runtime import check_machine, count_parameters, mix_seed
 from rag.data import Collection, Passage, Question, load_collection
 from rag.data.corpus import drawn
-from rag.metrics import exact_match, f1
+from rag.metrics.scores import exact_match, f1
 from rag.negatives import build_bm25
 from rag.reader.examples import Contexts
 from rag.reader.extractive import SpanTask

@@ -16,7 +16,7 @@ from common.errors import ProjectError
 from common.runtime import mix_seed
 from rag.config import Config
 from rag.data.corpus import Collection, Passage, Question
-from rag.metrics import answer_at
+from rag.metrics.scores import answer_at
 from rag.reader.prompt import Example
 from rag.search.bm25 import BM25
 

@@ -17,7 +17,7 @@ from common.run import Run
 from rag.config import Config
 from rag.data import load_collection
 from rag.data.corpus import Collection, Passage
-from rag.metrics import normalise
+from rag.metrics.scores import normalise
 from rag.reader.examples import PLAIN_EXAMPLES, worked_examples
 from rag.reader.reader import Answer, Reader
 from rag.reader.weights import CALIBRATION, open_reader
@@ -129,8 +129,8 @@ def open_retriever(config: Config, options: Options, run: Run, collection: Colle
     Args:
         collection: None for a person's documents, which are in the run's own index.
     """
-    from rag.arms import build_arms
     from rag.load import load_reranker, load_trained
+    from rag.metrics.arms import build_arms
     from rag.model.encoder import Encoder
     from rag.negatives import build_bm25
 

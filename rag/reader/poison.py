@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rag.data.corpus import Passage
-from rag.metrics import normalise
+from rag.metrics.scores import normalise
 from rag.reader.reader import Answer, Reader
 
 TARGET = "Zanzibar"  # what the attacks want to hear

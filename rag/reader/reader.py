@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from rag.config import ReaderConfig
 from rag.data.corpus import Passage
-from rag.metrics import normalise
+from rag.metrics.scores import normalise
 from rag.reader.decode import Decoder, Rules
 from rag.reader.prompt import Prompt, Prompter, parse
 

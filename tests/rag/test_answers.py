@@ -13,12 +13,12 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
 from common.config import ConfigError, Options, resolve, to_yaml
 from rag import answer as program
-from rag import answer_eval as measures
-from rag.answer_eval import Arm
 from rag.config import Config
 from rag.data import factworld, load_collection
 from rag.data.corpus import Passage, Question
-from rag.metrics import answer_at
+from rag.metrics import answers as measures
+from rag.metrics.answers import Arm
+from rag.metrics.scores import answer_at
 from rag.negatives import build_bm25
 from rag.reader.pipeline import Pipeline, calibrated, marked
 from rag.reader.reader import Answer, matching
@@ -261,6 +261,7 @@ def test_the_program_writes_what_it_measures(run_folder, capsys):
     shown = json.loads((folder / "samples/answers.json").read_text())  # what the report has of them
     assert [item["question"] for item in shown] == [line["question"] for line in lines]
     assert shown[0]["gold"] == lines[0]["said"]["gold"]["answer"]
+    assert (folder / "figures/answers.png").read_bytes().startswith(b"\x89PNG")
     for arm in ("retrieved", "gold"):
         assert metrics[f"em_{arm}"] == pytest.approx(np.mean([line["said"][arm]["em"] for line in lines]))
     for line in lines:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rag import metrics
+from rag.metrics import scores as metrics
 from rag.search import fuse
 
 

@@ -106,6 +106,7 @@ def test_everything_is_measured_and_left_behind(tmp_path, data_root, capsys):
             set(row["gold"]) & set(row["found"]["trained"]["passages"][:1])
         )
     assert len(shown) == 6 and list(shown[0]) == ["question", "right", "bm25", "trained", "hybrid", "reranked"]
+    assert (tmp_path / "run/figures/recall.png").read_bytes().startswith(b"\x89PNG")
     hits = [bool(set(row["gold"]) & set(row["found"]["trained"]["passages"][:1])) for row in rows]
     assert np.mean(hits) == pytest.approx(metrics["hit_at_1_trained"])
     from transformers import AutoModel, AutoTokenizer

@@ -16,7 +16,7 @@ from common.run import Run
 from rag.config import Config, ReaderConfig
 from rag.data import load_collection
 from rag.data.corpus import Collection, Passage, Passages, Question
-from rag.metrics import answer_at
+from rag.metrics.scores import answer_at
 from rag.reader.examples import Contexts, window, worked_examples
 from rag.reader.finetune import Batches, LanguageModelTask, trained
 from rag.reader.tree import NONE, collate, grow, tree_loss

@@ -22,7 +22,7 @@ from common.runtime import mix_seed
 from rag.config import Config
 from rag.data import factworld
 from rag.data.corpus import Collection, Passage, Question
-from rag.metrics import answer_at, exact_match, f1, paired_bootstrap
+from rag.metrics.scores import answer_at, exact_match, f1, paired_bootstrap
 from rag.reader.poison import HARMLESS, POISONS, damage
 from rag.reader.reader import Answer, GenerativeReader, Reader
 from rag.search.retriever import Retriever

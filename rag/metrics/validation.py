@@ -11,7 +11,7 @@ import numpy as np
 from common.run import Run
 from rag.config import Config
 from rag.data.corpus import Collection, Passages, drawn
-from rag.metrics import ndcg_at
+from rag.metrics.scores import ndcg_at
 from rag.model.encoder import CrossEncoder, Encoder, Tokenizer
 from rag.search.analyser import Analyser
 from rag.search.bm25 import BM25

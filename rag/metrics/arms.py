@@ -20,7 +20,7 @@ from common.run import Run
 from rag.config import SCRATCH, Config
 from rag.data.corpus import Collection, Passage, Question
 from rag.load import load_reranker, load_untrained
-from rag.metrics import answer_at, score_ranking
+from rag.metrics.scores import answer_at, score_ranking
 from rag.model.encoder import Encoder, Tokenizer, fingerprint
 from rag.negatives import CACHE, build_bm25
 from rag.search.embed import Embedder, Reranker, embed_into
