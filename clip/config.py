@@ -22,7 +22,7 @@ class DataConfig:
     # scenes: drawn by this program, no download; flickr8k, flickr30k and coco in the Karpathy layout; folder: images
     # with a CSV or JSONL of captions; webdataset: tar shards, as Conceptual Captions is kept
     dataset: Literal["scenes", "flickr8k", "flickr30k", "coco", "folder", "webdataset"] = "scenes"
-    folder: str = ""  # folder and webdataset: where, relative to data_root or absolute
+    folder: str = ""  # folder and webdataset: where, in data_root or here, or absolute
     # folder and webdataset: share of the images kept for evaluation, half of it as val, half as test; in a folder, only
     # where no column `split` says which is which
     held_out: float = 0.1

@@ -47,6 +47,16 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def place_of(name: str, root: Path | str) -> Path:
+    """A person's own file or folder: as it stands where it is absolute or begins with ~; else in `root`; or, where
+    nothing of that name is there, seen from the folder that the program was started in. What is in neither place is
+    said to be missing in `root`.
+    """
+    path = Path(name).expanduser()
+    inside = Path(root) / path
+    return path if name and path.exists() and not inside.exists() else inside
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON to `path` atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")

@@ -24,7 +24,7 @@ class DataConfig:
     dataset: Literal[
         "cifar10", "mnist", "fashion_mnist", "kmnist", "qmnist", "celeba", "digits", "folder", "latents"
     ] = "cifar10"
-    # dataset=folder: any directory tree of images, relative to data_root or absolute; its sub-folders are the classes
+    # dataset=folder: any directory tree of images, in data_root or here, or absolute; its sub-folders are the classes
     folder: str = ""
     held_out: float = 0.05  # folder: share of the images kept for evaluation, where there is no folder val or test
     grey: bool = False  # folder: read images as one grey channel (model.image_channels=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.files import place_of
 from common.images import (
     FolderImages,
     Images,
@@ -39,7 +40,7 @@ def load_images(config: DataConfig, data_root: str, split: Split = "train") -> I
     if config.dataset == "latents":
         return load_latents(config).draw(config.max_images, DATA_SEED) if split == "train" else None
     if config.dataset == "folder":
-        folder = root / Path(config.folder).expanduser()
+        folder = place_of(config.folder, root)
         own = list_own(folder, split, config.held_out, OTHERWISE, silent=split == "test")
         return None if own is None else open_files(own, config, split)
     if config.dataset == "celeba":

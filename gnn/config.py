@@ -37,7 +37,7 @@ class DataConfig:
     ] = "cora"
     name: str = ""  # dataset=tu: MUTAG, PROTEINS ...; dataset=ogb: ogbn-arxiv ...
     # dataset=files: text with two node ids a line (CSV, SNAP ...; packed or not), MatrixMarket, an npz with an array
-    # `edges`, or a sparse matrix of SciPy; relative to data_root
+    # `edges`, or a sparse matrix of SciPy; in data_root or here
     edges: str = ""
     # dataset=files: edges with weights, which no network here uses
     weights: Literal["refuse", "ignore"] = "refuse"

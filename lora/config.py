@@ -29,7 +29,7 @@ class DataConfig:
     dataset: Literal["e2e", "webnlg", "gsm8k", "squad", "alpaca", "dolly", "slots", "json", "sst2", "cola", "csv"] = (
         "e2e"
     )
-    # dataset=json: a JSON or JSONL file, or a dataset's id on the Hub; csv: a file. Relative to data_root, or absolute
+    # dataset=json: a JSON or JSONL file, or a dataset's id on the Hub; csv: a file. In data_root or here, or absolute
     path: str = ""
     prompt_column: str = "instruction"  # json: what is asked
     input_column: str = "input"  # json: what it is asked of; may be missing or empty
@@ -123,7 +123,7 @@ class TrainConfig:
 class PretrainConfig:
     """The small base of model.name=pretrain, and what `lora.pretrain` trains."""
 
-    # a text file, relative to data_root or absolute; `generated`: sentences made here
+    # a text file, in data_root or here, or absolute; `generated`: sentences made here
     text: str = "generated"
     sentences: int = 6_000  # text=generated: how many
     vocab_size: int = 512  # of the byte-pair tokenizer, trained on the same text
@@ -182,8 +182,8 @@ class EvalConfig:
     base: bool = True  # also measure the base, without adapters
     shots: int = 0  # worked training examples in the base's prompts; it has never seen the task otherwise
     generate: bool = True  # also write answers and score them (text to text); else only the loss
-    # perplexity before and after of text that has nothing to do with the task: what was forgotten. A file, relative to
-    # data_root or absolute; empty = do not measure
+    # perplexity before and after of text that has nothing to do with the task: what was forgotten. A file, in
+    # data_root or here, or absolute; empty = do not measure
     general_text: str = ""
     general_tokens: int = 20_000  # tokens of it, from its beginning
     resamples: int = 1000  # of the bootstrap
@@ -216,7 +216,7 @@ class ManyConfig:
     keep: float = 0.98  # share of a run's own prompts that are to count as known; the rest is answered by the base
     # measure instead of answering: route so many test prompts of each run, drawn by seed (--measure)
     measure: int = 0
-    unknown: str = ""  # measure: also route the lines of this text, relative to data_root; they are the base's
+    unknown: str = ""  # measure: also route the lines of this text, found as data.path is; they are the base's
 
     def __post_init__(self) -> None:
         require(self.encoder, "many.encoder", "must name a model")

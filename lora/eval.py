@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from common.errors import exits_cleanly
-from common.files import write_csv, write_json
+from common.files import place_of, write_csv, write_json
 from common.provenance import discard, made_by, output_hashes
 from common.run import Run
 from common.terminal import show_metrics
 from lora.adapters.inject import disabled
 from lora.data import Example, encode, load_examples, load_labelled, prompt_text
-from lora.data.rows import place_of, read_text, write_json_rows
+from lora.data.rows import read_text, write_json_rows
 from lora.generate import answer_all
 from lora.metrics.answers import Score, score_answers
 from lora.metrics.classes import accuracy, matthews

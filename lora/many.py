@@ -33,7 +33,7 @@ from torch import Tensor
 
 from common.config import UNUSABLE, ConfigError, explain, resolve
 from common.errors import exits_cleanly
-from common.files import write_csv, write_json
+from common.files import place_of, write_csv, write_json
 from common.pretrained import find
 from common.run import Run
 from common.terminal import show_metrics
@@ -41,7 +41,7 @@ from lora.adapters.multi import BASE, Bank
 from lora.adapters.router import Router
 from lora.data import Example, load_examples, prompt_text
 from lora.data.examples import Split
-from lora.data.rows import place_of, read_text, write_json_rows
+from lora.data.rows import read_text, write_json_rows
 from lora.data.templates import words_of
 from lora.generate import answer_all, prompts_of_stdin
 from lora.tuning import Base, load_base

@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import ProjectError, exits_cleanly
+from common.files import place_of
 from common.run import Run
 from common.runtime import count_parameters
-from lora.data.rows import place_of, read_text
+from lora.data.rows import read_text
 from lora.data.slots import pretraining_text
 from lora.model import Llama, LlamaShape, initialise, write_folder
 from lora.model.files import read_settings, weight_files

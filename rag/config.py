@@ -26,7 +26,7 @@ class DataConfig:
     dataset: Literal["factworld", "squad", "nq", "msmarco", "beir", "scifact", "cacm", "cranfield", "folder"] = (
         "factworld"
     )
-    folder: str = ""  # beir and folder: where, relative to data_root or absolute
+    folder: str = ""  # beir and folder: where, in data_root or here, or absolute
     # squad: share of the training articles, drawn by seed, whose questions are for choosing; factworld: of the entities
     # beside those of training and test
     validation: float = 0.1

@@ -24,7 +24,7 @@ class DataConfig:
     dataset: Literal[
         "mnist", "fashion_mnist", "kmnist", "qmnist", "cifar10", "celeba", "digits", "dsprites", "folder"
     ] = "mnist"
-    # dataset=folder: any directory tree of images, relative to data_root or absolute; its sub-folders are the classes
+    # dataset=folder: any directory tree of images, in data_root or here, or absolute; its sub-folders are the classes
     folder: str = ""
     held_out: float = 0.05  # folder: share of the images kept for evaluation, where there is no folder val or test
     grey: bool = False  # folder: read images as one grey channel (model.image_channels=1)
@@ -213,7 +213,7 @@ class EncodeConfig:
 
     # of the run's own data; all: train, test and, where data.validation is above 0, validation, each in a file
     split: Literal["all", "train", "validation", "test"] = "all"
-    folder: str = ""  # these images instead: any directory tree, relative to data_root or absolute
+    folder: str = ""  # these images instead: any directory tree, in data_root or here, or absolute
     out: str = ""  # folder to write to (--out); default latents/ in the run folder
     batch_size: int = 500  # images encoded at once; more need more memory
 

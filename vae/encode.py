@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from common.checkpoint import weights_hash
 from common.errors import ProjectError, exits_cleanly
-from common.files import write_json
+from common.files import place_of, write_json
 from common.images import FolderImages, MemoryImages, list_images
 from common.program import save_program
 from common.images.export import MANIFEST, claimed, npz_writer
@@ -74,7 +74,7 @@ def find_images(config: Config) -> dict[str, Dataset]:
     """What is to be encoded, by the names of the files, training images first."""
     settings = config.encode
     if settings.folder:
-        folder = Path(config.data_root) / Path(settings.folder).expanduser()
+        folder = place_of(settings.folder, config.data_root)
         listing = list_images(folder, "encode.folder")
         grey = config.model.image_channels == 1
         data = FolderImages(
@@ -233,7 +233,7 @@ def measure_scale(model: Autoencoder, config: Config, run: Run) -> float | None:
 
 def file_name(path: Path, config: Config) -> str:
     """A file's path below the person's folder, with / on every system; its bare name elsewhere."""
-    folder = Path(config.data_root) / Path(config.encode.folder or config.data.folder).expanduser()
+    folder = place_of(config.encode.folder or config.data.folder, config.data_root)
     inside = path.is_relative_to(folder)
     return path.relative_to(folder).as_posix() if inside else path.name
 

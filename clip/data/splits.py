@@ -23,6 +23,7 @@ from clip.data.scenes import FAMILY, Scenes
 from clip.data.tables import read_table
 from clip.data.tars import read_shards
 from common.errors import ProjectError
+from common.files import place_of
 from common.images.memory import draw_indices
 
 NAMES = ("train", "val", "test")
@@ -57,9 +58,9 @@ def load_splits(config: Config) -> Splits:
         return _scenes(config)
     root = Path(config.data_root)
     if data.dataset == "folder":
-        records, notes = read_table(root / Path(data.folder).expanduser(), data.held_out)
+        records, notes = read_table(place_of(data.folder, root), data.held_out)
     elif data.dataset == "webdataset":
-        records, notes = read_shards(root / Path(data.folder).expanduser(), data.held_out)
+        records, notes = read_shards(place_of(data.folder, root), data.held_out)
     else:
         records, notes = read_karpathy(root / data.dataset, data.dataset)
     return split_records(data, records, notes, config.seed)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import ProjectError
+from common.files import place_of
 from gnn.config import DataConfig
 from gnn.core.graph import Graph, build_graph
 from gnn.core.sparse import Pattern, SparseFeatures
@@ -63,7 +64,11 @@ def from_files(data: DataConfig, root: Path) -> Graph:
     Raises:
         ProjectError: a file that cannot be read, or that does not fit the others; names the file and the remedy.
     """
-    place = {key: root / getattr(data, key) for key in ("edges", "features", "labels", "splits") if getattr(data, key)}
+    place = {
+        key: place_of(getattr(data, key), root)
+        for key in ("edges", "features", "labels", "splits")
+        if getattr(data, key)
+    }
     notes: list[str] = []
     edges, size = read_edges(place["edges"], data.weights, notes)
     features = read_features(place["features"]) if "features" in place else None

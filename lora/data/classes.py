@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import ProjectError
+from common.files import place_of
 from common.runtime import mix_seed
 from lora.config import DataConfig
 from lora.data.examples import SPLIT_SEED, Split
-from lora.data.rows import Row, hub_rows, place_of, read_csv_rows, read_tsv, text_of
+from lora.data.rows import Row, hub_rows, read_csv_rows, read_tsv, text_of
 
 HUB = {"sst2": ("nyu-mll/glue", "sst2"), "cola": ("nyu-mll/glue", "cola")}
 NAMES = {"sst2": ("negative", "positive"), "cola": ("unacceptable", "acceptable")}

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import ProjectError
+from common.files import place_of
 from common.runtime import mix_seed
 from lora.config import DataConfig
-from lora.data.rows import Row, hub_rows, place_of, read_csv_rows, read_json_rows, read_text, text_of
+from lora.data.rows import Row, hub_rows, read_csv_rows, read_json_rows, read_text, text_of
 from lora.data.slots import slot_examples
 
 Split = Literal["train", "validation", "test"]

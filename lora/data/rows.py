@@ -14,11 +14,6 @@ from common.files import write_text
 Row = tuple[str, dict[str, Any]]  # "train.jsonl, line 7" and what stands there
 
 
-def place_of(name: str, root: Path | str) -> Path:
-    """A person's file: `name` as it is where it is absolute or begins with ~, else in `root`."""
-    return Path(root) / Path(name).expanduser()
-
-
 def write_json_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """JSON lines, whole or not at all."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

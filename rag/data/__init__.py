@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from common.files import place_of
 from rag.config import DataConfig
 from rag.data.corpus import Collection, Passage, Passages, Question, check, shrink
 
@@ -20,10 +21,10 @@ def load_collection(config: DataConfig, data_root: str) -> Collection:
         "squad": lambda: squad.load_squad(root, config),
         "nq": lambda: squad.load_nq(root, config),
         "msmarco": lambda: beir.load_msmarco(root, config),
-        "beir": lambda: beir.load_beir(root / Path(config.folder).expanduser(), config),
+        "beir": lambda: beir.load_beir(place_of(config.folder, root), config),
         "scifact": lambda: beir.load_scifact(root, config),
         "cacm": lambda: classic.load_cacm(root),
         "cranfield": lambda: classic.load_cranfield(root),
-        "folder": lambda: documents.load_folder(root / Path(config.folder).expanduser(), config),
+        "folder": lambda: documents.load_folder(place_of(config.folder, root), config),
     }
     return check(shrink(loaders[config.dataset](), config.max_passages, config.max_questions, config.world))

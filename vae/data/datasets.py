@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.errors import ProjectError
+from common.files import place_of
 from common.images import (
     FolderImages,
     Listing,
@@ -95,7 +96,7 @@ def load_files(config: DataConfig, root: Path, split: Split, files: FileSplit) -
         _, found = celeba_files(root, files, OTHERWISE)
         listing: Listing | None = Listing(found, None, ())
     else:
-        folder = root / Path(config.folder).expanduser()
+        folder = place_of(config.folder, root)
         listing = list_own(folder, files, config.held_out, OTHERWISE, silent=split != "train")
     if listing is None:
         return None
