@@ -15,7 +15,7 @@ from common.errors import ProjectError
 from common.files import place_of
 from common.runtime import mix_seed
 from lora.config import DataConfig
-from lora.data.examples import SPLIT_SEED, Split
+from lora.data.examples import FEWEST, SPLIT_SEED, Split
 from lora.data.rows import Row, hub_rows, read_csv_rows, read_tsv, text_of
 
 HUB = {"sst2": ("nyu-mll/glue", "sst2"), "cola": ("nyu-mll/glue", "cola")}
@@ -59,10 +59,11 @@ def load_labelled(config: DataConfig, data_root: str, split: Split, say: Callabl
     if len(whole) < len(rows):
         say(f"note: {len(rows) - len(whole)} of {len(rows)} {split} texts are empty and left out")
     if not whole:
-        raise ProjectError(f"there is nothing in the {split} part of data.dataset={config.dataset}")
+        raise ProjectError(f"there is nothing in the {split} part of data.dataset={config.dataset}{FEWEST}")
     return Labelled([row[0] for row in whole], [row[1] for row in whole], [row[2] for row in whole], classes)
 
 
+COLUMNS = "; data.text_column and data.label_column say which are meant"
 Text = tuple[str, str, int]  # id, text, class
 
 
@@ -118,7 +119,7 @@ def binary(place: str, label: str) -> int:
 def read_csv(config: DataConfig, root: Path) -> tuple[list[Text], tuple[str, ...]]:
     """A person's own texts; the classes are whatever stands in the column of labels, sorted."""
     path = place_of(config.path, root)
-    rows = read_csv_rows(path, (config.text_column, config.label_column))
+    rows = read_csv_rows(path, (config.text_column, config.label_column), COLUMNS)
     labels = []
     for place, row in rows:
         label = row[config.label_column].strip()

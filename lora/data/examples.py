@@ -27,9 +27,10 @@ from lora.data.slots import slot_examples
 
 Split = Literal["train", "validation", "test"]
 Say = Callable[[str], None]
-SPLIT_SEED = (
-    20_240_601  # cuts a dataset without parts of its own; the same for every run, so that no test example leaks
-)
+# cuts a dataset without parts of its own; the same for every run, so that no test example leaks
+SPLIT_SEED = 20_240_601
+FEWEST = "; one without parts of its own is cut in three, so it needs at least three different prompts"
+COLUMNS = "; data.prompt_column and data.completion_column say which are meant"
 HUB = {  # where a dataset is had from when it is not on this machine: id, part of it
     "gsm8k": ("openai/gsm8k", "main"),
     "squad": ("rajpurkar/squad", None),
@@ -78,7 +79,7 @@ def load_examples(config: DataConfig, data_root: str, split: Split, say: Say = p
     if len(whole) < len(found):
         say(f"note: {len(found) - len(whole)} of {len(found)} {split} examples have no answer and are left out")
     if not whole:
-        raise ProjectError(f"there is nothing in the {split} part of data.dataset={config.dataset}")
+        raise ProjectError(f"there is nothing in the {split} part of data.dataset={config.dataset}{FEWEST}")
     return whole
 
 
@@ -200,23 +201,22 @@ def answered(name: str, passage: str, question: str, answers: list[str], title: 
 
 def read_instructions(config: DataConfig, root: Path) -> list[Example]:
     """Alpaca, Dolly, or a file or Hub dataset with columns of the names that the config gives."""
+    remedy = ""
     if config.dataset == "json":
         path = place_of(config.path, root)
         rows = read_json_rows(path) if path.is_file() else hub_or_missing(config.path, path)
         names = (config.prompt_column, config.input_column, config.completion_column)
+        remedy = COLUMNS
     else:
         rows = local_rows(root, config.dataset) or hub_rows(*HUB[config.dataset], "train")
         original = config.dataset == "dolly" and "response" in rows[0][1]
         names = ("instruction", "context", "response") if original else ("instruction", "input", "output")
     examples = []
     for place, row in rows:
-        answer = text_of(place, row, names[2])
-        name = str(row.get("id", place.rsplit(", ")[-1]))
-        examples.append(
-            Example(
-                name, text_of(place, row, names[0]), answer, text_of(place, row, names[1], optional=True), (answer,)
-            )
-        )
+        asked = text_of(place, row, names[0], remedy=remedy)
+        about = text_of(place, row, names[1], optional=True)
+        answer = text_of(place, row, names[2], remedy=remedy)
+        examples.append(Example(str(row.get("id", place.rsplit(", ")[-1])), asked, answer, about, (answer,)))
     return examples
 
 

@@ -42,13 +42,17 @@ def read_json_rows(path: Path) -> list[Row]:
     return named
 
 
-def read_csv_rows(path: Path, columns: tuple[str, ...]) -> list[Row]:
-    """The rows of a CSV file whose first line names its columns. `ProjectError` for missing ones and uneven rows."""
+def read_csv_rows(path: Path, columns: tuple[str, ...], remedy: str = "") -> list[Row]:
+    """The rows of a CSV file whose first line names its columns. `ProjectError` for uneven rows, and for missing
+    columns, with what a person can do about it.
+    """
     with open_text(path, newline="") as file:
         reader = csv.DictReader(file)
         lacking = [name for name in columns if name not in (reader.fieldnames or [])]
         if lacking:
-            raise ProjectError(f"{path} has no column {lacking[0]}; there are: {', '.join(reader.fieldnames or [])}")
+            raise ProjectError(
+                f"{path} has no column {lacking[0]}; there are: {', '.join(reader.fieldnames or [])}{remedy}"
+            )
         rows = []
         try:
             for row in reader:
@@ -88,13 +92,13 @@ def open_text(path: Path, newline: str | None = None) -> Any:
         raise ProjectError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def text_of(place: str, row: dict[str, Any], column: str, optional: bool = False) -> str:
-    """One column as text. `ProjectError` where it is missing or no text."""
+def text_of(place: str, row: dict[str, Any], column: str, optional: bool = False, remedy: str = "") -> str:
+    """One column as text. `ProjectError` where it is no text, or missing, with what a person can do about it."""
     value = row.get(column)
     if value is None and optional:
         return ""
     if value is None:
-        raise ProjectError(f"{place}: there is no {column!r}, only {', '.join(map(repr, row))}")
+        raise ProjectError(f"{place}: there is no {column!r}, only {', '.join(map(repr, row))}{remedy}")
     if not isinstance(value, str):
         raise ProjectError(f"{place}: {column!r} is {type(value).__name__}, not text")
     return value

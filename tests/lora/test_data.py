@@ -263,7 +263,10 @@ def test_empty_answers_are_counted(tmp_path):
     [
         ('{"instruction": "a", "output": "b"}\n{"instruction": ', "line 2: not JSON"),
         ('{"instruction": "a", "output": "b"}\n\n[1, 2]', "line 3: an object"),
-        ('{"instruction": "a", "output": "b"}\n{"instruction": "a"}', "line 2: there is no 'output'"),
+        (
+            '{"instruction": "a", "output": "b"}\n{"instruction": "a"}',
+            "line 2: there is no 'output'.*completion_column",
+        ),
         ('{"instruction": "a", "output": 7}', "line 1: 'output' is int, not text"),
         ('[{"instruction": "a", "output": "b"}, 5]', "item 2: an object"),
         ("[1,", "is not JSON"),
@@ -275,6 +278,15 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path, text, words):
     with pytest.raises(ProjectError, match=words) as caught:
         load_examples(json_config(path), "", "train")
     assert "own.jsonl" in str(caught.value)
+
+
+def test_too_few_for_three_parts(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps({"instruction": word, "output": "b"}) for word in ("a", "b", "a")))
+    with pytest.raises(ProjectError, match=r"nothing in the train part .* at least three different prompts"):
+        load_examples(json_config(path), "", "train")
+    path.write_text(path.read_text() + "\n" + json.dumps({"instruction": "c", "output": "b"}))
+    assert all(load_examples(json_config(path), "", split) for split in ("train", "validation", "test"))
 
 
 def test_what_is_no_text_file(tmp_path):
@@ -314,7 +326,7 @@ def test_own_classes(tmp_path):
     for text, label in zip(parts[2].texts, parts[2].labels, strict=True):
         assert (int(text.split()[1]) % 3 == 0) == (label == 1)
     path.write_text("text,mark\na,b\n")
-    with pytest.raises(ProjectError, match="no column label; there are: text, mark"):
+    with pytest.raises(ProjectError, match=r"no column label; there are: text, mark; data\.text_column"):
         load_labelled(settings, "", "train")
     path.write_text("text,label\na,b\nc,b\n")
     with pytest.raises(ProjectError, match="1 different labels"):
