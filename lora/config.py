@@ -197,6 +197,14 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ClassifyConfig:
+    """What `lora.classify` reads and writes."""
+
+    file: str = ""  # a CSV with a column data.text_column, found as data.path is (--file)
+    out: str = ""  # also write every text with its class and probability to this CSV (--out)
+
+
+@dataclass(frozen=True)
 class MergeConfig:
     """What `lora.merge` writes."""
 
@@ -249,6 +257,7 @@ class Config(BaseConfig):
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
     many: ManyConfig = field(default_factory=ManyConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)

@@ -31,7 +31,7 @@ from common.provenance import discard, made_by, output_hashes
 from common.run import Run
 from common.terminal import show_metrics
 from lora.adapters.inject import disabled
-from lora.data import Example, encode, load_examples, load_labelled, prompt_text
+from lora.data import Example, encode, load_examples, load_labelled, prompt_text, read_classes
 from lora.data.rows import read_text, write_json_rows
 from lora.generate import answer_all
 from lora.metrics.answers import Score, score_answers
@@ -179,11 +179,11 @@ def differences(scores: list[Score], others: list[Score], config: Config) -> Met
 
 def evaluate_classes(config: Config, options: Options, run: Run) -> tuple[Metrics, list[dict[str, Any]], int, str]:
     """Accuracy, Matthews' correlation and loss of a classifier, with intervals. A base has no classes to compare."""
-    part = load_labelled(config.data, config.data_root, config.eval.split, note)
+    part = load_labelled(config.data, config.data_root, config.eval.split, note, read_classes(run.folder))
     chosen = draw(range(len(part)), config.eval.num_examples, config.seed)
     texts = [part.texts[i] for i in chosen]
     labels = [part.labels[i] for i in chosen]
-    base, step = load_tuned(config, options, run, len(part.classes))
+    base, step = load_tuned(config, options, run)
     loss, predicted = class_scores(base.model, texts, labels, base.tokenizer, config, run)
     metrics = {"loss": loss}
     for score in (accuracy(predicted, labels), matthews(predicted, labels, len(part.classes))):

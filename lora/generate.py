@@ -38,7 +38,7 @@ ANSWERS_STREAM = 5_000_014  # keeps the random numbers of answers apart
 @exits_cleanly
 def main(config: Config, options: Options) -> None:
     """Answer the prompts of the command line, or those of stdin, or talk."""
-    require(not config.classifies, "data.dataset", f"{config.data.dataset} is a classifier's: it writes nothing")
+    require(not config.classifies, "data.dataset", f"{config.data.dataset} is a classifier's: lora.classify")
     prompts = list(options.words)
     if not prompts and not sys.stdin.isatty():
         prompts = prompts_of_stdin()

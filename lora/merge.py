@@ -6,7 +6,7 @@ The folder is of the Hub's layout: transformers, vLLM and llama.cpp's converter 
 """
 
 # The config is read before PyTorch is imported, so that a typo is reported in a blink.
-from common.config import Options, load
+from common.config import Options, load, require
 from lora.config import Config
 
 if __name__ == "__main__":
@@ -29,6 +29,12 @@ from lora.tuning import load_tuned
 @exits_cleanly
 def main(config: Config, options: Options) -> None:
     """Write the merged model of a run."""
+    require(
+        not config.classifies or config.model.pooling == "model",
+        "model.pooling",
+        "is mean, which no class of transformers does: a merged model would answer otherwise. lora.classify reads the "
+        "run as it is; train with model.pooling=model for one to merge",
+    )
     folder = Path(config.merge.out or Path(config.run_dir) / "merged")
     if (folder / "model.safetensors").exists():
         raise ProjectError(f"{folder} holds a model already: delete it, or choose --out")

@@ -29,6 +29,7 @@ from common.run import Run
 from common.runtime import check_machine
 from lora.adapters.inject import parameter_groups
 from lora.adapters.files import save_adapter
+from lora.data import keep_classes
 from lora.loss import ClassLoss, TuningLoss
 from lora.model import set_checkpointing, write_folder
 from lora.plan import describe_memory
@@ -60,7 +61,7 @@ def train(config: Config, options: Options) -> None:
             if not options.resume:
                 run.begin()  # an earlier run goes now: with the first step, the new base would go with it
             pretrain_base(config, run, run.folder / BASE)
-        base = load_base(config, run, source.num_classes)
+        base = load_base(config, run, source.classes)
         settings = prepare(base, config)
         model = base.model
         if config.train.checkpointing:
@@ -78,6 +79,9 @@ def train(config: Config, options: Options) -> None:
         optimizer = build_optimizer(groups, config.train)
         parts: dict[str, Any] = {"learned": Learned(model), "optimizer": optimizer}
         done = run.resume(**parts)  # 0 when fresh
+        if source.classes:
+            run.begin()
+            run.in_main_process(lambda: keep_classes(run.folder, source.classes, done > 0))
         if config.compile:
             compile_blocks(model)
         # the same weights, for one process or several
@@ -120,7 +124,7 @@ def train(config: Config, options: Options) -> None:
         if run.is_main:
             if sharded:  # no process has the whole base: read it once more
                 state = Learned(model).state_dict()
-                base = load_base(config, run, source.num_classes)
+                base = load_base(config, run, source.classes)
                 prepare(base, config)
                 Learned(base.model).load_state_dict(state)
             export(config, run, base)
@@ -140,6 +144,11 @@ def learning(model: nn.Module) -> str:
 
 def export(config: Config, run: Run, base: Base) -> None:
     """What other programs load: the adapter alone, or the whole model where all of it has learned."""
+    if config.classifies and config.model.pooling == "mean":
+        run.display.say(
+            "note: the head reads the mean of all states (model.pooling=mean), which transformers' own classes do not: "
+            "lora.classify reads this run; other programs need model.pooling=model"
+        )
     if config.train.method == "lora":
         name = str(base.folder) if config.model.name == PRETRAINED_HERE else config.model.name
         save_adapter(base.model, run.folder / "adapter", name, "SEQ_CLS" if config.classifies else "CAUSAL_LM")

@@ -6,13 +6,14 @@ cola/in_domain_train.tsv, in_domain_dev.tsv, ...     source, label, the author's
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import ProjectError
-from common.files import place_of
+from common.files import place_of, write_text
 from common.runtime import mix_seed
 from lora.config import DataConfig
 from lora.data.examples import FEWEST, SPLIT_SEED, Split
@@ -40,15 +41,24 @@ class Labelled:
         return len(self.texts)
 
 
-def load_labelled(config: DataConfig, data_root: str, split: Split, say: Callable[[str], None] = print) -> Labelled:
+def load_labelled(
+    config: DataConfig,
+    data_root: str,
+    split: Split,
+    say: Callable[[str], None] = print,
+    known: tuple[str, ...] = (),
+) -> Labelled:
     """One part of a dataset; empty texts are left out and counted.
+
+    Args:
+        known: the classes that a run has learned, in its order; a CSV file may hold no other.
 
     SST-2 has its own three parts. Of CoLA the public development data, in domain and out of it, is the test (GLUE's
     1,043 sentences), and validation is cut from training. `ProjectError` for what is missing or broken.
     """
     root = Path(data_root)
     if config.dataset == "csv":
-        rows, classes = read_csv(config, root)
+        rows, classes = read_csv(config, root, known)
         rows = share(rows, split, config, cut_test=True)
     elif config.dataset == "sst2":
         rows, classes = read_sst2(root / "sst2", split), NAMES["sst2"]
@@ -63,6 +73,7 @@ def load_labelled(config: DataConfig, data_root: str, split: Split, say: Callabl
     return Labelled([row[0] for row in whole], [row[1] for row in whole], [row[2] for row in whole], classes)
 
 
+CLASSES = "classes.json"  # in a run folder
 COLUMNS = "; data.text_column and data.label_column say which are meant"
 Text = tuple[str, str, int]  # id, text, class
 
@@ -116,8 +127,8 @@ def binary(place: str, label: str) -> int:
     return int(label)
 
 
-def read_csv(config: DataConfig, root: Path) -> tuple[list[Text], tuple[str, ...]]:
-    """A person's own texts; the classes are whatever stands in the column of labels, sorted."""
+def read_csv(config: DataConfig, root: Path, known: tuple[str, ...]) -> tuple[list[Text], tuple[str, ...]]:
+    """A person's own texts; the classes are the known ones, else whatever stands in the column of labels, sorted."""
     path = place_of(config.path, root)
     rows = read_csv_rows(path, (config.text_column, config.label_column), COLUMNS)
     labels = []
@@ -125,8 +136,10 @@ def read_csv(config: DataConfig, root: Path) -> tuple[list[Text], tuple[str, ...
         label = row[config.label_column].strip()
         if not label:
             raise ProjectError(f"{place}: the label is empty")
+        if known and label not in known:
+            raise ProjectError(f"{place}: the label is {label!r}; the run has learned {', '.join(known)}")
         labels.append(label)
-    classes = tuple(sorted(set(labels)))
+    classes = known or tuple(sorted(set(labels)))
     if len(classes) < 2:
         raise ProjectError(f"{path}: {config.label_column} has {len(classes)} different labels, two are needed")
     texts = [
@@ -134,3 +147,25 @@ def read_csv(config: DataConfig, root: Path) -> tuple[list[Text], tuple[str, ...
         for (place, row), label in zip(rows, labels, strict=True)
     ]
     return texts, classes
+
+
+# -- the classes of a run ----------------------------------------------------------------------------------------------
+
+
+def keep_classes(folder: Path, classes: tuple[str, ...], goes_on: bool) -> None:
+    """Write the classes of a run into its folder, in the order of the head's outputs. `ProjectError` where a run that
+    goes on has learned others: its data have changed.
+    """
+    before = read_classes(folder)
+    if goes_on and before and before != classes:
+        raise ProjectError(f"{folder} has learned the classes {', '.join(before)}; the data have {', '.join(classes)}")
+    write_text(folder / CLASSES, json.dumps(list(classes)) + "\n")
+
+
+def read_classes(folder: Path) -> tuple[str, ...]:
+    """The classes of a run; none where it is no classifier's."""
+    try:
+        names = json.loads((folder / CLASSES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()

@@ -87,17 +87,22 @@ def class_scores(
     model: Any, texts: Sequence[str], labels: Sequence[int], tokenizer: Any, config: Config, run: Run
 ) -> tuple[float, list[int]]:
     """Mean cross-entropy in nats of the right classes, and the most probable class of each text."""
+    log_probs = class_log_probs(model, texts, tokenizer, config, run)
+    loss = F.nll_loss(log_probs, torch.tensor(labels, dtype=torch.int64))
+    return float(loss), log_probs.argmax(1).tolist()
+
+
+def class_log_probs(model: Any, texts: Sequence[str], tokenizer: Any, config: Config, run: Run) -> Tensor:
+    """Log-probability of every class. float32 on the CPU (N texts, C classes)"""
     rows = encode_texts(texts, tokenizer, config.data.max_length)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    predicted = [0] * len(rows)
-    total = 0.0
     size = config.eval.batch_size
+    parts = []
     with judging(model, run):
         for start in run.track(range(0, len(order), size)):
             chosen = order[start : start + size]
-            batch = collate_texts([rows[i] for i in chosen], [labels[i] for i in chosen]).to(run.device)
+            batch = collate_texts([rows[i] for i in chosen], [0] * len(chosen)).to(run.device)
             logits = class_logits(model, config.model.pooling, batch.tokens, batch.present)
-            total += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
-            for i, best in zip(chosen, logits.argmax(1).tolist(), strict=True):
-                predicted[i] = best
-    return total / len(rows), predicted
+            parts.append(logits.float().log_softmax(1).cpu())
+    found = torch.cat(parts)
+    return found[torch.tensor(order).argsort()]  # in the order of the texts again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,9 @@ def place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, devic
 
 
 def load_classifier(
-    config: ModelConfig, folder: Path, num_classes: int, dtype: torch.dtype, device: torch.device, seed: int
+    config: ModelConfig, folder: Path, classes: Sequence[str], dtype: torch.dtype, device: torch.device, seed: int
 ) -> Any:
-    """An encoder with a new last layer for so many classes, frozen, in evaluation mode.
+    """An encoder with a new last layer for these classes, frozen, in evaluation mode.
 
     The new layer is float32 and drawn by `seed`. `ConfigError` for pooling=mean where the head is no linear layer.
     """
@@ -99,12 +100,14 @@ def load_classifier(
     with torch.random.fork_rng(devices=[]):  # transformers draws the new layer from the global generator
         torch.manual_seed(seed)
         model = from_transformers(
-            AutoModelForSequenceClassification, folder, dtype, num_labels=num_classes, **attention_for(device)
+            AutoModelForSequenceClassification, folder, dtype, num_labels=len(classes), **attention_for(device)
         )
     if config.dropout >= 0:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = config.dropout
+    model.config.id2label = dict(enumerate(classes))
+    model.config.label2id = {name: i for i, name in enumerate(classes)}
     head = find_head(model)
     plain = isinstance(getattr(model, "classifier", None), nn.Linear)
     require(

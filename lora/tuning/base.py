@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from common.pretrained import find
 from common.run import Run
 from lora.adapters.inject import adapter_state, inject, load_adapter_state
 from lora.config import PRETRAINED_HERE, Config
+from lora.data import load_labelled, read_classes
 from lora.model import load_classifier, load_language_model, load_tokenizer
 from lora.model.load import DTYPES, find_head
 from lora.settings import AdapterConfig
@@ -79,15 +80,19 @@ def base_folder(config: Config, say: Say) -> Path:
     return find(config.model.name, say)
 
 
-def load_base(config: Config, run: Run, num_classes: int = 0) -> Base:
-    """The base as it comes, frozen, on the run's device. `ProjectError` where it is missing or damaged."""
+def load_base(config: Config, run: Run, classes: Sequence[str] = ()) -> Base:
+    """The base as it comes, frozen, on the run's device. `ProjectError` where it is missing or damaged.
+
+    Args:
+        classes: names of what a classifier's new head tells apart.
+    """
     folder = base_folder(config, run.display.say)
     dtype = weight_type(config, run.machine.amp_dtype)
     # a model that is to be spread over devices need not fit one of them
     device = torch.device("cpu") if config.train.sharding == "fsdp" else run.device
     tokenizer = load_tokenizer(folder)
     if config.classifies:
-        model = load_classifier(config.model, folder, num_classes, dtype, device, config.seed)
+        model = load_classifier(config.model, folder, classes, dtype, device, config.seed)
     else:
         model = load_language_model(config.model, folder, dtype, device)
     return Base(model, tokenizer, folder, dtype)
@@ -114,11 +119,18 @@ def with_head(settings: AdapterConfig, head: str) -> AdapterConfig:
     return replace(settings, head=(head,))
 
 
-def load_tuned(config: Config, options: Options, run: Run, num_classes: int = 0) -> tuple[Base, int]:
+def classes_of(config: Config, run: Run) -> tuple[str, ...]:
+    """The classes of a classifier's run, from its folder; of an older run, from its training data."""
+    if not config.classifies:
+        return ()
+    return read_classes(run.folder) or load_labelled(config.data, config.data_root, "train", run.display.say).classes
+
+
+def load_tuned(config: Config, options: Options, run: Run) -> tuple[Base, int]:
     """The model of a run's newest whole checkpoint (or of `--checkpoint`), and the number of updates it has seen."""
     folder = run.folder / "checkpoints"
     state = load_chosen(folder, options.checkpoint)
-    base = load_base(config, run, num_classes)
+    base = load_base(config, run, classes_of(config, run))
     prepare(base, config)
     learned = Learned(base.model)
     try:

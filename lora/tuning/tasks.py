@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 class Instructions:
     """Prompts and the answers to learn."""
 
-    num_classes = 0
+    classes: tuple[str, ...] = ()
 
     def __init__(self, config: Config, say: Say) -> None:
         self.config = config
@@ -60,7 +60,7 @@ class Classes:
         self.config = config
         self.say = say
         self.labelled = self.load("train")
-        self.num_classes = len(self.labelled.classes)
+        self.classes = self.labelled.classes
 
     def __len__(self) -> int:
         return len(self.labelled)

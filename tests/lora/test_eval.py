@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import math
 
@@ -245,6 +246,54 @@ def test_a_classifier_learns(encoder, spam, tmp_path, words):
     assert len(rows) == 16
     right = sum(row["label"] == row["predicted"] for row in rows)
     assert metrics["accuracy"] == pytest.approx(right / 16)
+
+
+def test_new_texts_are_classified(encoder, spam, tmp_path, capsys, monkeypatch):
+    """By the classes of the training, wherever its data are; all columns of a person's file are kept."""
+    run_dir, out = tmp_path / "run", tmp_path / "out.csv"
+    assert train(encoder, run_dir, *spam) == 0
+    assert json.loads((run_dir / "classes.json").read_text()) == ["fox", "owl"]
+    (tmp_path / "own.csv").unlink()
+    capsys.readouterr()
+    assert call("classify", run_dir, "Red Fox is number 3", "Old Owl is number 3", words="text") == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["fox", "owl"] and all(0.5 < float(line[1]) <= 1 for line in lines)
+
+    (tmp_path / "new.csv").write_text("ticket,text\n7,Old Owl is number 5\n8,Red Fox is number 5\n")
+    short = {"file": "classify.file", "out": "classify.out"}
+    words = ["--file", str(tmp_path / "new.csv"), "--out", str(out)]
+    assert call("classify", run_dir, *words, short=short, words="text") == 0
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["ticket"], row["predicted"]) for row in rows] == [("7", "owl"), ("8", "fox")]
+    assert call("classify", run_dir, "a text", *words, short=short, words="text") == 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert call("classify", run_dir, words="text") == 1 and "no text" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO("Red Fox is here\n"))
+    assert call("classify", run_dir, words="text") == 0 and capsys.readouterr().out.startswith("fox\t")
+
+
+def test_classes_are_those_of_the_training(encoder, spam, tmp_path, capsys):
+    """A file with fewer classes is read by the run's; one with another class, or a run that goes on with others, is
+    refused; and a merged model has the names.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    run_dir = tmp_path / "run"
+    assert train(encoder, run_dir, *spam, "model.pooling=model") == 0
+    own = tmp_path / "own.csv"
+    own.write_text("text,label\n" + "".join(f"Old Owl is number {i},owl\n" for i in range(40)))
+    assert call("eval", run_dir) == 0
+    assert json.loads((run_dir / "eval.json").read_text())["metrics"]["accuracy"] > 0.9
+    assert train(encoder, run_dir, *spam, "model.pooling=model", "train.steps=41", resume=True) == 1
+    own.write_text(own.read_text() + "A cat is here,cat\n")
+    assert call("eval", run_dir) == 1 and "the run has learned fox, owl" in capsys.readouterr().err
+    assert train(encoder, run_dir, *spam, "model.pooling=model", "train.steps=41", resume=True) == 1
+    assert "has learned the classes fox, owl; the data have cat, owl" in capsys.readouterr().err
+    assert call("merge", run_dir, f"--out={tmp_path / 'merged'}", "merge.dtype=fp32", short={"out": "merge.out"}) == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.id2label == {0: "fox", 1: "owl"}
+    assert call("merge", run_dir, "--out=elsewhere", "model.pooling=mean", short={"out": "merge.out"}) == 2
 
 
 def weights_of(run_dir, step):
