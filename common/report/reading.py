@@ -204,12 +204,19 @@ def read_stages(folder: Path, evaluation: dict[str, Any]) -> tuple[list[tuple[st
 
 
 def further_results(folder: Path, view: RunView) -> list[tuple[str, list[Row]]]:
-    """File name and metrics of every other result in a run folder: `metrics`, as eval writes them."""
+    """File name and metrics of every other result in a run folder: `metrics`, as eval writes them. Other JSON files are
+    nobody's concern here.
+    """
+
+    def parse(path: Path) -> Any:
+        return json.loads(read_text(path))
+
     found = []
     for path in visible(folder, "*.json"):
         if path.name in OWN or path.stat().st_size > MAX_TEXT:
             continue
-        values = read_json(path, view).get("metrics")
+        content = read(path, parse, None, view)
+        values = content.get("metrics") if isinstance(content, dict) else None
         rows = metric_rows(values, view.project)[0] if isinstance(values, dict) else []
         if rows:
             found.append((path.name, rows))

@@ -65,6 +65,10 @@ def load_labelled(
     else:
         rows, classes = read_cola(root / "cola", split), NAMES["cola"]
         rows = rows if split == "test" else share(rows, split, config, cut_test=False)
+    if known and classes != known:
+        raise ProjectError(
+            f"{config.dataset} has the classes {', '.join(classes)}; the run has learned {', '.join(known)}"
+        )
     whole = [row for row in rows if row[1].strip()]
     if len(whole) < len(rows):
         say(f"note: {len(rows) - len(whole)} of {len(rows)} {split} texts are empty and left out")

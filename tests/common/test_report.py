@@ -146,12 +146,18 @@ def test_metrics_in_the_words_of_their_project(run: Path):
 def test_shows_what_other_programs_measured(run: Path):
     """Any file with `metrics`, in the words of the project; nothing of a file without, or of one that is no result."""
     (run / "answers.json").write_text(json.dumps({"project": "abacus", "metrics": {"bead_error": 31415, "note": "x"}}))
+    (run / "classes.json").write_text('["yes", "no"]')
     (run / "calibration.json").write_text(json.dumps({"threshold": 0.4321}))
     (run / "huge.json").write_text(json.dumps({"metrics": {"elbo": 1.0}, "text": "x" * 2**18}))
     (run / "broken.json").write_text("{")
     text = page_of(run).text
     assert "answers.json" in text and text.count("Bead error") == text.count("31,415") == 1
-    assert "0.4321" not in text and "huge.json" not in text and "broken.json, which is damaged" in text
+    assert (
+        "0.4321" not in text
+        and "classes.json" not in text
+        and "huge.json" not in text
+        and "broken.json, which is damaged" in text
+    )
 
 
 @pytest.mark.parametrize("name", ["antigravity", "os", "abacus.train", "../abacus"])
