@@ -86,6 +86,12 @@ def command(arguments: list[str], threads: int) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def name_of(row: str) -> str:
+    """The name of a row's files: `rsLoRA, rank 32` -> `rslora_rank_32`."""
+    kept = "".join(letter if letter.isalnum() else " " for letter in row.lower())
+    return "_".join(kept.split())
+
+
 def spread(values: list[float], digits: int) -> str:
     """`0.213 ± 0.020`: mean and standard deviation."""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""

@@ -17,7 +17,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cells import config_digest, spread, train_and_evaluate
+from bench.cells import config_digest, name_of, spread, train_and_evaluate
 from common.checkpoint import Checkpoints
 from common.config import resolve
 from common.files import read_json, write_json, write_text
@@ -163,9 +163,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def folder_of(row: str, runs: Path) -> Path:
-    """`rsLoRA, rank 32` -> `rslora_rank_32`."""
-    kept = "".join(letter if letter.isalnum() else " " for letter in row.lower())
-    return runs / "_".join(kept.split())
+    """A row's runs."""
+    return runs / name_of(row)
 
 
 def run_row(table: Table, row: str, seed: int, runs: Path, extra: list[str], threads: int) -> dict:

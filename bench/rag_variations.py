@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from bench import cells
-from bench.cells import config_digest
+from bench.cells import config_digest, name_of
 from bench.rag_collections import open_embedder
 from common.config import resolve
 from common.files import read_json, write_json, write_text
@@ -75,7 +75,7 @@ ROWS: dict[str, dict[str, list[str]]] = {
         "both, scores, vectors 0.7": [*SCORES, "search.dense_weight=0.7"],
     },
     "chunks": {
-        "paragraphs as they are": ["data.chunk_words=100000", "data.chunk_overlap=0"],
+        "paragraphs as they are": [],
         **{
             f"{words} words, {overlap} repeated": [f"data.chunk_words={words}", f"data.chunk_overlap={overlap}"]
             for words, overlap in ((30, 0), (60, 0), (60, 15), (120, 0), (120, 30), (240, 0), (240, 60))
@@ -201,8 +201,9 @@ def chunks_row(name: str, args: argparse.Namespace) -> Record:
     config = resolve(Config, Path(CONFIGS["chunks"]), settings_of(name, args))
     collection = load_collection(config.data, config.data_root)
     questions = asked(collection, args.questions)
-    whole = name == next(iter(ROWS["chunks"]))
-    cut = collection if whole else replace(collection, passages=Passages(cut_articles(collection, config)))
+    cut = collection
+    if ROWS["chunks"][name]:
+        cut = replace(collection, passages=Passages(cut_articles(collection, config)))
     found = open_retriever(cut, config).find([question.text for question in questions], 30)
     right = [
         in_first_words([cut.passages[int(row)] for row in rows if row >= 0], question, BUDGET)
@@ -210,7 +211,7 @@ def chunks_row(name: str, args: argparse.Namespace) -> Record:
     ]
     words = [len(passage.text.split()) for passage in cut.passages]
     return {
-        "settings": [] if whole else ROWS["chunks"][name],
+        "settings": ROWS["chunks"][name],
         "questions": len(questions),
         "found": round(float(np.mean(right)), 4),
         "passages": len(words),
@@ -249,7 +250,7 @@ def in_first_words(passages: list[Passage], question: Question, budget: int) -> 
 def training_row(name: str, args: argparse.Namespace) -> Record:
     """A short training in FactWorld, and its validation questions after the last step."""
     settings = [*SHORT, f"seed={SEED}", *settings_of(name, args)]
-    folder = args.runs / "_".join(name.replace(".", " ").split())
+    folder = args.runs / name_of(name)
     digest = config_digest(resolve(Config, Path(CONFIGS["training"]), settings))
     kept = folder.with_suffix(".json")
     if read_json(kept).get("config_digest") == digest:
@@ -266,7 +267,7 @@ def training_row(name: str, args: argparse.Namespace) -> Record:
 
 def reading_row(name: str, args: argparse.Namespace) -> Record:
     """What a reader answers; its search is by words, so that it needs no trained encoder."""
-    label = "variation_" + "".join(letter if letter.isalnum() else "_" for letter in name)
+    label = f"variation_{name_of(name)}"
     settings = [
         "search.mode=bm25",
         "answer.split=validation",

@@ -15,17 +15,15 @@ if __name__ == "__main__":
     SHORT = {"file": "classify.file", "out": "classify.out"}
     CONFIG, OPTIONS = load(Config, "lora", "classify", short=SHORT, words="text")
 
-import sys
 from pathlib import Path
 
 from common.errors import ProjectError, exits_cleanly
 from common.files import place_of, write_csv
 from common.run import Run
 from lora.data.classes import COLUMNS
-from lora.data.rows import read_csv_rows
+from lora.data.rows import lines_of_stdin, read_csv_rows
 from lora.metrics.losses import class_log_probs
 from lora.tuning import load_tuned
-from lora.tuning.base import classes_of
 
 
 @exits_cleanly
@@ -34,14 +32,13 @@ def main(config: Config, options: Options) -> None:
     require(config.classifies, "data.dataset", f"{config.data.dataset} is no classifier's: lora.generate answers")
     rows = read_texts(config, list(options.words))
     with Run(config, options) as run:
-        classes = classes_of(config, run)
         base, _ = load_tuned(config, options, run)
         texts = [row[config.data.text_column] for row in rows]
         probabilities = class_log_probs(base.model, texts, base.tokenizer, config, run).exp()
     found = []
     for row, each in zip(rows, probabilities.tolist(), strict=True):
-        best = max(range(len(classes)), key=each.__getitem__)
-        found.append({**row, "predicted": classes[best], "probability": round(each[best], 4)})
+        best = max(range(len(base.classes)), key=each.__getitem__)
+        found.append({**row, "predicted": base.classes[best], "probability": round(each[best], 4)})
     if config.classify.out:
         write_csv(Path(config.classify.out), found)
     for row in found:
@@ -56,10 +53,9 @@ def read_texts(config: Config, words: list[str]) -> list[dict[str, str]]:
         path = place_of(config.classify.file, config.data_root)
         rows = [dict(row) for _, row in read_csv_rows(path, (column,), COLUMNS)]
     else:
-        lines = words or ([] if sys.stdin.isatty() else [line.rstrip("\n") for line in sys.stdin])
-        rows = [{column: line} for line in lines if line.strip()]
+        rows = [{column: line} for line in words or lines_of_stdin("text")]
     if not rows:
-        raise ProjectError("no text: give one on the command line, lines of them on stdin, or --file with a CSV")
+        raise ProjectError(f"{config.classify.file} has no texts")
     return rows
 
 

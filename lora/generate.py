@@ -23,7 +23,7 @@ from common.errors import ProjectError, exits_cleanly
 from common.pretrained import HUB_ID
 from common.run import Run
 from lora.data import Example, encode_prompts, prompt_text
-from lora.data.rows import write_json_rows
+from lora.data.rows import lines_of_stdin, write_json_rows
 from lora.data.templates import chat_text, end_of
 from lora.adapters.files import CONFIG as ADAPTER_CONFIG
 from lora.adapters.files import load_adapter
@@ -41,7 +41,7 @@ def main(config: Config, options: Options) -> None:
     require(not config.classifies, "data.dataset", f"{config.data.dataset} is a classifier's: lora.classify")
     prompts = list(options.words)
     if not prompts and not sys.stdin.isatty():
-        prompts = prompts_of_stdin()
+        prompts = lines_of_stdin("prompt")
     with Run(config, options) as run:
         base = load_asked(config, options, run)
         if not prompts:
@@ -51,14 +51,6 @@ def main(config: Config, options: Options) -> None:
         if config.generate.out:
             rows = [{"prompt": prompt, "answer": text} for prompt, text in zip(prompts, answers, strict=True)]
             write_json_rows(Path(config.generate.out), rows)
-
-
-def prompts_of_stdin() -> list[str]:
-    """A prompt a line. `ProjectError` where there is none."""
-    prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not prompts:
-        raise ProjectError("no prompt: give one on the command line, or lines of them on stdin")
-    return prompts
 
 
 def load_asked(config: Config, options: Options, run: Run) -> Base:

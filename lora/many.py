@@ -41,9 +41,9 @@ from lora.adapters.multi import BASE, Bank
 from lora.adapters.router import Router
 from lora.data import Example, load_examples, prompt_text
 from lora.data.examples import Split
-from lora.data.rows import read_text, write_json_rows
+from lora.data.rows import lines_of_stdin, read_text, write_json_rows
 from lora.data.templates import words_of
-from lora.generate import answer_all, prompts_of_stdin
+from lora.generate import answer_all
 from lora.tuning import Base, load_base
 from lora.tuning.tasks import draw
 
@@ -81,7 +81,7 @@ def main(config: Config, options: Options) -> None:
         require(not prompts, "many.measure", "answers nothing: leave out the prompts, or this")
     members = find_members(config)
     if not prompts and not config.many.measure:
-        prompts = prompts_of_stdin()
+        prompts = lines_of_stdin("prompt")
     with Run(config, options) as run:
         router = build_router(members, load_encoder(config.many.encoder, run), config)
         if config.many.measure:

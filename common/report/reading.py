@@ -145,6 +145,11 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def parse_json(path: Path) -> Any:
+    """What a JSON file holds."""
+    return json.loads(read_text(path))
+
+
 def embed_all(paths: list[Path], view: RunView) -> list[Picture]:
     """Picture files for the page; a note there for each one that cannot be shown."""
     pictures = []
@@ -163,7 +168,7 @@ def read_json(path: Path, view: RunView) -> dict[str, Any]:
     """A JSON object, or an empty one where it is missing or damaged."""
 
     def parse(path: Path) -> dict[str, Any]:
-        value = json.loads(read_text(path))
+        value = parse_json(path)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         return value
@@ -207,15 +212,11 @@ def further_results(folder: Path, view: RunView) -> list[tuple[str, list[Row]]]:
     """File name and metrics of every other result in a run folder: `metrics`, as eval writes them. Other JSON files are
     nobody's concern here.
     """
-
-    def parse(path: Path) -> Any:
-        return json.loads(read_text(path))
-
     found = []
     for path in visible(folder, "*.json"):
         if path.name in OWN or path.stat().st_size > MAX_TEXT:
             continue
-        content = read(path, parse, None, view)
+        content = read(path, parse_json, None, view)
         values = content.get("metrics") if isinstance(content, dict) else None
         rows = metric_rows(values, view.project)[0] if isinstance(values, dict) else []
         if rows:
@@ -227,7 +228,7 @@ def read_examples(folder: Path, view: RunView) -> list[Table]:
     """Every list of objects among the JSON files of samples/, as a table."""
 
     def parse(path: Path) -> Table:
-        items = json.loads(read_text(path))[:MOST_EXAMPLES]
+        items = parse_json(path)[:MOST_EXAMPLES]
         columns = list(items[0])
         rows = [[plain(item.get(column, "")) for column in columns] for item in items]
         return Table(words(path.stem), [words(column) for column in columns], rows)

@@ -15,12 +15,10 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from common.errors import ProjectError
@@ -334,7 +332,7 @@ def load_quantized(
 
     Args:
         build: makes the model; its parameters never get memory.
-        tensors: name and value of each parameter, in any order: `stream(folder)` reads them from a checkpoint.
+        tensors: name and value of each parameter, in any order, as `lora.model.files.read_tensors` reads them.
         dtype: of everything that is not quantised, and of what is computed.
 
     Raises:
@@ -384,19 +382,3 @@ def fill(places: list[tuple[nn.Module, str]], name: str, value: Tensor) -> None:
     parameter = nn.Parameter(value, requires_grad=False)
     for module, key in places:
         module._parameters[key] = parameter
-
-
-def stream(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and value of every tensor of a Hugging Face folder's safetensors files, one at a time, straight from the
-    disk. `ProjectError` for a folder without such files, or a damaged one.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ProjectError(f"{folder} holds no safetensors files: quantising as a model loads needs that format")
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise ProjectError(f"{path} is damaged ({str(error).splitlines()[0]}): download it again") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,14 @@ from common.errors import ProjectError, first_line
 from common.files import write_text
 
 Row = tuple[str, dict[str, Any]]  # "train.jsonl, line 7" and what stands there
+
+
+def lines_of_stdin(kind: str) -> list[str]:
+    """A prompt or a text, as `kind` has it, a line. `ProjectError` where there is none."""
+    lines = [] if sys.stdin.isatty() else [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not lines:
+        raise ProjectError(f"no {kind}: give one on the command line, or lines of them on stdin")
+    return lines
 
 
 def write_json_rows(path: Path, rows: list[dict[str, Any]]) -> None:

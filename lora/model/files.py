@@ -97,7 +97,11 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (no dict)
                     yield name, file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
+        except SafetensorError as error:
+            raise ProjectError(
+                f"weights {path} cannot be read, the file is damaged ({first_line(error)}): download it again"
+            ) from None
+        except OSError as error:
             raise ProjectError(f"weights {path} cannot be read: {first_line(error)}") from None
 
 

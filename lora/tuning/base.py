@@ -33,6 +33,7 @@ class Base:
         folder: of its files.
         dtype: of its weights.
         mark: a hash of what a run has learned; empty for the base as it comes.
+        classes: names of what a classifier tells apart.
     """
 
     model: Any
@@ -40,6 +41,7 @@ class Base:
     folder: Path
     dtype: torch.dtype
     mark: str = ""
+    classes: Sequence[str] = ()
 
 
 class Learned(nn.Module):
@@ -95,7 +97,7 @@ def load_base(config: Config, run: Run, classes: Sequence[str] = ()) -> Base:
         model = load_classifier(config.model, folder, classes, dtype, device, config.seed)
     else:
         model = load_language_model(config.model, folder, dtype, device)
-    return Base(model, tokenizer, folder, dtype)
+    return Base(model, tokenizer, folder, dtype, classes=classes)
 
 
 def prepare(base: Base, config: Config) -> AdapterConfig:

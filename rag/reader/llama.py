@@ -17,10 +17,10 @@ import torch
 from common.config import ConfigError
 from common.errors import ProjectError, first_line
 from common.pretrained import FOLDERS, from_package
-from rag.config import ReaderConfig
 from rag.reader.decode import Rules, Step, first_token, next_token
 from rag.reader.prompt import Example, Prompter
 from rag.reader.reader import GenerativeReader, stop_rules
+from rag.settings import ReaderConfig
 
 
 class LlamaCpp:

@@ -21,9 +21,9 @@ from typing import Any
 
 from common.config import ConfigError
 from common.errors import ProjectError
-from rag.config import ReaderConfig
 from rag.data.corpus import Passage
 from rag.reader.neutralise import neutralise
+from rag.settings import ReaderConfig
 
 WITH_PASSAGES = "Answer each question with a few words taken from the passages."
 WITH_SOURCES = "Answer each question with a few words taken from the passages, and name the passage, such as [1]."

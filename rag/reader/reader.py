@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from rag.config import ReaderConfig
 from rag.data.corpus import Passage
 from rag.metrics.scores import normalise
 from rag.reader.decode import Decoder, Rules
 from rag.reader.prompt import Prompt, Prompter, parse
+from rag.settings import ReaderConfig
 
 Track = Callable[[Iterable[Any]], Iterator[Any]]
 

@@ -12,10 +12,11 @@ import torch
 from common.config import ConfigError, resolve
 from common.errors import ProjectError, first_line
 from common.pretrained import find
-from rag.config import Config, ReaderConfig
+from rag.config import Config
 from rag.reader.decode import Causal, Decoder, Seq2Seq
 from rag.reader.prompt import Example, Prompter
 from rag.reader.reader import GenerativeReader, Reader, Track, stop_rules
+from rag.settings import ReaderConfig
 
 CALIBRATION = "calibration.json"  # of a run: the threshold of abstention that `rag.answer` has set
 ADAPTER = "adapter"  # folder of a finetuned reader's run, in peft's format

@@ -25,8 +25,8 @@ from lora.adapters.quantize import (
     quantize,
     quantize_model,
     scale_blocks,
-    stream,
 )
+from lora.model.files import read_tensors
 from lora.settings import AdapterConfig
 from tests.lora.tiny import output, randomise, tiny_gpt2, tiny_llama, tokens
 
@@ -321,7 +321,7 @@ def test_loading_equals_quantising_afterwards(tied, dtype, tmp_path):
 
     tiny_llama(tied).save_pretrained(tmp_path, max_shard_size="100KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    model = load_quantized(from_config(tmp_path), stream(tmp_path), dtype)
+    model = load_quantized(from_config(tmp_path), read_tensors(tmp_path), dtype)
     other = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     quantize_model(other)
     other = other.to(dtype)
@@ -367,9 +367,9 @@ def test_what_cannot_be_loaded(tmp_path):
     with pytest.raises(ProjectError, match="nothing to quantise"):
         load_quantized(tiny_gpt2, [])
     with pytest.raises(ProjectError, match="no safetensors"):
-        next(stream(tmp_path))
+        next(read_tensors(tmp_path))
     tiny_llama().save_pretrained(tmp_path)
     path = next(tmp_path.glob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ProjectError, match="is damaged"):
-        next(stream(tmp_path))
+        next(read_tensors(tmp_path))

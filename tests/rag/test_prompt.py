@@ -9,13 +9,13 @@ import pytest
 
 from common.errors import ProjectError
 from common.pretrained import available, find
-from rag.config import ReaderConfig
 from rag.data.corpus import Passage
 from rag.reader.examples import PLAIN_EXAMPLES
 from rag.reader.neutralise import neutralise
 from rag.reader.poison import FORGED, HARMLESS, POISONS, TARGET, damage, poisoned
 from rag.reader.prompt import CLOSED_BOOK, WITH_PASSAGES, WITH_SOURCES, Prompter, block
 from rag.reader.weights import build_reader
+from rag.settings import ReaderConfig
 from tests.rag import tiny_lm
 
 CONFIG = ReaderConfig(answer_tokens=4, cite="model")

@@ -12,7 +12,7 @@ import torch
 from common.config import ConfigError
 from common.errors import ProjectError
 from common.pretrained import available
-from rag.config import Config, ReaderConfig
+from rag.config import Config
 from rag.data.corpus import Passage
 from rag.reader.decode import Causal, Rules
 from rag.reader.examples import PLAIN_EXAMPLES
@@ -20,6 +20,7 @@ from rag.reader.llama import LlamaCpp, find_gguf
 from rag.reader.prompt import parse
 from rag.reader.reader import Answer, batches, matching
 from rag.reader.weights import build_reader, open_reader
+from rag.settings import ReaderConfig
 from tests.rag import tiny_lm
 
 CONFIG = ReaderConfig(answer_tokens=6, examples=2, cite="model")

@@ -13,7 +13,7 @@ from common.config import ConfigError, Options, load, resolve
 from common.errors import ProjectError
 from common.logging import read_metrics
 from common.run import Run
-from rag.config import Config, ReaderConfig
+from rag.config import Config
 from rag.data import load_collection
 from rag.data.corpus import Collection, Passage, Passages, Question
 from rag.metrics.scores import answer_at
@@ -23,6 +23,7 @@ from rag.reader.tree import NONE, collate, grow, tree_loss
 from rag.reader.weights import open_reader
 from rag.search.analyser import Analyser
 from rag.search.bm25 import BM25
+from rag.settings import ReaderConfig
 from rag.train_reader import train
 from tests.helpers import status
 from tests.rag import tiny_lm
