@@ -23,6 +23,7 @@ from rag.reader.reader import Answer, Reader
 from rag.reader.weights import CALIBRATION, open_reader
 from rag.search.retriever import Retriever
 
+AROUND = ".,;:!?…\"'“”‘’"  # around an answer in its sentence, and not of it
 LIBRARY = "folder"  # data.dataset of a person's own documents, which `rag.index` has made searchable
 
 
@@ -177,6 +178,8 @@ def marked(text: str, answer: str) -> list[tuple[str, bool]]:
     pieces: list[tuple[str, bool]] = []
     at = 0
     for start, end in places(text, words):
+        start += len(text[start:end]) - len(text[start:end].lstrip(AROUND))
+        end -= len(text[start:end]) - len(text[start:end].rstrip(AROUND))
         pieces += [(text[at:start], False), (text[start:end], True)]
         at = end
     pieces.append((text[at:], False))

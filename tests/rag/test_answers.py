@@ -231,7 +231,7 @@ def test_marking_keeps_every_letter():
         pieces = marked(text, answer)
         assert "".join(piece for piece, _ in pieces) == text
     assert [piece for piece, mark in marked(text, "Mira Tolle") if mark] == ["Mira (Tolle)"]
-    assert [piece for piece, mark in marked(text, "year 1871") if mark] == ["Year 1871,"]
+    assert [piece for piece, mark in marked(text, "year 1871") if mark] == ["Year 1871"]
 
 
 # -- the program -------------------------------------------------------------------------------------------------------
