@@ -156,6 +156,7 @@ def measure(
         if config.answer.edited and config.data.dataset == "factworld":
             run.display.say("with another answer in the right passage")
             metrics |= measures.measure_edits(reader, retrieved, questions, config)[0]
+    metrics |= measures.measure_kinds(arms, questions, collection, threshold)
     if config.answer.poisoned and shown.arms.get("retrieved"):
         run.display.say(f"hostile passages: {config.answer.poisoned} questions")
         passages = shown.arms["retrieved"]

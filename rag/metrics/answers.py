@@ -45,6 +45,10 @@ class Arm:
     answers: list[Answer]
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def of(self, places: Sequence[int]) -> Arm:
+        """The answers to some of the questions, without times."""
+        return Arm([self.answers[place] for place in places])
+
     def em(self, questions: Sequence[Question]) -> Floats:
         """Exact match of each. (Q,)"""
         pairs = zip(self.answers, questions, strict=True)
@@ -129,18 +133,24 @@ def ask(reader: Reader, questions: Sequence[Question], passages: list[list[Passa
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
+def by_kind(questions: Sequence[Question]) -> dict[str, list[int]]:
+    """Where the questions of each kind are; nothing where all are of one."""
+    kinds = sorted({question.kind for question in questions} - {""})
+    if len(kinds) < 2:
+        return {}
+    return {kind: [i for i, question in enumerate(questions) if question.kind == kind] for kind in kinds}
+
+
 def measure_arms(arms: dict[str, Arm], questions: Sequence[Question], resamples: int) -> dict[str, float]:
     """EM and F1 of each arm with 95 percent intervals, kinds of questions apart, and the arms compared in pairs."""
     metrics: dict[str, float] = {}
-    kinds = sorted({question.kind for question in questions} - {""})
     for name, arm in arms.items():
         for measure, values in (("em", arm.em(questions)), ("f1", arm.f1(questions))):
             metrics[f"{measure}_{name}"] = float(values.mean())
             if len(values) >= 2:
                 low, high = bootstrap_interval(values, num_resamples=resamples)
                 metrics |= {f"{measure}_{name}_low": low, f"{measure}_{name}_high": high}
-            for kind in kinds if len(kinds) > 1 else []:
-                where = np.array([question.kind == kind for question in questions])
+            for kind, where in by_kind(questions).items():
                 metrics[f"{measure}_{name}_{kind}"] = float(values[where].mean())
     for better, worse in COMPARED:
         if better in arms and worse in arms and len(questions) >= 2:
@@ -187,6 +197,21 @@ def holds(passages: Sequence[Passage], answer: Answer) -> float:
 def is_relevant(passage: Passage, question: Question) -> bool:
     """By judgement where there is one, else by the answer's words."""
     return passage.id in question.relevant if question.gold else is_right(passage, question)
+
+
+def measure_kinds(
+    arms: dict[str, Arm], questions: Sequence[Question], collection: Collection, threshold: float
+) -> dict[str, float]:
+    """Sources and abstention of each kind of questions apart: the same numbers with the kind behind their names."""
+    metrics: dict[str, float] = {}
+    for kind, places in by_kind(questions).items():
+        its = [questions[place] for place in places]
+        parts = {name: arm.of(places) for name, arm in arms.items()}
+        found = measure_sources({name: part for name, part in parts.items() if name != "removed"}, its, collection)
+        if {"retrieved", "removed"} <= set(parts):
+            found |= measure_abstention(parts["retrieved"], parts["removed"], its, threshold)
+        metrics |= {f"{name}_{kind}": value for name, value in found.items() if name != "threshold"}
+    return metrics
 
 
 def measure_abstention(
@@ -253,7 +278,10 @@ def measure_edits(
     after = ask(reader, chosen, given)
     followed = [exact_match(answer.text, [new]) for answer, new in zip(after.answers, wanted, strict=True)]
     kept = after.em(chosen)
-    return {"edit_followed": mean(followed), "edit_kept": float(kept.mean()), "edited": float(len(chosen))}, after
+    metrics = {"edit_followed": mean(followed), "edit_kept": float(kept.mean()), "edited": float(len(chosen))}
+    for kind, places in by_kind(chosen).items():
+        metrics |= {f"edit_followed_{kind}": mean([followed[i] for i in places]), f"edited_{kind}": float(len(places))}
+    return metrics, after
 
 
 def measure_poison(

@@ -6,6 +6,7 @@ what was learned is written down.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -150,7 +151,9 @@ class LanguageModelTask:
             target_modules="all-linear",
         )
         try:
-            self.model = get_peft_model(base, settings)
+            with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
+                warnings.simplefilter("ignore", FutureWarning)
+                self.model = get_peft_model(base, settings)
         except ValueError as error:
             raise ProjectError(f"{config.reader.model} cannot be adapted: {first_line(error)}") from None
         self.model.to(run.device)

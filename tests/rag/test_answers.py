@@ -163,6 +163,18 @@ def test_arms_are_compared():
     assert measures.latency({"gold": worse}, {"bm25": 0.03}, 3) == pytest.approx({"ms_bm25": 10, "ms_read_gold": 200})
 
 
+def test_kinds_of_questions_apart():
+    removed = Arm([Answer("?", (C,), (), sure) for sure in (0.1, 0.85, 0.2)])
+    kinds = [replace(question, kind=kind) for question, kind in zip(QUESTIONS, ("one", "two", "one"))]
+    arms = {"retrieved": ARM, "removed": removed}
+    found = measures.measure_kinds(arms, kinds, Corpus(), 0.5)
+    assert found["citation_precision_retrieved_one"] == 1 and found["citation_precision_retrieved_two"] == 0
+    assert found["abstention_auroc_two"] == 0  # .8 against .85
+    assert found["abstention_auroc_one"] == 1 and found["withheld_removed_one"] == 1
+    assert not [name for name in found if "threshold" in name or "removed_retrieved" in name]
+    assert measures.measure_kinds(arms, QUESTIONS, Corpus(), 0.5) == {}
+
+
 def test_abstention_is_judged_as_scikit_learn_does():
     removed = Arm([Answer("?", (C,), (), sure) for sure in (0.1, 0.85, 0.2)])
     found = measures.measure_abstention(ARM, removed, QUESTIONS, 0.5)
@@ -197,6 +209,7 @@ def test_a_reader_that_reads_passes(collection, retriever, config):
     assert found["em_gold"] > 0.9 and found["em_closed_book"] == found["em_random"] == 0
     assert found["retrieved_over_closed_book_em_p"] <= 0.02
     edits, after = measures.measure_edits(reader, arms["retrieved"], questions, config)
+    assert "edit_followed_one_hop" not in edits
     assert edits["edit_followed"] > 0.9 and edits["edit_kept"] < 0.05 and edits["edited"] == len(after.answers) > 20
     removed = measures.ask(reader, questions, shown.removed)
     assert measures.measure_abstention(arms["retrieved"], removed, questions, 0.5)["abstention_auroc"] > 0.95
