@@ -127,15 +127,15 @@ class Contexts:
         lead = questions[0]
         right, others = self.candidates(lead)
         missing = bool(rng.random() < config.unanswerable) or not right
-        right = [] if missing else right
-        most = max(config.passages, len(right))
-        count = int(rng.integers(max(1, len(right)), most + 1)) - len(right)
+        kept = incomplete(right, lead, rng) if missing else right
+        most = max(config.passages, len(kept))
+        count = int(rng.integers(max(1, len(kept)), most + 1)) - len(kept)
         rng.shuffle(others)
-        passages = [self.cut(passage, lead.answers, rng) for passage in right]
+        passages = [self.cut(passage, lead.answers, rng) for passage in kept]
         passages += [self.cut(passage, (), rng) for passage in others[:count]]
         order = [int(i) for i in rng.permutation(len(passages))]
         shown = tuple(passages[i] for i in order)
-        sources = tuple(place for place, i in enumerate(order) if i < len(right))
+        sources = () if missing else tuple(place for place, i in enumerate(order) if i < len(right))
         found = (ask(question, shown, sources) for question in questions)
         return Context(shown, tuple(asked for asked in found if asked is not None))
 
@@ -162,6 +162,15 @@ class Contexts:
     def cut(self, passage: Passage, answers: Sequence[str], rng: np.random.Generator) -> Passage:
         """At most `window` words of a passage."""
         return replace(passage, text=window(passage.text, answers, self.config.window, rng))
+
+
+def incomplete(right: list[Passage], question: Question, rng: np.random.Generator) -> list[Passage]:
+    """What is shown of the right passages where the answer is to be missing. Of one: nothing. Of several, in half of
+    the cases those that only lead to the answer: a first step without the second, which is what a search finds that
+    knows the first name alone, and the likeliest to be taken for an answer.
+    """
+    steps = [passage for passage in right if not answer_at([passage.whole], question.answers, 1)]
+    return steps if len(right) > 1 and rng.random() < 0.5 else []
 
 
 def ask(question: Question, passages: Sequence[Passage], sources: tuple[int, ...]) -> Asked | None:

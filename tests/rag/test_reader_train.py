@@ -90,6 +90,26 @@ def test_contexts(world, config):
     assert 0.12 < missing / (right + missing) < 0.4
 
 
+def test_a_first_step_without_the_second_is_no_answer(world, config):
+    """Of a question that needs two passages, the one that names the other may be shown alone; the answer is missing."""
+    collection, bm25 = world
+    contexts = Contexts(collection, bm25, config)
+    by_text = {question.text: question for question in collection.train}
+    seen = {"first step": 0, "nothing": 0}
+    for epoch in range(4):
+        for index in range(len(contexts)):
+            context = contexts.draw(epoch, index)
+            for asked in context.asked:
+                question = by_text[asked.question]
+                if question.kind == "two_hop" and not asked.sources:
+                    shown = {passage.id for passage in context.passages} & set(question.relevant)
+                    assert not asked.answer and len(shown) <= 1
+                    seen["first step" if shown else "nothing"] += 1
+                elif question.kind == "one_hop" and not asked.sources:
+                    assert not {passage.id for passage in context.passages} & set(question.relevant)
+    assert min(seen.values()) > 5 and 0.3 < seen["first step"] / sum(seen.values()) < 0.9
+
+
 def test_contexts_are_a_function_of_seed_epoch_and_place(world, config):
     collection, bm25 = world
     one, other = Contexts(collection, bm25, config), Contexts(collection, bm25, config)
