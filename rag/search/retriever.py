@@ -16,7 +16,7 @@ import numpy as np
 
 from rag.config import RerankConfig, SearchConfig
 from rag.data.corpus import Passage, Passages
-from rag.search import fuse
+from rag.search import fuse, hops
 from rag.search.embed import Embedder, Reranker
 from rag.search.vectors import check_queries
 
@@ -90,11 +90,23 @@ class Retriever:
         self.rerank = rerank or RerankConfig()
 
     def find(self, questions: Sequence[str], k: int) -> Found:
-        """The k best passages of each question."""
+        """The k best passages of each question; with `config.hops` 2, those of the question and of a second one that
+        follows from what was found first (rag/search/hops.py), by turns.
+        """
         check_queries(questions)
+        seconds: dict[str, float] = {}
+        scores, rows = self.rank(questions, k, seconds)
+        if self.config.hops == 2:
+            firsts = [self.passages[int(row)] if row >= 0 else None for row in rows[:, 0]]
+            followed = [hops.follow_up(question, first) for question, first in zip(questions, firsts, strict=True)]
+            _, further = self.rank(followed, k, seconds)
+            scores, rows = hops.by_turns(rows, further, k)
+        return Found(scores, rows, seconds)
+
+    def rank(self, questions: Sequence[str], k: int, seconds: dict[str, float]) -> tuple[Array, Array]:
+        """Scores and rows of the k best, each (Q, k); adds what each stage took."""
         mode = self.config.mode
         depth = max(k, self.config.depth) if mode == "hybrid" or self.reranker else k
-        seconds: dict[str, float] = {}
         lexical = dense = None
         if mode in ("bm25", "hybrid"):
             assert self.lexical is not None
@@ -114,7 +126,7 @@ class Retriever:
         if self.reranker is not None:
             with Stage(seconds, "rerank"):
                 scores, rows = self.reranker.rank(questions, rows, self.passages, self.rerank.depth)
-        return Found(scores[:, :k], rows[:, :k], seconds)
+        return scores[:, :k], rows[:, :k]
 
     def fuse(
         self, lexical: tuple[Array, Array] | None, dense: tuple[Array, Array] | None, k: int

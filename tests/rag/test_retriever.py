@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from common.config import resolve
 from common.errors import ProjectError
-from rag.config import AnalyserConfig, BM25Config, IndexConfig, RerankConfig, SearchConfig
-from rag.data import Passage, Passages
+from rag.config import AnalyserConfig, BM25Config, Config, IndexConfig, RerankConfig, SearchConfig
+from rag.data import Passage, Passages, load_collection
 from rag.search.analyser import Analyser
 from rag.search.bm25 import BM25
 from rag.search.embed import Reranker
+from rag.search.hops import by_turns, follow_up
 from rag.search.retriever import Retriever
 from rag.search.vectors import VectorFiles, VectorIndex
 
@@ -86,3 +88,60 @@ def test_ranking_again_changes_only_the_first(retriever):
 def test_empty_questions_are_refused(question, retriever):
     with pytest.raises(ProjectError, match="an empty question has no answer"):
         retriever.search(["sky", question])
+
+
+# -- two steps ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_question_asks_for_what_is_new():
+    passage = Passage("p", "Ada Brel was born in Coldhaven. There she met Tom Rusk.", "Ada Brel")
+    question = "Which region does the birthplace of Ada Brel belong to?"
+    words = follow_up(question, passage).split()
+    assert {"region", "birthplace", "belong", "Coldhaven", "Tom", "Rusk"} <= set(words)
+    assert not {"Ada", "Brel"} & set(words) and len(words) == len(set(words))
+    assert follow_up(question, None) == question
+    assert follow_up("Ada Brel?", Passage("p", "Ada Brel.")) == "Ada Brel?"  # nothing is left: as it was
+    assert follow_up("Where did she go?", Passage("p", "She went.", "Brel")) == "Where did go"
+
+
+def test_rankings_by_turns():
+    first = np.array([[1, 2, 3, -1], [5, -1, -1, -1], [-1, -1, -1, -1]])
+    second = np.array([[2, 9, 1, 8], [-1, -1, -1, -1], [-1, -1, -1, -1]])
+    scores, rows = by_turns(first, second, 4)
+    assert rows.tolist() == [[1, 2, 9, 3], [5, -1, -1, -1], [-1, -1, -1, -1]]
+    assert scores[0].tolist() == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4])
+    assert np.isinf(scores[1, 1:]).all() and np.isinf(scores[2]).all()
+
+
+def test_two_steps_find_what_one_does_not():
+    texts = ["Ada was born in Coldhaven.", "Coldhaven belongs to the region of Juthe.", "A region has no birthplace."]
+    words = BM25(BM25Config(), Analyser(AnalyserConfig()))
+    words.add(texts)
+    passages = Passages(Passage(f"p{i}", text) for i, text in enumerate(texts))
+    question = ["What does the town where Ada was born belong to?"]
+    once, twice = (
+        Retriever(passages, SearchConfig(mode="bm25", k=2, hops=hops), words).find(question, 2) for hops in (1, 2)
+    )
+    assert once.rows[0, 0] == twice.rows[0, 0] == 0
+    assert twice.rows[0].tolist() == [0, 1] and set(twice.seconds) == {"bm25"}
+    nothing = Retriever(passages, SearchConfig(mode="bm25", k=2, hops=2), words).find(["zzz"], 2)
+    assert nothing.rows.tolist() == [[-1, -1]]
+
+
+def test_two_steps_in_a_made_up_world():
+    """Of questions that need two passages, words alone find both for few in one step, and for many in two."""
+    config = resolve(Config, None, ["data.entities=400", "search.mode=bm25"])
+    collection = load_collection(config.data, "data")
+    words = BM25(config.bm25, Analyser(config.analyser))
+    words.add(passage.whole for passage in collection.passages)
+    questions = [question for question in collection.validation if question.kind == "two_hop"]
+
+    def complete(hops: int) -> float:
+        retriever = Retriever(collection.passages, replace(config.search, hops=hops), words)
+        found = retriever.find([question.text for question in questions], 5).rows.tolist()
+        right = [set(collection.rows_of(question)) <= set(its) for question, its in zip(questions, found)]
+        return float(np.mean(right))
+
+    assert len(questions) > 30
+    assert complete(1) < 0.1
+    assert complete(2) > 0.4
