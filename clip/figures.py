@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from clip.data.pairs import NO_CROP, Pairs
 from clip.model.images import Preprocess
-from common.files import atomic_open
+from common.files import write_figure
 
 RIGHT, WRONG = "#15803d", "#b91c1c"  # frames of what was asked for, and of what was not
 INCH = 1.15  # of a picture's side on a sheet
@@ -55,7 +55,7 @@ def save_retrieved(
             for side in box.spines.values():
                 side.set_color(RIGHT if is_right else WRONG)
                 side.set_linewidth(3 if is_right else 1)
-    save(figure, path)
+    write_figure(path, figure)
 
 
 def save_matrix(similarity: np.ndarray, captions: Sequence[str], title: str, path: Path) -> None:
@@ -69,10 +69,4 @@ def save_matrix(similarity: np.ndarray, captions: Sequence[str], title: str, pat
     axes.set_xlabel("image", fontsize=8)
     axes.set_title(title, fontsize=10)
     figure.colorbar(drawn, shrink=0.7, label="cosine")
-    save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """As PNG, whole or not at all."""
-    with atomic_open(path) as file:
-        figure.savefig(file, format="png")
+    write_figure(path, figure)

@@ -47,6 +47,12 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def write_figure(path: Path, figure: Any) -> None:
+    """Write a figure of matplotlib to `path` as PNG, atomically."""
+    with atomic_open(path) as file:
+        figure.savefig(file, format="png")
+
+
 def place_of(name: str, root: Path | str) -> Path:
     """A person's own file or folder: as it stands where it is absolute or begins with ~; else in `root`; or, where
     nothing of that name is there, seen from the folder that the program was started in. What is in neither place is

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from common.errors import exits_cleanly
-from common.files import atomic_open, write_json
+from common.files import atomic_open, write_figure, write_json
 from common.metrics import FeatureStatistics, frechet_between
 from common.provenance import discard, made_by
 from common.run import Run
@@ -316,15 +316,14 @@ def plot_samplers(rows: dict[str, dict[str, float]], metric: str, floor: float |
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 4), dpi=110, layout="constrained")
     for sampler, cells in rows.items():
         axes.plot([int(n) for n in cells], list(cells.values()), marker="o", markersize=4, label=sampler)
     if floor:
         axes.axhline(floor, color="grey", linestyle=":", label="held-out images")
     axes.set(xscale="log", yscale="log", xlabel="network evaluations an image", ylabel=f"{metric} (lower is better)")
     axes.legend()
-    with atomic_open(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    write_figure(path, figure)
     plt.close(figure)
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.files import atomic_open
+from common.files import atomic_open, write_figure
 from common.run import Run
 from vae.ladder import Ladder
 from vae.model import Autoencoder
@@ -151,7 +151,7 @@ def save_map(codes: np.ndarray, labels: np.ndarray | None, class_names: Sequence
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 5), dpi=110, layout="constrained")
     names = ("first latent", "second latent")
     places = codes[:, :2]
     if codes.shape[1] > 2:
@@ -167,8 +167,7 @@ def save_map(codes: np.ndarray, labels: np.ndarray | None, class_names: Sequence
     if labels is not None:
         axes.legend(points.legend_elements(num=len(class_names))[0], class_names, fontsize=7, markerscale=0.7)
     axes.set(xlabel=names[0], ylabel=names[1], title="Posterior means")
-    with atomic_open(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+    write_figure(path, figure)
     plt.close(figure)
 
 
@@ -191,9 +190,8 @@ def save_kl(kl: Tensor, unit: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     values = kl.sort(descending=True).values if unit == "latent" else kl
-    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 3), dpi=110, layout="constrained")
     axes.bar(range(1, len(values) + 1), values.tolist())
     axes.set(xlabel=unit, ylabel="KL divergence (nats)", title=f"{float(values.sum()):.1f} nats in all")
-    with atomic_open(path) as file:
-        figure.savefig(file, dpi=110, format="png")
+    write_figure(path, figure)
     plt.close(figure)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.files import atomic_open
+from common.files import atomic_open, write_figure
 
 # Okabe & Ito 2008: told apart by colour-blind people, too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7")
@@ -48,8 +48,7 @@ def draw_curve(
     axes.grid(color="#e2e8f0")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    with atomic_open(path) as file:
-        figure.savefig(file, format="png")
+    write_figure(path, figure)
 
 
 def save_gif(pictures: list[np.ndarray], path: Path, fps: float) -> None:

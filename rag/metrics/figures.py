@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from common.files import atomic_open
+from common.files import write_figure
 
 COLOURS = {"em": "#2563eb", "f1": "#93c5fd"}
 NAMES = {"em": "exact match", "f1": "F1"}
@@ -29,7 +29,7 @@ def save_recall(metrics: Mapping[str, float], arms: Sequence[str], cutoffs: Sequ
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    save(figure, path)
+    write_figure(path, figure)
 
 
 def save_answers(metrics: Mapping[str, float], arms: Sequence[str], title: str, path: Path) -> None:
@@ -53,10 +53,4 @@ def save_answers(metrics: Mapping[str, float], arms: Sequence[str], title: str, 
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(fontsize=8)
-    save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    with atomic_open(path) as file:
-        figure.savefig(file, format="png")
+    write_figure(path, figure)
