@@ -88,7 +88,8 @@ def main(config: Config, options: Options) -> None:
         lines = [prediction(question, i, results, arms) for i, question in enumerate(questions)]
         write_text(run.folder / "predictions.jsonl", "\n".join(lines) + "\n")
         if f"recall_at_{config.eval.cutoffs[0]}_{next(iter(results))}" in metrics:  # passages were judged
-            save_recall(metrics, list(results), config.eval.cutoffs, run.folder / FIGURE)
+            title = f"{run.folder.name}: {len(questions):,} questions, {len(collection.passages):,} passages"
+            save_recall(metrics, list(results), config.eval.cutoffs, title, run.folder / FIGURE)
         few = drawn(SHOWN_QUESTIONS, len(questions), config.seed, EXAMPLE_STREAM)
         write_json(run.folder / EXAMPLES, [example(questions[i], i, results, arms) for i in few.tolist()])
         result = {

@@ -8,12 +8,15 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from common.files import write_figure
+from rag import ARMS
 
 COLOURS = {"em": "#2563eb", "f1": "#93c5fd"}
 NAMES = {"em": "exact match", "f1": "F1"}
 
 
-def save_recall(metrics: Mapping[str, float], arms: Sequence[str], cutoffs: Sequence[int], path: Path) -> None:
+def save_recall(
+    metrics: Mapping[str, float], arms: Sequence[str], cutoffs: Sequence[int], title: str, path: Path
+) -> None:
     """A line an arm: the share of right passages among the first k.
 
     Args:
@@ -23,9 +26,11 @@ def save_recall(metrics: Mapping[str, float], arms: Sequence[str], cutoffs: Sequ
     axes = figure.subplots()
     ascending = sorted(cutoffs)
     for arm in arms:
-        axes.plot(ascending, [metrics[f"recall_at_{k}_{arm}"] for k in ascending], marker="o", label=arm)
+        values = [metrics[f"recall_at_{k}_{arm}"] for k in ascending]
+        axes.plot(ascending, values, marker="o", label=ARMS.get(arm, arm))
     axes.set(xscale="log", xlabel="passages", ylabel="recall", ylim=(None, 1.01))
     axes.set_xticks(ascending, [str(k) for k in ascending])
+    axes.set_title(title, fontsize=9)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
