@@ -26,7 +26,7 @@ class Step:
     Attributes:
         tokens: (B,) int64.
         log_probs: (B,) float32, of these tokens.
-        abstain: (B,) probability that the first token is that of the word for no answer; at the first step only.
+        abstain: (B,) probability that the first token is one of the word for no answer; at the first step only.
     """
 
     tokens: Tensor
@@ -41,15 +41,16 @@ class Rules:
     Attributes:
         stop: tokens that end an answer: the end of a line or of the text.
         never_first: tokens that no answer begins with: those that stop, and brackets, with which a citation begins.
-        abstain: first token of the word for no answer, or -1. Its probability is reported; it is never chosen, so that
-            there is an answer to measure in any case.
+        abstain: tokens with which the word for no answer begins, written this way or that; none where there is no such
+            word. Their probability is reported; they are never chosen, so that there is an answer to measure in any
+            case.
         pad: what stands where nothing is read.
         longest: tokens of an answer.
     """
 
     stop: tuple[int, ...]
     never_first: tuple[int, ...]
-    abstain: int
+    abstain: tuple[int, ...]
     pad: int
     longest: int
 
@@ -191,12 +192,9 @@ def first_token(logits: Tensor, rules: Rules) -> tuple[Step, Tensor]:
 
     The log-probability is that among what may be chosen: how sure the reader is of its answer, given that it gives one.
     """
-    abstain = torch.zeros(len(logits), device=logits.device)
+    abstain = logits.softmax(1)[:, list(rules.abstain)].sum(1)
     allowed = logits.clone()
-    if rules.abstain >= 0:
-        abstain = logits.softmax(1)[:, rules.abstain]
-        allowed[:, rules.abstain] = -torch.inf
-    allowed[:, list(rules.never_first)] = -torch.inf
+    allowed[:, [*rules.abstain, *rules.never_first]] = -torch.inf
     log_probs, tokens = allowed.log_softmax(1).max(1)
     return Step(tokens, log_probs, abstain), torch.zeros_like(tokens, dtype=torch.bool)
 

@@ -213,6 +213,10 @@ def stop_rules(tokenizer: Any, config: ReaderConfig, lead: str, pad: int, ends: 
     special = set(tokenizer.all_special_ids)
     word = tokenizer(lead + config.abstain, add_special_tokens=False)["input_ids"]
     # a tokenizer may put a mark of white space first, which any answer begins with
-    first = next((i for i in word if spelled[i].strip()), -1)
+    first = next((i for i in word if spelled[i].strip()), None)
+    abstain = [] if first is None else [first]
+    if first == word[-1]:  # the whole word: with a capital, or without the space, it says the same
+        abstain = [i for i, text in enumerate(spelled) if text.strip().lower() == config.abstain.lower()]
     stop = {*lines, *special, *ends}
-    return Rules(tuple(sorted(stop)), tuple(sorted({*stop, *brackets})), first, pad, config.answer_tokens)
+    never_first = tuple(sorted({*stop, *brackets}))
+    return Rules(tuple(sorted(stop)), never_first, tuple(abstain), pad, config.answer_tokens)

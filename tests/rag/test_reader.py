@@ -14,11 +14,11 @@ from common.errors import ProjectError
 from common.pretrained import available
 from rag.config import Config
 from rag.data.corpus import Passage
-from rag.reader.decode import Causal, Rules
+from rag.reader.decode import Causal, Rules, first_token
 from rag.reader.examples import PLAIN_EXAMPLES
 from rag.reader.llama import LlamaCpp, find_gguf
 from rag.reader.prompt import parse
-from rag.reader.reader import Answer, batches, matching
+from rag.reader.reader import Answer, batches, matching, stop_rules
 from rag.reader.weights import build_reader, open_reader
 from rag.settings import ReaderConfig
 from tests.rag import tiny_lm
@@ -69,8 +69,9 @@ def test_the_kept_prefix_is_that_of_a_prompt_read_whole(kind):
         with torch.no_grad():
             logits = model(ids).logits[0, -1]
         if i == 0:
-            assert torch.allclose(step.abstain[0], logits.softmax(0)[reader.rules.abstain], atol=1e-6)
-            logits[[*reader.rules.never_first, reader.rules.abstain]] = -torch.inf
+            unknown = logits.softmax(0)[list(reader.rules.abstain)].sum()
+            assert torch.allclose(step.abstain[0], unknown, atol=1e-6)
+            logits[[*reader.rules.never_first, *reader.rules.abstain]] = -torch.inf
         assert int(step.tokens[0]) == int(logits.argmax())
         assert torch.allclose(step.log_probs[0], logits.log_softmax(0).max(), atol=1e-4)
         ids = torch.cat([ids, step.tokens.reshape(1, 1)], 1)
@@ -139,7 +140,7 @@ def test_an_answer_is_never_empty_nor_the_word_for_none():
     reader = make(model)
     tokenizer = tiny_lm.tokenizer()
     word = tokenizer(" unknown", add_special_tokens=False)["input_ids"][0]
-    assert reader.rules.abstain == word
+    assert word in reader.rules.abstain
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
     assert {newline, *tokenizer.all_special_ids} <= set(reader.rules.stop) <= set(reader.rules.never_first)
     assert tokenizer(" [", add_special_tokens=False)["input_ids"][-1] in reader.rules.never_first
@@ -184,10 +185,37 @@ def test_weights_from_a_folder(tmp_path):
 
 
 def test_a_word_for_none_of_several_tokens():
-    rules = Rules((1,), (1,), -1, 0, 4)
-    assert rules.abstain == -1
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    step, _ = first_token(logits, Rules((1,), (1,), (), 0, 4))
+    assert int(step.tokens[0]) == 2 and float(step.abstain[0]) == 0
     reader = make(tiny_lm.llama(), abstain="zebra")
-    assert reader.decode([reader.rules.abstain]).strip()
+    assert len(reader.rules.abstain) == 1 and "zebra".startswith(reader.decode(list(reader.rules.abstain)).strip())
+
+
+def test_the_word_for_none_has_several_spellings():
+    """A finetuned reader that may not say `unknown` said `Unknown`, and so kept silent where it had to answer."""
+
+    class Spelled:
+        """A tokenizer of a few whole words."""
+
+        words = (" a", " unknown", "unknown", " Unknown", "UNKNOWN", " unknowns", "[", "\n")
+        all_special_ids = ()
+
+        def __len__(self):
+            return len(self.words)
+
+        def batch_decode(self, rows, **_):
+            return ["".join(self.words[i] for i in row) for row in rows]
+
+        def __call__(self, text, **_):
+            return {"input_ids": [self.words.index(text)]}
+
+    rules = stop_rules(Spelled(), CONFIG, " ", 0, [])
+    assert rules.abstain == (1, 2, 3, 4)
+    logits = torch.tensor([[1.0, 9, 9, 9, 9, 0, 9, 9]])
+    step, _ = first_token(logits, rules)
+    assert int(step.tokens[0]) == 0
+    assert float(step.abstain[0]) == pytest.approx(float(logits.softmax(1)[0, 1:5].sum()))
 
 
 @pytest.mark.skipif(not available(ReaderConfig.model), reason="SmolLM2 is not on this machine; make offline")
