@@ -1,7 +1,7 @@
 """How vector search grows: build time, memory, latency and recall of flat search, HNSW and IVF-PQ at 10^4, 10^5, 10^6
 and more synthetic vectors:
 
-    python -m bench.rag_scale [--sizes 10000 100000 1000000 2000000] [--kinds flat ivfpq hnsw] [--out docs/results/rag]
+    python -m bench.rag_scale [--sizes 10000 100000 1000000 2000000] [--kinds ivfpq hnsw] [--out docs/results/rag]
 
 Vectors of 384 numbers and length 1 in clusters of some 250: a centre, plus a draw from a 32-dimensional subspace of
 the cluster's own, plus a little noise in all directions. Embeddings of text are like that: near each other by topic,
@@ -174,7 +174,9 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axis.set_xscale("log")
         axis.set_xlabel("vectors")
         axis.set_title(label)
-        if name != "recall_at_10":
+        if name == "recall_at_10":
+            axis.set_ylim(0, 1.05)
+        else:
             axis.set_yscale("log")
     axes[0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
