@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from bench.rounds import peak_memory
-from common.files import write_json
+from common.files import write_figure, write_json
 from common.runtime import mix_seed, use_threads
 from rag.config import IndexConfig
 from rag.search.vectors import VectorFiles, VectorIndex
@@ -166,7 +166,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         "ms_median": "a query (ms, median)",
         "recall_at_10": "recall@10",
     }
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(15, 3.6), dpi=110, layout="constrained")
     for axis, (name, label) in zip(axes, panels.items(), strict=True):
         for kind in dict.fromkeys(item["kind"] for item in results):
             points = [(item["vectors"], item[name]) for item in results if item["kind"] == kind]
@@ -179,8 +179,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         else:
             axis.set_yscale("log")
     axes[0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure)
     plt.close(figure)
 
 

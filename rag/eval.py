@@ -32,7 +32,7 @@ from common.provenance import discard, made_by, output_hashes
 from common.run import Run
 from rag.metrics.arms import ORDER, Result, build_arms, example, measure, prediction
 from rag.data import Collection, load_collection
-from rag.data.corpus import Question, drawn
+from rag.data.corpus import Question, by_kind, drawn
 from rag.load import load_trained
 from rag.metrics.figures import save_recall
 from rag.metrics.scores import paired_bootstrap
@@ -139,9 +139,7 @@ def summarise(results: dict[str, Result], questions: list[Question], config: Con
             first, second = (results[arm].each[main_metric][judged].tolist() for arm in (better, worse))
             compared = paired_bootstrap(first, second, config.eval.resamples)
             metrics |= {f"{better}_over_{worse}_{key}": value for key, value in compared.items()}
-    kinds = sorted({question.kind for question in questions} - {""})
-    for kind in kinds if len(kinds) > 1 else []:
-        where = np.array([question.kind == kind for question in questions])
+    for kind, where in by_kind(questions).items():
         for name, result in results.items():
             metrics[f"{main_metric}_{kind}_{name}"] = float(np.nanmean(result.each[main_metric][where]))
     for name, result in results.items():

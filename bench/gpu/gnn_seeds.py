@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from common import runtime
 from common.config import require
 from common.errors import ProjectError
-from common.files import atomic_open
+from common.files import write_figure
 from gnn.config import Config, ModelConfig
 from gnn.core.graph import choose_storage
 from gnn.core.layers import glorot
@@ -217,5 +217,4 @@ def draw_histogram(path: Path, accuracy: list[float], title: str, published: flo
     axes.grid(color="#e2e8f0", axis="y")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    with atomic_open(path) as file:
-        figure.savefig(file, format="png")
+    write_figure(path, figure)

@@ -229,6 +229,14 @@ def named(items: Iterable[str]) -> str:
     return ", ".join(each[:NAMED]) + more
 
 
+def by_kind(questions: Sequence[Question]) -> dict[str, list[int]]:
+    """Where the questions of each kind are; nothing where all are of one."""
+    kinds = sorted({question.kind for question in questions} - {""})
+    if len(kinds) < 2:
+        return {}
+    return {kind: [i for i, question in enumerate(questions) if question.kind == kind] for kind in kinds}
+
+
 def drawn(count: int, total: int, *seed: int) -> np.ndarray[Any, Any]:
     """So many of 0 ... total-1, without repetition, ascending, as the seed has it; all of them for a count of 0 or too
     many.

@@ -21,7 +21,7 @@ from common.metrics import bootstrap_interval
 from common.runtime import mix_seed
 from rag.config import Config
 from rag.data import factworld
-from rag.data.corpus import Collection, Passage, Question
+from rag.data.corpus import Collection, Passage, Question, by_kind
 from rag.metrics.scores import answer_at, exact_match, f1, paired_bootstrap
 from rag.reader.poison import HARMLESS, POISONS, damage
 from rag.reader.reader import Answer, GenerativeReader, Reader
@@ -133,24 +133,17 @@ def ask(reader: Reader, questions: Sequence[Question], passages: list[list[Passa
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def by_kind(questions: Sequence[Question]) -> dict[str, list[int]]:
-    """Where the questions of each kind are; nothing where all are of one."""
-    kinds = sorted({question.kind for question in questions} - {""})
-    if len(kinds) < 2:
-        return {}
-    return {kind: [i for i, question in enumerate(questions) if question.kind == kind] for kind in kinds}
-
-
 def measure_arms(arms: dict[str, Arm], questions: Sequence[Question], resamples: int) -> dict[str, float]:
     """EM and F1 of each arm with 95 percent intervals, kinds of questions apart, and the arms compared in pairs."""
     metrics: dict[str, float] = {}
+    kinds = by_kind(questions)
     for name, arm in arms.items():
         for measure, values in (("em", arm.em(questions)), ("f1", arm.f1(questions))):
             metrics[f"{measure}_{name}"] = float(values.mean())
             if len(values) >= 2:
                 low, high = bootstrap_interval(values, num_resamples=resamples)
                 metrics |= {f"{measure}_{name}_low": low, f"{measure}_{name}_high": high}
-            for kind, where in by_kind(questions).items():
+            for kind, where in kinds.items():
                 metrics[f"{measure}_{name}_{kind}"] = float(values[where].mean())
     for better, worse in COMPARED:
         if better in arms and worse in arms and len(questions) >= 2:

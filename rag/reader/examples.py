@@ -169,8 +169,9 @@ def incomplete(right: list[Passage], question: Question, rng: np.random.Generato
     the cases those that only lead to the answer: a first step without the second, which is what a search finds that
     knows the first name alone, and the likeliest to be taken for an answer.
     """
-    steps = [passage for passage in right if not answer_at([passage.whole], question.answers, 1)]
-    return steps if len(right) > 1 and rng.random() < 0.5 else []
+    if len(right) < 2 or rng.random() >= 0.5:
+        return []
+    return [passage for passage in right if not answer_at([passage.whole], question.answers, 1)]
 
 
 def ask(question: Question, passages: Sequence[Passage], sources: tuple[int, ...]) -> Asked | None:

@@ -6,7 +6,6 @@ what was learned is written down.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -25,7 +24,7 @@ from rag.reader.examples import Context, Contexts
 from rag.reader.prompt import Prompter
 from rag.reader.reader import Reader
 from rag.reader.tree import Tree, TreeBatch, collate, grow, tree_loss
-from rag.reader.weights import ADAPTER, build_reader, citing, load_base, longest_of
+from rag.reader.weights import ADAPTER, build_reader, citing, load_base, longest_of, quiet_peft
 
 WINDOW = 16  # batches whose contexts are sorted by length together
 BATCH_STREAM = 7_400_011
@@ -151,8 +150,7 @@ class LanguageModelTask:
             target_modules="all-linear",
         )
         try:
-            with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
-                warnings.simplefilter("ignore", FutureWarning)
+            with quiet_peft():
                 self.model = get_peft_model(base, settings)
         except ValueError as error:
             raise ProjectError(f"{config.reader.model} cannot be adapted: {first_line(error)}") from None

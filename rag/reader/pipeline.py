@@ -178,8 +178,6 @@ def marked(text: str, answer: str) -> list[tuple[str, bool]]:
     pieces: list[tuple[str, bool]] = []
     at = 0
     for start, end in places(text, words):
-        start += len(text[start:end]) - len(text[start:end].lstrip(AROUND))
-        end -= len(text[start:end]) - len(text[start:end].rstrip(AROUND))
         pieces += [(text[at:start], False), (text[start:end], True)]
         at = end
     pieces.append((text[at:], False))
@@ -193,7 +191,9 @@ def places(text: str, words: list[str]) -> Iterator[tuple[int, int]]:
     for word in text.split():
         start = text.index(word, at)
         at = start + len(word)
-        spans += [(part, start, at) for part in normalise(word).split()]
+        inner = word.strip(AROUND)
+        start += word.index(inner)
+        spans += [(part, start, start + len(inner)) for part in normalise(word).split()]
     i = 0
     while words and i + len(words) <= len(spans):
         if [span[0] for span in spans[i : i + len(words)]] == words:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -133,13 +134,20 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without the warnings that peft causes by asking for an attribute that transformers has renamed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
 def merge(model: Any, adapter: Path) -> Any:
     """The model with the adapter's low-rank updates added to its weights."""
     from peft import PeftModel
 
     try:
-        with warnings.catch_warnings():  # peft asks for an attribute that transformers has renamed
-            warnings.simplefilter("ignore", FutureWarning)
+        with quiet_peft():
             return PeftModel.from_pretrained(model, adapter).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ProjectError(f"the adapter in {adapter} does not fit the model: {first_line(error)}") from None

@@ -59,6 +59,25 @@ def weighted_scores(lists: list[tuple[Array, Array]], weights: list[float], k: i
     return scores, best
 
 
+def by_turns(first: Array, second: Array, k: int) -> tuple[Array, Array]:
+    """One ranking of two: the best of the first, the best of the second, the second best of the first, and so on, each
+    passage once.
+
+    Args:
+        first, second: rows, best first, -1 for empty places, each (Q, K).
+    Returns:
+        scores (Q, k), 1 / place: they order and mean nothing else; rows (Q, k); -inf and -1 where there are no more.
+    """
+    scores = np.full((len(first), k), -np.inf, np.float32)
+    best = np.full((len(first), k), -1, np.int64)
+    for query, (one, other) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+        turns = [row for pair in zip(one, other, strict=True) for row in pair if row >= 0]
+        keep_best(
+            {row: 1 / place for place, row in enumerate(dict.fromkeys(turns), start=1)}, scores[query], best[query]
+        )
+    return scores, best
+
+
 def unit_range(values: Array, rows: Array) -> list[float]:
     """The scores of the places that are filled, the least as 0 and the largest as 1; all alike as 1."""
     there = values[rows >= 0].astype(np.float64)

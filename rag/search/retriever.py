@@ -100,7 +100,7 @@ class Retriever:
             firsts = [self.passages[int(row)] if row >= 0 else None for row in rows[:, 0]]
             followed = [hops.follow_up(question, first) for question, first in zip(questions, firsts, strict=True)]
             _, further = self.rank(followed, k, seconds)
-            scores, rows = hops.by_turns(rows, further, k)
+            scores, rows = fuse.by_turns(rows, further, k)
         return Found(scores, rows, seconds)
 
     def rank(self, questions: Sequence[str], k: int, seconds: dict[str, float]) -> tuple[Array, Array]:

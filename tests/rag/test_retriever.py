@@ -14,7 +14,8 @@ from rag.data import Passage, Passages, load_collection
 from rag.search.analyser import Analyser
 from rag.search.bm25 import BM25
 from rag.search.embed import Reranker
-from rag.search.hops import by_turns, follow_up
+from rag.search.fuse import by_turns
+from rag.search.hops import follow_up
 from rag.search.retriever import Retriever
 from rag.search.vectors import VectorFiles, VectorIndex
 
