@@ -15,6 +15,7 @@ from rag.config import Config
 if __name__ == "__main__":
     CONFIG, OPTIONS = load(Config, "rag", "index", short={"corpus": "data.folder", "ask": "index.ask"})
 
+import shlex
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +90,9 @@ def report(done: Update, run: Run, seconds: float) -> None:
         if names
     ]
     run.display.say(f"{'; '.join(counts) or 'nothing has changed'}; {done.passages} passages, {seconds:.1f} s")
-    run.display.say(f"search it: python -m rag.index --run {run.folder} --ask '...'")
+    folder = shlex.quote(str(run.folder))
+    run.display.say(f"search it: python -m rag.index --run {folder} --ask '...'")
+    run.display.say(f"ask it:    python -m rag.ask --run {folder}")
 
 
 def answer(library: Library, config: Config, run: Run) -> None:

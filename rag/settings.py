@@ -63,7 +63,8 @@ class ReaderTrainConfig:
     steps: int = 600  # updates
     batch_size: int = 8  # contexts a step, each with several questions about the same passages
     questions: int = 4  # most questions of a context
-    passages: int = 2  # most passages of a context: between 1 and so many, the right one and BM25's best others
+    fewest: int = 1  # least passages of a context
+    passages: int = 2  # most of them: the right one, and the best others that are found by words
     depth: int = 20  # the others are drawn from so many best ones
     unanswerable: float = 0.25  # share of contexts without the right passage, where the answer is reader.abstain
     window: int = 100  # words kept of a longer passage, drawn by seed around the answer; 0 = all
@@ -81,10 +82,22 @@ class ReaderTrainConfig:
     validation_questions: int = 64  # of a reading, drawn by seed
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "questions", "passages", "depth", "rank", "log_every", "save_every"):
+        positive = (
+            "steps",
+            "batch_size",
+            "questions",
+            "fewest",
+            "passages",
+            "depth",
+            "rank",
+            "log_every",
+            "save_every",
+        )
+        for name in positive:
             require(getattr(self, name) >= 1, f"reader_train.{name}", "must be at least 1")
         for name in ("warmup", "weight_decay", "grad_clip", "validate_every", "window"):
             require(getattr(self, name) >= 0, f"reader_train.{name}", "must not be negative")
+        require(self.fewest <= self.passages, "reader_train.fewest", "must be at most reader_train.passages")
         require(0 < self.lr < math.inf, "reader_train.lr", "must be positive and finite")
         require(0 < self.alpha < math.inf, "reader_train.alpha", "must be positive and finite")
         require(0 <= self.dropout < 1, "reader_train.dropout", "must be in [0, 1)")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.errors import ProjectError
 from common.runtime import mix_seed
@@ -19,6 +20,8 @@ from rag.data.corpus import Collection, Passage, Question
 from rag.metrics.scores import answer_at
 from rag.reader.prompt import Example
 from rag.search.bm25 import BM25
+from rag.search.fuse import by_turns
+from rag.search.hops import follow_up
 
 CONTEXT_STREAM, ORDER_STREAM, EXAMPLE_STREAM = range(7_400_001, 7_400_004)
 EXAMPLE_WORDS = 60  # of a passage in a worked example
@@ -96,6 +99,7 @@ class Contexts:
     def __init__(self, collection: Collection, bm25: BM25, config: Config) -> None:
         self.collection = collection
         self.bm25 = bm25
+        self.hops = config.search.hops
         self.config = config.reader_train
         self.seed = config.seed
         groups: dict[tuple[str, ...], list[Question]] = {}
@@ -129,7 +133,7 @@ class Contexts:
         missing = bool(rng.random() < config.unanswerable) or not right
         kept = incomplete(right, lead, rng) if missing else right
         most = max(config.passages, len(kept))
-        count = int(rng.integers(max(1, len(kept)), most + 1)) - len(kept)
+        count = int(rng.integers(max(config.fewest, len(kept)), most + 1)) - len(kept)
         rng.shuffle(others)
         passages = [self.cut(passage, lead.answers, rng) for passage in kept]
         passages += [self.cut(passage, (), rng) for passage in others[:count]]
@@ -140,24 +144,34 @@ class Contexts:
         return Context(shown, tuple(asked for asked in found if asked is not None))
 
     def candidates(self, question: Question) -> tuple[list[Passage], list[Passage]]:
-        """The right passages of a question, and the best others by BM25 that do not have its answer."""
-        passages = self.collection.passages
-        _, rows = self.bm25.search([question.text], self.config.depth)
-        found = [passages[int(row)] for row in rows[0] if row >= 0]
-        has = [answer_at([passage.whole], question.answers, 1) > 0 for passage in found]
-        right = [passages[row] for row in self.collection.rows_of(question)]
+        """The right passages of a question, and the best others by BM25 that do not have its answer: what looks alike.
+
+        To a search of two steps, what follows from the first passage looks alike, too. Asked for a year of birth, it
+        shows the birthplace with the year of its founding, and a reader has to have met that.
+        """
+        depth = self.config.depth
+        _, rows = self.bm25.search([question.text], depth)
+        right = [self.collection.passages[row] for row in self.collection.rows_of(question)]
         if not question.gold:  # the best that has the answer's words, as DPR's authors do for such datasets
-            right = [passage for passage, holds in zip(found, has) if holds][:1]
+            right = [passage for passage in self.passages_of(rows) if has_answer(passage, question)][:1]
+        if self.hops == 2 and right:
+            _, further = self.bm25.search([follow_up(question.text, right[0])], depth)
+            _, rows = by_turns(rows, further, depth)
         mine = {passage.id for passage in right}
-        others = [passage for passage, holds in zip(found, has) if not holds and passage.id not in mine]
+        found = [passage for passage in self.passages_of(rows) if passage.id not in mine]
+        others = [passage for passage in found if not has_answer(passage, question)]
         return right, others or [p for p in self.strangers(question) if p.id not in mine]
+
+    def passages_of(self, rows: NDArray[np.int64]) -> list[Passage]:
+        """The passages of one question's ranking, rows (1, K)."""
+        return [self.collection.passages[int(row)] for row in rows[0] if row >= 0]
 
     def strangers(self, question: Question) -> list[Passage]:
         """A few passages that have nothing to do with a question, where BM25 finds none that look alike."""
         rng = np.random.default_rng(mix_seed(self.seed, CONTEXT_STREAM, len(question.text)))
         drawn = rng.integers(0, len(self.collection.passages), 4 * self.config.passages)
         found = (self.collection.passages[int(row)] for row in drawn)
-        return [passage for passage in found if not answer_at([passage.whole], question.answers, 1)]
+        return [passage for passage in found if not has_answer(passage, question)]
 
     def cut(self, passage: Passage, answers: Sequence[str], rng: np.random.Generator) -> Passage:
         """At most `window` words of a passage."""
@@ -171,7 +185,12 @@ def incomplete(right: list[Passage], question: Question, rng: np.random.Generato
     """
     if len(right) < 2 or rng.random() >= 0.5:
         return []
-    return [passage for passage in right if not answer_at([passage.whole], question.answers, 1)]
+    return [passage for passage in right if not has_answer(passage, question)]
+
+
+def has_answer(passage: Passage, question: Question) -> bool:
+    """Whether one of the question's answers stands in a passage."""
+    return answer_at([passage.whole], question.answers, 1) > 0
 
 
 def ask(question: Question, passages: Sequence[Passage], sources: tuple[int, ...]) -> Asked | None:

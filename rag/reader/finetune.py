@@ -136,7 +136,8 @@ class LanguageModelTask:
     """
 
     def __init__(self, config: Config, run: Run) -> None:
-        from peft import LoraConfig, get_peft_model
+        with quiet_peft():
+            from peft import LoraConfig, get_peft_model
 
         half = run.machine.amp_dtype == torch.bfloat16
         base, self.tokenizer = load_base(config.reader.model, torch.bfloat16 if half else torch.get_default_dtype())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -136,7 +137,10 @@ def load_base(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without the warnings that peft causes by asking for an attribute that transformers has renamed."""
+    """Without the warnings that peft causes: by asking for an attribute that transformers has renamed, and by loading
+    bitsandbytes, which misses a kernel for 4-bit weights that nothing here has.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
@@ -144,10 +148,10 @@ def quiet_peft() -> Iterator[None]:
 
 def merge(model: Any, adapter: Path) -> Any:
     """The model with the adapter's low-rank updates added to its weights."""
-    from peft import PeftModel
-
     try:
         with quiet_peft():
+            from peft import PeftModel
+
             return PeftModel.from_pretrained(model, adapter).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ProjectError(f"the adapter in {adapter} does not fit the model: {first_line(error)}") from None

@@ -110,6 +110,30 @@ def test_a_first_step_without_the_second_is_no_answer(world, config):
     assert min(seen.values()) > 5 and 0.3 < seen["first step"] / sum(seen.values()) < 0.9
 
 
+def test_what_looks_alike_is_what_the_readers_own_search_finds(world, config):
+    """Asked for a year of birth, a search of two steps finds the birthplace, too, which has a year of its own."""
+    collection, bm25 = world
+    asked = [q for q in collection.train if q.kind == "one_hop" and "year" in q.text]
+    towns = {p.title for p in collection.passages if p.id.startswith("place")}
+    with_place = {}
+    for hops in (1, 2):
+        contexts = Contexts(collection, bm25, replace(config, search=replace(config.search, hops=hops)))
+        with_place[hops] = 0.0
+        for question in asked:
+            right, others = contexts.candidates(question)
+            assert [passage.id for passage in right] == question.relevant and right[0] not in others
+            behind = [p for p in others[:3] if p.title in towns and p.title in right[0].text]
+            with_place[hops] += len(behind[:1]) / len(asked)
+    assert with_place[2] > 0.6 > 0.2 > with_place[1]
+
+
+def test_fewest_passages(world, config):
+    collection, bm25 = world
+    settings = replace(config.reader_train, fewest=3, passages=3)
+    contexts = Contexts(collection, bm25, replace(config, reader_train=settings))
+    assert {len(contexts.draw(0, index).passages) for index in range(40)} == {3}
+
+
 def test_contexts_are_a_function_of_seed_epoch_and_place(world, config):
     collection, bm25 = world
     one, other = Contexts(collection, bm25, config), Contexts(collection, bm25, config)
