@@ -62,7 +62,8 @@ class ReaderTrainConfig:
 
     steps: int = 600  # updates
     batch_size: int = 8  # contexts a step, each with several questions about the same passages
-    questions: int = 4  # most questions of a context
+    questions: int = 4  # most questions of a context about its right passages
+    further: int = 0  # most others, half of them about its other passages, half about such as are not shown
     fewest: int = 1  # least passages of a context
     passages: int = 2  # most of them: the right one, and the best others that are found by words
     depth: int = 20  # the others are drawn from so many best ones
@@ -95,7 +96,7 @@ class ReaderTrainConfig:
         )
         for name in positive:
             require(getattr(self, name) >= 1, f"reader_train.{name}", "must be at least 1")
-        for name in ("warmup", "weight_decay", "grad_clip", "validate_every", "window"):
+        for name in ("further", "warmup", "weight_decay", "grad_clip", "validate_every", "window"):
             require(getattr(self, name) >= 0, f"reader_train.{name}", "must not be negative")
         require(self.fewest <= self.passages, "reader_train.fewest", "must be at most reader_train.passages")
         require(0 < self.lr < math.inf, "reader_train.lr", "must be positive and finite")

@@ -109,6 +109,10 @@ class Contexts:
                 key = tuple(sorted(question.relevant)) or (f"question {question.id}",)
                 groups.setdefault(key, []).append(question)
         self.groups = list(groups.values())
+        self.about: dict[str, list[int]] = {}  # passage -> groups of questions that need it
+        for index, key in enumerate(groups):
+            for passage in key:
+                self.about.setdefault(passage, []).append(index)
         if not self.groups:
             raise ProjectError(
                 f"{collection.name} has no training questions with answers; a reader cannot learn from it"
@@ -140,8 +144,29 @@ class Contexts:
         order = [int(i) for i in rng.permutation(len(passages))]
         shown = tuple(passages[i] for i in order)
         sources = () if missing else tuple(place for place, i in enumerate(order) if i < len(right))
-        found = (ask(question, shown, sources) for question in questions)
+        alike = [passage.id for passage in [*right, *others[count:]]]
+        further = self.further([passage.id for passage in shown], alike, index, rng)
+        found = [ask(question, shown, sources) for question in questions]
+        found += [ask(question, shown, places_of(question, shown)) for question in further]
         return Context(shown, tuple(asked for asked in found if asked is not None))
+
+    def further(self, shown: list[str], alike: list[str], lead: int, rng: np.random.Generator) -> list[Question]:
+        """Questions of other groups, one each: half of them are answered by the other passages that are shown, half
+        need one that looks alike and is not shown. The same text with other questions teaches which name an answer
+        belongs to.
+
+        Args:
+            shown, alike: ids of passages that are shown, and of others.
+            lead: the group that the context was drawn for.
+        """
+        if not self.config.further:
+            return []
+        near = dict.fromkeys(group for passage in [*shown, *alike] for group in self.about.get(passage, ()))
+        answered = [group for group in near if {*self.groups[group][0].relevant} <= {*shown} and group != lead]
+        open_ = [group for group in near if group not in answered and group != lead]
+        half = self.config.further // 2
+        chosen = [*rng.permutation(answered)[: self.config.further - half], *rng.permutation(open_)[:half]]
+        return [self.groups[int(group)][int(rng.integers(len(self.groups[int(group)])))] for group in chosen]
 
     def candidates(self, question: Question) -> tuple[list[Passage], list[Passage]]:
         """The right passages of a question, and the best others by BM25 that do not have its answer: what looks alike.
@@ -191,6 +216,14 @@ def incomplete(right: list[Passage], question: Question, rng: np.random.Generato
 def has_answer(passage: Passage, question: Question) -> bool:
     """Whether one of the question's answers stands in a passage."""
     return answer_at([passage.whole], question.answers, 1) > 0
+
+
+def places_of(question: Question, passages: Sequence[Passage]) -> tuple[int, ...]:
+    """Where the passages that answer a question stand; nowhere unless all do."""
+    places = {passage.id: place for place, passage in enumerate(passages)}
+    if not all(name in places for name in question.relevant):
+        return ()
+    return tuple(sorted(places[name] for name in question.relevant))
 
 
 def ask(question: Question, passages: Sequence[Passage], sources: tuple[int, ...]) -> Asked | None:

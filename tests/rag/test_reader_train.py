@@ -134,6 +134,30 @@ def test_fewest_passages(world, config):
     assert {len(contexts.draw(0, index).passages) for index in range(40)} == {3}
 
 
+def test_further_questions_are_about_what_else_is_shown_or_looks_alike(world, config):
+    collection, bm25 = world
+    settings = replace(config, reader_train=replace(config.reader_train, further=4, passages=3, fewest=3))
+    plain = replace(settings, reader_train=replace(settings.reader_train, further=0))
+    contexts, before = Contexts(collection, bm25, settings), Contexts(collection, bm25, plain)
+    by_text = {question.text: question for question in collection.train}
+    seen = {"answered": 0, "open": 0}
+    for index in range(len(contexts)):
+        context, same = contexts.draw(0, index), before.draw(0, index)
+        assert context.passages == same.passages and context.asked[: len(same.asked)] == same.asked
+        further = context.asked[len(same.asked) :]
+        assert len(further) <= 4 and len({asked.question for asked in context.asked}) == len(context.asked)
+        for asked in further:
+            question = by_text[asked.question]
+            ids = [context.passages[place].id for place in asked.sources]
+            if asked.answer:
+                assert sorted(ids) == sorted(question.relevant) and asked.answer in question.answers
+            else:
+                assert not ids and not {*question.relevant} <= {passage.id for passage in context.passages}
+                assert not answer_at([p.whole for p in context.passages], question.answers, 3)
+            seen["answered" if asked.answer else "open"] += 1
+    assert min(seen.values()) > 0.7 * max(seen.values()) and sum(seen.values()) > 2 * len(contexts)
+
+
 def test_contexts_are_a_function_of_seed_epoch_and_place(world, config):
     collection, bm25 = world
     one, other = Contexts(collection, bm25, config), Contexts(collection, bm25, config)
