@@ -65,7 +65,9 @@ class ReaderTrainConfig:
     questions: int = 4  # most questions of a context about its right passages
     further: int = 0  # most others, half of them about its other passages, half about such as are not shown
     fewest: int = 1  # least passages of a context
-    passages: int = 2  # most of them: the right one, and the best others that are found by words
+    passages: int = 2  # most of them: the right one and others that look alike
+    # what finds the others. words: BM25; search: the run's own trained search, which will find them for the reader, too
+    others: Literal["words", "search"] = "words"
     depth: int = 20  # the others are drawn from so many best ones
     unanswerable: float = 0.25  # share of contexts without the right passage, where the answer is reader.abstain
     window: int = 100  # words kept of a longer passage, drawn by seed around the answer; 0 = all

@@ -32,9 +32,11 @@ from rag.metrics.scores import exact_match, f1
 from rag.negatives import build_bm25
 from rag.reader.examples import Contexts
 from rag.reader.extractive import SpanTask
+from rag.reader.pipeline import open_retriever
 from rag.reader.finetune import Batches, LanguageModelTask, Task, trained
 from rag.reader.reader import Reader
 from rag.reader.weights import FOLDER
+from rag.search.retriever import Retriever
 
 VALIDATION_STREAM = 7_400_021
 
@@ -42,11 +44,11 @@ VALIDATION_STREAM = 7_400_021
 @exits_cleanly
 def train(config: Config, options: Options) -> None:
     """Train a reader, from its config to its last checkpoint and what it has learned."""
-    config = replace(config, run_dir=str(Path(config.run_dir) / FOLDER))
-    settings = config.reader_train
     check(config)
     collection = load_collection(config.data, config.data_root)
-    contexts = Contexts(collection, build_bm25(collection, config), config)
+    contexts = Contexts(collection, open_search(config, collection, options.dry_run), config)
+    config = replace(config, run_dir=str(Path(config.run_dir) / FOLDER))
+    settings = config.reader_train
     if options.dry_run:
         return describe(config, contexts)
     with Run.start(config, options) as run:
@@ -83,6 +85,21 @@ def train(config: Config, options: Options) -> None:
             if run.save_due(step, settings.save_every):
                 run.save(step, **parts)
         task.export(run.folder)
+
+
+def open_search(config: Config, collection: Collection, dry_run: bool = False) -> Retriever:
+    """What finds passages that look alike: words alone, or the search of the run that the reader will belong to. (A dry
+    run, which encodes nothing, shows what words find.)
+    """
+    if config.reader_train.others == "words" or dry_run:
+        words = replace(config.search, mode="bm25")
+        return Retriever(collection.passages, words, build_bm25(collection, config))
+    if not (Path(config.run_dir) / "checkpoints").is_dir():
+        raise ConfigError(
+            "reader_train.others", f"search needs a trained one: run rag.train with run_dir={config.run_dir}"
+        )
+    with Run(config, Options("eval")) as run:
+        return open_retriever(config, Options("eval"), run, collection)
 
 
 def build_task(config: Config, run: Run, collection: Collection) -> Task[Any, Any]:

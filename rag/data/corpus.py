@@ -159,6 +159,7 @@ class Collection:
 
     Attributes:
         notes: what a person should know, such as files that were left out.
+        complete: whether every passage was judged for every question: no other answers it, whatever its words.
     """
 
     name: str
@@ -167,6 +168,7 @@ class Collection:
     validation: list[Question] = field(default_factory=list)
     test: list[Question] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    complete: bool = False
 
     def questions(self, split: str) -> list[Question]:
         """The questions of train, validation or test."""
@@ -271,6 +273,6 @@ def shrink(collection: Collection, max_passages: int, max_questions: int, seed: 
                     yield replace(question, gold=gold)
 
         train, validation, test = (list(kept(collection.questions(split))) for split in SPLITS)
-        collection = Collection(collection.name, passages, train, validation, test, collection.notes)
+        collection = replace(collection, passages=passages, train=train, validation=validation, test=test)
     chosen = drawn(max_questions, len(collection.train), seed, QUESTION_STREAM)
     return replace(collection, train=[collection.train[i] for i in chosen])

@@ -176,4 +176,5 @@ def load(config: DataConfig) -> Collection:
     asked: dict[str, list[Question]] = {"train": [], "validation": [], "test": []}
     for item in world.entities:
         asked[item.split] += ask(world, item)
-    return Collection("factworld", Passages(world.passages()), asked["train"], asked["validation"], asked["test"])
+    passages = Passages(world.passages())
+    return Collection("factworld", passages, asked["train"], asked["validation"], asked["test"], complete=True)

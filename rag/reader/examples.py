@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common.errors import ProjectError
 from common.runtime import mix_seed
@@ -19,9 +18,7 @@ from rag.config import Config
 from rag.data.corpus import Collection, Passage, Question
 from rag.metrics.scores import answer_at
 from rag.reader.prompt import Example
-from rag.search.bm25 import BM25
-from rag.search.fuse import by_turns
-from rag.search.hops import follow_up
+from rag.search.retriever import Retriever
 
 CONTEXT_STREAM, ORDER_STREAM, EXAMPLE_STREAM = range(7_400_001, 7_400_004)
 EXAMPLE_WORDS = 60  # of a passage in a worked example
@@ -93,13 +90,12 @@ class Contexts:
     """All contexts that training draws from: questions with the same right passages belong to one.
 
     Args:
-        bm25: over the collection's passages, row by row; it finds what looks alike.
+        retriever: over the collection's passages; it finds what looks alike.
     """
 
-    def __init__(self, collection: Collection, bm25: BM25, config: Config) -> None:
+    def __init__(self, collection: Collection, retriever: Retriever, config: Config) -> None:
         self.collection = collection
-        self.bm25 = bm25
-        self.hops = config.search.hops
+        self.retriever = retriever
         self.config = config.reader_train
         self.seed = config.seed
         groups: dict[tuple[str, ...], list[Question]] = {}
@@ -146,8 +142,9 @@ class Contexts:
         sources = () if missing else tuple(place for place, i in enumerate(order) if i < len(right))
         alike = [passage.id for passage in [*right, *others[count:]]]
         further = self.further([passage.id for passage in shown], alike, index, rng)
-        found = [ask(question, shown, sources) for question in questions]
-        found += [ask(question, shown, places_of(question, shown)) for question in further]
+        complete = self.collection.complete
+        found = [ask(question, shown, sources, complete) for question in questions]
+        found += [ask(question, shown, places_of(question, shown), complete) for question in further]
         return Context(shown, tuple(asked for asked in found if asked is not None))
 
     def further(self, shown: list[str], alike: list[str], lead: int, rng: np.random.Generator) -> list[Question]:
@@ -169,27 +166,20 @@ class Contexts:
         return [self.groups[int(group)][int(rng.integers(len(self.groups[int(group)])))] for group in chosen]
 
     def candidates(self, question: Question) -> tuple[list[Passage], list[Passage]]:
-        """The right passages of a question, and the best others by BM25 that do not have its answer: what looks alike.
+        """The right passages of a question, and the best others that are found for it.
 
-        To a search of two steps, what follows from the first passage looks alike, too. Asked for a year of birth, it
-        shows the birthplace with the year of its founding, and a reader has to have met that.
+        Where not every passage has been judged, one with the answer's words may be right as well, and is left out.
         """
-        depth = self.config.depth
-        _, rows = self.bm25.search([question.text], depth)
+        rows = self.retriever.find([question.text], self.config.depth).rows[0]
+        found = [self.collection.passages[int(row)] for row in rows if row >= 0]
         right = [self.collection.passages[row] for row in self.collection.rows_of(question)]
         if not question.gold:  # the best that has the answer's words, as DPR's authors do for such datasets
-            right = [passage for passage in self.passages_of(rows) if has_answer(passage, question)][:1]
-        if self.hops == 2 and right:
-            _, further = self.bm25.search([follow_up(question.text, right[0])], depth)
-            _, rows = by_turns(rows, further, depth)
+            right = [passage for passage in found if has_answer(passage, question)][:1]
         mine = {passage.id for passage in right}
-        found = [passage for passage in self.passages_of(rows) if passage.id not in mine]
-        others = [passage for passage in found if not has_answer(passage, question)]
+        others = [passage for passage in found if passage.id not in mine]
+        if not self.collection.complete:
+            others = [passage for passage in others if not has_answer(passage, question)]
         return right, others or [p for p in self.strangers(question) if p.id not in mine]
-
-    def passages_of(self, rows: NDArray[np.int64]) -> list[Passage]:
-        """The passages of one question's ranking, rows (1, K)."""
-        return [self.collection.passages[int(row)] for row in rows[0] if row >= 0]
 
     def strangers(self, question: Question) -> list[Passage]:
         """A few passages that have nothing to do with a question, where BM25 finds none that look alike."""
@@ -226,10 +216,13 @@ def places_of(question: Question, passages: Sequence[Passage]) -> tuple[int, ...
     return tuple(sorted(places[name] for name in question.relevant))
 
 
-def ask(question: Question, passages: Sequence[Passage], sources: tuple[int, ...]) -> Asked | None:
+def ask(question: Question, passages: Sequence[Passage], sources: tuple[int, ...], complete: bool) -> Asked | None:
     """A question about passages of which some are right; None where a part that was cut away has the answer, or where
-    none is right and one has the answer's words all the same.
+    none is right and one has the answer's words all the same, unless judgements are complete: then it says something
+    else in these words.
     """
+    if complete and not sources:
+        return Asked(question.text, "", ())
     shown = [passages[place] for place in sources] or list(passages)
     answer = next((text for text in question.answers if answer_at([p.whole for p in shown], [text], len(shown))), "")
     if bool(answer) != bool(sources):

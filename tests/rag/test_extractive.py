@@ -15,7 +15,6 @@ from rag.config import Config, ModelConfig
 from rag.data import load_collection
 from rag.data.corpus import Passage
 from rag.model.encoder import Tokenizer, learn_word_pieces
-from rag.negatives import build_bm25
 from rag.reader.examples import Asked, Context, Contexts
 from rag.reader.extractive import (
     ExtractiveReader,
@@ -27,7 +26,7 @@ from rag.reader.extractive import (
     span_loss,
 )
 from rag.reader.weights import open_reader
-from rag.train_reader import train
+from rag.train_reader import open_search, train
 from tests.helpers import status
 
 CPU = torch.device("cpu")
@@ -170,7 +169,7 @@ def test_it_learns_two_contexts_by_heart_and_says_them(config):
     collection = load_collection(config.data, "data")
     with Run(config, Options("train")) as run:
         task = SpanTask(config, run, collection)
-        contexts = Contexts(collection, build_bm25(collection, config), config)
+        contexts = Contexts(collection, open_search(config, collection), config)
         drawn = [contexts.draw(0, i) for i in range(2)]
         batch = task.collate([task.row(context) for context in drawn])
         optimizer = torch.optim.Adam(task.model.parameters(), 3e-3)
