@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import rag.train
 from common.checkpoint import Checkpoints
 from common.config import ConfigError, Options, load, resolve
 from common.errors import ProjectError
@@ -25,7 +26,7 @@ from rag.search.analyser import Analyser
 from rag.search.bm25 import BM25
 from rag.search.retriever import Retriever
 from rag.settings import ReaderConfig
-from rag.train_reader import train
+from rag.train_reader import open_search, train
 from tests.helpers import status
 from tests.rag import tiny_lm
 
@@ -372,6 +373,27 @@ def test_peoples_mistakes(config, capsys):
     assert "contexts" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="window"):
         resolve(Config, None, ["reader_train.window=5"])
+
+
+def test_a_reader_learns_among_what_its_own_search_finds(config, tmp_path, capsys):
+    small = [*TINY, "model.name=scratch", "model.width=16", "model.layers=1", "model.heads=2", "model.vocabulary=400"]
+    settings = ["train.steps=2", "train.batch_size=8", "reader_train.others=search", "search.hops=2"]
+    config = resolve(
+        Config, None, [*small, *settings, f"reader.model={config.reader.model}", f"run_dir={tmp_path}/run"]
+    )
+    assert status(train, config, Options("train")) == 2
+    assert "rag.train" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert status(train, config, Options("train", dry_run=True)) == 0
+    assert status(rag.train.train, config, Options("train")) == 0
+    collection = load_collection(config.data, "data")
+    searched = Contexts(collection, open_search(config, collection), config)
+    words = replace(config, reader_train=replace(config.reader_train, others="words"))
+    plain = Contexts(collection, open_search(words, collection), config)
+    assert searched.retriever.config.mode == "hybrid" and plain.retriever.config.mode == "bm25"
+    assert [searched.draw(0, i) for i in range(9)] != [plain.draw(0, i) for i in range(9)]
+    assert [searched.draw(0, i) for i in range(9)] == [searched.draw(0, i) for i in reversed(range(9))][::-1]
+    assert status(train, config, Options("train")) == 0
+    assert (tmp_path / "run/reader/adapter/adapter_config.json").is_file()
 
 
 def test_the_help_names_the_program(capsys):
