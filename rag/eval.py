@@ -73,8 +73,6 @@ def main(config: Config, options: Options) -> None:
                 f"{run.folder} holds a cross-encoder, which ranks what others find: python -m rag.eval --run "
                 f"<a bi-encoder's run> rerank.model={run.folder}"
             )
-        if step < config.train.steps:
-            run.display.say(f"note: the weights are of step {step} of {config.train.steps}: no finished training")
         for note in collection.notes:
             run.display.say(note)
         marks = made_by(config, [weights_hash({name: value.cpu() for name, value in model.state_dict().items()})])

@@ -60,13 +60,18 @@ def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
 
 
 def load_trained(config: Config, options: Options, run: Run) -> tuple[Encoder | CrossEncoder, Tokenizer, int]:
-    """The model of a run's newest whole checkpoint (or of `--checkpoint`), its tokenizer, and the number of updates."""
+    """The model of a run's newest whole checkpoint (or of `--checkpoint`), its tokenizer, and the number of updates.
+    Where training is not finished, a person is told.
+    """
     folder = run.folder / "checkpoints"
     state = load_chosen(folder, options.checkpoint)
     tokenizer = load_tokenizer(run.folder / ENCODER, config.model)
     model = build_model(config.model, len(tokenizer.inner), weights=False)
     fill(model, state["parts"]["model"], folder)
-    return model.to(run.device).eval().requires_grad_(False), tokenizer, int(state["step"])
+    step = int(state["step"])
+    if step < config.train.steps:
+        run.display.say(f"note: the weights are of step {step} of {config.train.steps}: no finished training")
+    return model.to(run.device).eval().requires_grad_(False), tokenizer, step
 
 
 def fill(model: nn.Module, weights: dict[str, torch.Tensor], source: Path) -> None:

@@ -410,6 +410,9 @@ def test_a_reader_learns_among_what_its_own_search_finds(config, tmp_path, capsy
     assert searched.retriever.config.mode == "hybrid" and plain.retriever.config.mode == "bm25"
     assert [searched.draw(0, i) for i in range(9)] != [plain.draw(0, i) for i in range(9)]
     assert [searched.draw(0, i) for i in range(9)] == [searched.draw(0, i) for i in reversed(range(9))][::-1]
+    assert "no finished training" not in capsys.readouterr().err
+    open_search(replace(config, train=replace(config.train, steps=4)), collection)
+    assert "the weights are of step 2 of 4: no finished training" in capsys.readouterr().err
     assert status(train, config, Options("train")) == 0
     assert (tmp_path / "run/reader/adapter/adapter_config.json").is_file()
 
