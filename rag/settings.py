@@ -66,9 +66,10 @@ class ReaderTrainConfig:
     further: int = 0  # most others, half of them about its other passages, half about such as are not shown
     fewest: int = 1  # least passages of a context
     passages: int = 2  # most of them: the right one and others that look alike
-    # what finds the others. words: BM25; search: the run's own trained search, which will find them for the reader, too
+    # what finds the others. words: BM25, they are drawn from the best; search: the run's own trained search, the best, as
+    # the reader will be shown them
     others: Literal["words", "search"] = "words"
-    depth: int = 20  # the others are drawn from so many best ones
+    depth: int = 20  # how many best ones
     unanswerable: float = 0.25  # share of contexts without the right passage, where the answer is reader.abstain
     window: int = 100  # words kept of a longer passage, drawn by seed around the answer; 0 = all
     lr: float = 3e-4  # learning rate of AdamW, after the warm-up

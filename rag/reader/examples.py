@@ -134,9 +134,8 @@ class Contexts:
         kept = incomplete(right, lead, rng) if missing else right
         most = max(config.passages, len(kept))
         count = int(rng.integers(max(config.fewest, len(kept)), most + 1)) - len(kept)
-        rng.shuffle(others)
-        # what has an answer's words and does not answer comes first: it is what a wrong source is taken from
-        others.sort(key=lambda passage: not any(has_answer(passage, question) for question in questions))
+        if config.others == "words":  # else the best, just as the reader will be shown them
+            rng.shuffle(others)
         passages = [self.cut(passage, lead.answers, rng) for passage in kept]
         passages += [self.cut(passage, (), rng) for passage in others[:count]]
         order = [int(i) for i in rng.permutation(len(passages))]

@@ -136,22 +136,20 @@ def test_what_looks_alike_is_what_the_readers_own_search_finds(world, config):
     assert with_place[2] > 1.5 * with_place[1] > 0
 
 
-def test_what_has_the_answers_words_without_answering_is_shown_first(world, config):
-    """Whose pupil somebody was stands in one passage; that of the teacher has the name, and must not be cited."""
+def test_a_context_is_what_the_search_would_show(world, config):
+    """Where the others are the search's: the right passages and the best others, none left out between them."""
     collection, retriever = world
-    searched = Retriever(collection.passages, SearchConfig(mode="bm25", hops=2), retriever.lexical)
-    contexts = Contexts(collection, searched, replace(config, reader_train=replace(config.reader_train, fewest=2)))
+    settings = replace(config.reader_train, others="search", passages=3, fewest=3, depth=6, unanswerable=0.0)
+    contexts = Contexts(collection, retriever, replace(config, reader_train=settings))
     by_text = {question.text: question for question in collection.train}
-    shown = {True: 0, False: 0}
-    for index in range(len(contexts)):
+    orders = set()
+    for index in range(60):
         context = contexts.draw(0, index)
-        questions = [by_text[asked.question] for asked in context.asked]
-        _, others = contexts.candidates(questions[0])
-        texts = [text for question in questions for text in question.answers]
-        holding = {passage.id for passage in others if answer_at([passage.whole], texts, 1)}
-        if holding and len(context.passages) > len(questions[0].relevant):
-            shown[bool(holding & {passage.id for passage in context.passages})] += 1
-    assert shown[True] > 20 and shown[False] == 0
+        right, others = contexts.candidates(by_text[context.asked[0].question])
+        shown = [*right, *others][:3]
+        assert sorted(p.id for p in context.passages) == sorted(p.id for p in shown)
+        orders.add(tuple(shown.index(passage) for passage in context.passages))
+    assert len(orders) == 6, "their places are drawn"
 
 
 def test_fewest_passages(world, config):
