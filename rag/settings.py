@@ -66,8 +66,8 @@ class ReaderTrainConfig:
     further: int = 0  # most others, half of them about its other passages, half about such as are not shown
     fewest: int = 1  # least passages of a context
     passages: int = 2  # most of them: the right one and others that look alike
-    # what finds the others. words: BM25, they are drawn from the best; search: the run's own trained search, the best, as
-    # the reader will be shown them
+    # what finds the others. words: BM25, they are drawn from its best; search: the run's own trained search, its best,
+    # as they will be shown to the reader
     others: Literal["words", "search"] = "words"
     depth: int = 20  # how many best ones
     unanswerable: float = 0.25  # share of contexts without the right passage, where the answer is reader.abstain

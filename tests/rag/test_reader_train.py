@@ -149,7 +149,7 @@ def test_a_context_is_what_the_search_would_show(world, config):
         shown = [*right, *others][:3]
         assert sorted(p.id for p in context.passages) == sorted(p.id for p in shown)
         orders.add(tuple(shown.index(passage) for passage in context.passages))
-    assert len(orders) == 6, "their places are drawn"
+    assert len({order for order in orders if len(order) == 3}) == 6, "their places are drawn"
 
 
 def test_fewest_passages(world, config):
