@@ -64,8 +64,9 @@ def main(argv: list[str] | None = None) -> None:
         if len(values) > 1:
             record["metrics"][f"{name}_std"] = statistics.stdev(values)
     write_json(args.results / f"{args.name}.json", record)
-    write_text(args.results / f"{args.name}.md", table(together))
-    print(table(together), end="")
+    text = table(together)
+    write_text(args.results / f"{args.name}.md", text)
+    print(text, end="")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

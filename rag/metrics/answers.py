@@ -23,6 +23,7 @@ from rag.config import Config
 from rag.data import factworld
 from rag.data.corpus import Collection, Passage, Question, by_kind
 from rag.metrics.scores import answer_at, exact_match, f1, paired_bootstrap
+from rag.reader.examples import has_answer
 from rag.reader.poison import HARMLESS, POISONS, damage
 from rag.reader.reader import Answer, GenerativeReader, Reader
 from rag.search.retriever import Retriever
@@ -97,7 +98,7 @@ def show_passages(questions: Sequence[Question], retriever: Retriever, collectio
 
 def is_right(passage: Passage, question: Question) -> bool:
     """Whether a passage was judged relevant, or has the answer's words."""
-    return passage.id in question.relevant or answer_at([passage.whole], question.answers, 1) > 0
+    return passage.id in question.relevant or has_answer(passage, question)
 
 
 def right_passages(question: Question, found: Sequence[Passage], collection: Collection) -> list[Passage]:

@@ -160,8 +160,9 @@ class Contexts:
         if not self.config.further:
             return []
         near = dict.fromkeys(group for passage in [*shown, *alike] for group in self.about.get(passage, ()))
-        answered = [group for group in near if {*self.groups[group][0].relevant} <= {*shown} and group != lead]
-        open_ = [group for group in near if group not in answered and group != lead]
+        near.pop(lead, None)
+        answered = [group for group in near if {*self.groups[group][0].relevant} <= {*shown}]
+        open_ = [group for group in near if group not in answered]
         half = self.config.further // 2
         chosen = [*rng.permutation(answered)[: self.config.further - half], *rng.permutation(open_)[:half]]
         return [self.groups[int(group)][int(rng.integers(len(self.groups[int(group)])))] for group in chosen]
@@ -171,8 +172,7 @@ class Contexts:
 
         Where not every passage has been judged, one with the answer's words may be right as well, and is left out.
         """
-        rows = self.retriever.find([question.text], self.config.depth).rows[0]
-        found = [self.collection.passages[int(row)] for row in rows if row >= 0]
+        found = [hit.passage for hit in self.retriever.search([question.text], self.config.depth)[0]]
         right = [self.collection.passages[row] for row in self.collection.rows_of(question)]
         if not question.gold:  # the best that has the answer's words, as DPR's authors do for such datasets
             right = [passage for passage in found if has_answer(passage, question)][:1]
@@ -270,7 +270,7 @@ def worked_examples(collection: Collection, config: Config) -> list[Example]:
             answer not in text
             or len(answer.split()) > EXAMPLE_ANSWER
             or other.group == right.group
-            or answer_at([other.whole], question.answers, 1)
+            or has_answer(other, question)
         ):
             continue
         passages = [replace(right, text=text), replace(other, text=window(other.text, (), EXAMPLE_WORDS, rng))]
