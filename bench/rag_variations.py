@@ -206,7 +206,7 @@ def chunks_row(name: str, args: argparse.Namespace) -> Record:
         cut = replace(collection, passages=Passages(cut_articles(collection, config)))
     found = open_retriever(cut, config).find([question.text for question in questions], 30)
     right = [
-        in_first_words([cut.passages[int(row)] for row in rows if row >= 0], question, BUDGET)
+        in_first_words(cut.passages.ranked(rows), question, BUDGET)
         for rows, question in zip(found.rows, questions, strict=True)
     ]
     words = [len(passage.text.split()) for passage in cut.passages]

@@ -32,9 +32,10 @@ class ReaderConfig:
     context_tokens: int = 1500  # of all passages; the last that do not fit are left out
     answer_tokens: int = 32  # of an answer, with its citation; extractive: of a marked span
     abstain: str = "unknown"  # what a finetuned reader answers where the passages do not say
-    # where an answer's source comes from. model: the reader writes [2] behind it; match: the first passage that has the
-    # answer's words; auto: model for a finetuned reader, match for one that has not learned to cite
-    cite: Literal["auto", "model", "match"] = "auto"
+    # where an answer's source comes from. model: the reader writes [2] behind it; first: before it, so that it chooses
+    # where to read and then reads; match: the first passage that has the answer's words; auto: model for a finetuned
+    # reader, match for one that has not learned to cite
+    cite: Literal["auto", "model", "first", "match"] = "auto"
     # control characters, chat tokens and delimiters inside passages are made harmless; off only to measure its worth
     neutralise: bool = True
     batch_tokens: int = 8192  # read at once, padding included

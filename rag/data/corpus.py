@@ -87,6 +87,10 @@ class Passages(Sequence[Passage]):
     def __getitem__(self, row: int | slice) -> Passage | list[Passage]:
         return self._items[row]
 
+    def ranked(self, rows: Iterable[int]) -> list[Passage]:
+        """The passages of a ranking; a place without one has row -1 and is left out."""
+        return [self[int(row)] for row in rows if row >= 0]
+
     def row_of(self, passage_id: str) -> int | None:
         """The row of an id; None for one that is not here."""
         return self._rows.get(passage_id)

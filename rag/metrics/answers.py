@@ -80,7 +80,7 @@ def show_passages(questions: Sequence[Question], retriever: Retriever, collectio
     """The passages of every arm."""
     k = config.reader.passages
     found = retriever.find([question.text for question in questions], max(DEPTH, 2 * k))
-    ranked = [[retriever.passages[int(row)] for row in rows if row >= 0] for rows in found.rows]
+    ranked = [retriever.passages.ranked(rows) for rows in found.rows]
     removed = [
         [passage for passage in its if not is_right(passage, question)][:k]
         for its, question in zip(ranked, questions, strict=True)

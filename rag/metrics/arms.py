@@ -152,7 +152,7 @@ def measure(arm: Retriever, questions: Sequence[Question], config: Config, track
 
 def score(question: Question, rows: Array, arm: Retriever, config: Config) -> dict[str, float]:
     """Every measure of one ranking."""
-    found = [arm.passages[int(row)] for row in rows if row >= 0]
+    found = arm.passages.ranked(rows)
     scores: dict[str, float] = {}
     if question.gold:
         scores |= score_ranking([passage.id for passage in found], question.gold, config.eval.cutoffs)
@@ -167,10 +167,9 @@ def prediction(question: Question, place: int, results: dict[str, Result], arms:
     found = {}
     for name, result in results.items():
         row = result.rows[place][:10]
-        there = row >= 0
         found[name] = {
-            "passages": [arms[name].passages[int(i)].id for i in row[there]],
-            "scores": [round(float(x), 5) for x in result.scores[place][:10][there]],
+            "passages": [passage.id for passage in arms[name].passages.ranked(row)],
+            "scores": [round(float(x), 5) for x in result.scores[place][:10][row >= 0]],
         }
     about = asdict(question)
     return json.dumps({name: about[name] for name in ("id", "text", "kind", "answers", "gold")} | {"found": found})

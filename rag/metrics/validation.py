@@ -55,4 +55,4 @@ class Validation:
         return {"val_ndcg_at_10": float(np.mean([self._ndcg(i, row) for i, row in enumerate(rows)]))}
 
     def _ndcg(self, place: int, rows: Sequence[int]) -> float:
-        return ndcg_at([self.passages[int(row)].id for row in rows if row >= 0], self.questions[place].gold)
+        return ndcg_at([passage.id for passage in self.passages.ranked(rows)], self.questions[place].gold)

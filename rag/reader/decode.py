@@ -40,7 +40,8 @@ class Rules:
 
     Attributes:
         stop: tokens that end an answer: the end of a line or of the text.
-        never_first: tokens that no answer begins with: those that stop, and brackets, with which a citation begins.
+        never_first: tokens that no answer begins with: those that stop, and brackets, with which a citation begins,
+            unless sources are named first.
         abstain: tokens with which the word for no answer begins, written this way or that; none where there is no such
             word. Their probability is reported; they are never chosen, so that there is an answer to measure in any
             case.

@@ -69,7 +69,8 @@ class Asked:
     """A question about a context.
 
     Attributes:
-        sources: places of the passages that answer it, from 0; none where they do not.
+        sources: places of the passages that answer it, from 0, in the order of the question's judgements; none where
+            they do not.
         answer: as it stands in the passage; empty where there is none.
     """
 
@@ -140,13 +141,15 @@ class Contexts:
         passages += [self.cut(passage, (), rng) for passage in others[:count]]
         order = [int(i) for i in rng.permutation(len(passages))]
         shown = tuple(passages[i] for i in order)
-        sources = () if missing else tuple(place for place, i in enumerate(order) if i < len(right))
+        found = () if missing else tuple(order.index(i) for i in range(len(right)))  # where nobody has judged
         alike = [passage.id for passage in [*right, *others[count:]]]
         further = self.further([passage.id for passage in shown], alike, index, rng)
         complete = self.collection.complete
-        found = [ask(question, shown, sources, complete) for question in questions]
-        found += [ask(question, shown, places_of(question, shown), complete) for question in further]
-        return Context(shown, tuple(asked for asked in found if asked is not None))
+        asked = [
+            ask(question, shown, places_of(question, shown) if question.gold else found, complete)
+            for question in [*questions, *further]
+        ]
+        return Context(shown, tuple(each for each in asked if each is not None))
 
     def further(self, shown: list[str], alike: list[str], lead: int, rng: np.random.Generator) -> list[Question]:
         """Questions of other groups, one each: half of them are answered by the other passages that are shown, half
@@ -210,11 +213,11 @@ def has_answer(passage: Passage, question: Question) -> bool:
 
 
 def places_of(question: Question, passages: Sequence[Passage]) -> tuple[int, ...]:
-    """Where the passages that answer a question stand; nowhere unless all do."""
+    """Where the passages that answer a question stand, in the order in which they are read; nowhere unless all do."""
     places = {passage.id: place for place, passage in enumerate(passages)}
     if not all(name in places for name in question.relevant):
         return ()
-    return tuple(sorted(places[name] for name in question.relevant))
+    return tuple(places[name] for name in question.relevant)
 
 
 def ask(question: Question, passages: Sequence[Passage], sources: tuple[int, ...], complete: bool) -> Asked | None:

@@ -106,7 +106,7 @@ class Pipeline:
         """Stage -> time, and the passages for the reader."""
         started = time.perf_counter()
         found = self.retriever.find([question], self.passages)
-        passages = [self.retriever.passages[int(row)] for row in found.rows[0] if row >= 0]
+        passages = self.retriever.passages.ranked(found.rows[0])
         return {"search": time.perf_counter() - started}, passages
 
 

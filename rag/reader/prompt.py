@@ -27,6 +27,7 @@ from rag.settings import ReaderConfig
 
 WITH_PASSAGES = "Answer each question with a few words taken from the passages."
 WITH_SOURCES = "Answer each question with a few words taken from the passages, and name the passage, such as [1]."
+WITH_SOURCES_FIRST = "Name the passage with the answer to each question, such as [1], and a few words taken from it."
 CLOSED_BOOK = "Answer each question with a few words."
 CITED = re.compile(r"\s*\[(\d{1,3})\]")
 HOLE = "\ue000{}\ue001"  # stands for text in a chat template while that is rendered; never reaches a model
@@ -155,7 +156,9 @@ class Prompter:
 
     def instruction(self, closed: bool) -> str:
         """What a prompt begins with."""
-        return CLOSED_BOOK if closed else WITH_SOURCES if self.config.cite == "model" else WITH_PASSAGES
+        if closed:
+            return CLOSED_BOOK
+        return {"model": WITH_SOURCES, "first": WITH_SOURCES_FIRST}.get(self.config.cite, WITH_PASSAGES)
 
     @property
     def lead(self) -> str:
@@ -163,8 +166,12 @@ class Prompter:
         return "" if self.config.style == "chat" else " "
 
     def _said(self, answer: str, sources: Sequence[int]) -> str:
-        cited = "".join(f" [{place + 1}]" for place in sorted(sources)) if self.config.cite == "model" else ""
-        return self.clean(answer) + cited
+        said = self.clean(answer)
+        if self.config.cite == "first":  # in the order in which they are read: the last has the answer
+            return "".join(f"[{place + 1}] " for place in sources) + said
+        if self.config.cite == "model":
+            return said + "".join(f" [{place + 1}]" for place in sorted(sources))
+        return said
 
     def _prefix(self, examples: list[Example], closed: bool) -> list[int]:
         """Tokens of what is the same for every question."""

@@ -14,6 +14,7 @@ Legend: Q questions, B prompts read at once.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,9 +23,10 @@ from typing import Any, Protocol
 from rag.data.corpus import Passage
 from rag.metrics.scores import normalise
 from rag.reader.decode import Decoder, Rules
-from rag.reader.prompt import Prompt, Prompter, parse
+from rag.reader.prompt import CITED, Prompt, Prompter, parse
 from rag.settings import ReaderConfig
 
+LEADING = re.compile(rf"({CITED.pattern})+")  # citations at the beginning
 Track = Callable[[Iterable[Any]], Iterator[Any]]
 
 
@@ -148,10 +150,22 @@ class GenerativeReader:
         text, cited = parse(self.decode(said), len(prompt.passages))
         if self.config.cite == "match":
             cited = matching(text, prompt.passages)
-        # the citation is no part of what the answer's probability is about
-        length = next((i for i in range(1, len(said)) if "[" in self.decode(said[: i + 1])), len(said))
-        log_prob = sum(log_probs[:length]) / max(1, length)
+        own = self.words(said)
+        log_prob = sum(log_probs[own]) / max(1, len(log_probs[own]))
         return Answer(text, prompt.passages, cited, (1 - no_answer) * math.exp(log_prob), log_prob, no_answer)
+
+    def words(self, said: list[int]) -> slice:
+        """The tokens of an answer that belong to no citation: what its probability is about. (All, if there is nothing
+        but citations.)
+        """
+        leading = LEADING.match(self.decode(said))
+        start = 0
+        while leading and start < len(said) and len(self.decode(said[:start])) < leading.end():
+            start += 1
+        if start == len(said):
+            return slice(None)
+        ends = (i for i in range(start + 1, len(said)) if "[" in self.decode(said[start : i + 1]))
+        return slice(start, next(ends, None))
 
     def decode(self, ids: list[int]) -> str:
         """Text of tokens."""
@@ -218,5 +232,5 @@ def stop_rules(tokenizer: Any, config: ReaderConfig, lead: str, pad: int, ends: 
     if first == word[-1]:  # the whole word: with a capital, or without the space, it says the same
         abstain = [i for i, text in enumerate(spelled) if text.strip().lower() == config.abstain.lower()]
     stop = {*lines, *special, *ends}
-    never_first = tuple(sorted({*stop, *brackets}))
+    never_first = tuple(sorted(stop if config.cite == "first" else {*stop, *brackets}))
     return Rules(tuple(sorted(stop)), never_first, tuple(abstain), pad, config.answer_tokens)

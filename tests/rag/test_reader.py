@@ -123,6 +123,23 @@ def test_confidence_is_of_the_answer_and_not_of_its_citation():
     assert math.isclose(answer.confidence, 0.75 * math.exp(expected), abs_tol=1e-6)
 
 
+def test_sources_named_first_are_no_part_of_the_answer():
+    reader = make(tiny_lm.llama(), cite="first")
+    assert not {t for t in reader.rules.never_first if "[" in reader.decode([t])}  # an answer may begin with a bracket
+    cited = reader.prompter.encode(" [1] [2]")
+    words = reader.prompter.encode(" Denver")
+    said = [*cited, *words, *reader.prompter.encode("\nQuestion")]
+    reader.decoder = Scripted(said, -0.5, 0.25)
+    (answer,) = reader.answer(["Who won?"], [PASSAGES])
+    assert answer.text == "Denver" and answer.cited == (0, 1)
+    assert math.isclose(answer.log_prob, -3.0, abs_tol=1e-6)  # -0.5 is the first bracket's
+    assert math.isclose(answer.confidence, 0.75 * math.exp(-3.0), abs_tol=1e-6)
+    assert reader.words(said[: len(cited) + len(words)]) == slice(len(cited), None)
+    assert reader.words(cited) == slice(None)  # nothing else was said
+    plain = reader.prompter.encode(" Denver [2]")
+    assert reader.decode(plain[reader.words(plain)]).strip() == "Denver"
+
+
 def test_citations_only_name_what_was_shown():
     assert parse(" Paris [2][9] [0] [2]\nQuestion: x", 3) == ("Paris", (1,))
     assert parse("[1]", 1) == ("", (0,))

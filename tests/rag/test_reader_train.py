@@ -18,7 +18,7 @@ from rag.config import Config, SearchConfig
 from rag.data import load_collection
 from rag.data.corpus import Collection, Passage, Passages, Question
 from rag.metrics.scores import answer_at
-from rag.reader.examples import Contexts, window, worked_examples
+from rag.reader.examples import Contexts, has_answer, window, worked_examples
 from rag.reader.finetune import Batches, LanguageModelTask, trained
 from rag.reader.tree import NONE, collate, grow, tree_loss
 from rag.reader.weights import open_reader
@@ -116,6 +116,22 @@ def test_a_first_step_without_the_second_is_no_answer(world, config):
                 elif question.kind == "one_hop" and not asked.sources:
                     assert not {passage.id for passage in context.passages} & set(question.relevant)
     assert min(seen.values()) > 5 and 0.3 < seen["first step"] / sum(seen.values()) < 0.9
+
+
+def test_sources_come_in_the_order_in_which_they_are_read(world, config):
+    """The passage that names the other first, the one with the answer last, wherever they stand."""
+    collection, retriever = world
+    contexts = Contexts(collection, retriever, config)
+    by_text = {question.text: question for question in collection.train}
+    orders = set()
+    for index in range(len(contexts)):
+        context = contexts.draw(0, index)
+        for asked in context.asked:
+            if len(asked.sources) == 2:
+                assert [context.passages[i].id for i in asked.sources] == by_text[asked.question].relevant
+                assert has_answer(context.passages[asked.sources[-1]], by_text[asked.question])
+                orders.add(asked.sources)
+    assert orders == {(0, 1), (1, 0)}
 
 
 def test_what_looks_alike_is_what_the_readers_own_search_finds(world, config):
@@ -275,8 +291,10 @@ def test_only_answers_are_learned():
     assert tree.keep == 6
 
 
-def test_a_row_is_the_prompt_that_the_reader_will_see(world, config):
+@pytest.mark.parametrize("cite", ["auto", "first"])
+def test_a_row_is_the_prompt_that_the_reader_will_see(world, config, cite):
     collection, retriever = world
+    config = replace(config, reader=replace(config.reader, cite=cite))
     with Run(config, Options("train")) as run:
         task = LanguageModelTask(config, run)
         contexts = Contexts(collection, retriever, config)
@@ -291,8 +309,10 @@ def test_a_row_is_the_prompt_that_the_reader_will_see(world, config):
                 at = [i for i, number in enumerate(tree.branches) if number in (0, branch)]
                 whole = reader.prompter.prefix + prompt.ids
                 assert [tree.ids[i] for i in at][: len(whole)] == whole
-                cited = "".join(f" [{place + 1}]" for place in sorted(asked.sources))
-                assert answer == f" {asked.answer or 'unknown'}{cited}"
+                said = asked.answer or "unknown"
+                before = "".join(f" [{place + 1}]" for place in asked.sources) if cite == "first" else ""
+                behind = "" if cite == "first" else "".join(f" [{place + 1}]" for place in sorted(asked.sources))
+                assert answer == f"{before} {said}{behind}"
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
