@@ -33,6 +33,7 @@ ROWS = {
     "em_gold": "exact match, right passages",
     "edit_followed": "edits followed",
     "citation_precision_retrieved": "citations that are right, found",
+    "citation_recall_retrieved": "right passages shown that are cited",
     "abstention_auroc": "AUROC of abstention",
     "withheld_removed": "withheld, right passages removed",
     "withheld_answerable": "withheld, right passages shown",
