@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bench.gnn_scale_peer import Blocks, TorchSampler, floyd, smallest_keys
 from bench.rounds import peak_memory, quartiles
+from common.files import write_figure, write_json
 from gnn.config import ModelConfig, SyntheticConfig
 from gnn.core.sparse import Structure
 from gnn.data.storage import open_arrays, save_arrays
@@ -303,7 +304,7 @@ def curve(args: argparse.Namespace) -> None:
             "device": platform.machine(),
             "versions": {"torch": torch.__version__, "numba": numba.__version__},
         }
-        (RESULTS / "scale.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_json(RESULTS / "scale.json", result)
         draw(points)
 
 
@@ -319,7 +320,7 @@ def draw(points: list[dict[str, object]]) -> None:
         "full": "full-batch GCN, forward and backward",
         "sampled": "one GraphSAGE step, at most 1,024 seed nodes",
     }
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), dpi=110, constrained_layout=True)
     for axis, key, title in zip(
         axes, ("seconds", "peak_gib"), ("CPU-seconds on one core", "peak resident memory, GiB")
     ):
@@ -329,7 +330,7 @@ def draw(points: list[dict[str, object]]) -> None:
         axis.set(xlabel="undirected edges", title=title)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    figure.savefig(RESULTS / "scale.png", dpi=110)
+    write_figure(RESULTS / "scale.png", figure)
     plt.close(figure)
 
 

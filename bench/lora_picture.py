@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.lora_table import RESULTS, TABLES
+from common.files import write_figure
 
 LEVELS = ("full", "frozen, new head")
 
@@ -74,12 +75,14 @@ def draw(results: Path) -> Path:
     there = [name for name in TABLES if (results / f"{name}.json").is_file()]
     if not there:
         raise SystemExit(f"{results} has no table: python -m bench.lora_table sst2")
-    figure, panels = plt.subplots(1, len(there), figsize=(5 * len(there), 4.2), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(there), figsize=(5 * len(there), 4.2), dpi=100, layout="constrained", squeeze=False
+    )
     for name, axes in zip(there, panels[0], strict=True):
         metric, heading = next(iter(TABLES[name].columns.items()))
         draw_panel(axes, read_points(results / f"{name}.json", metric), f"{name}: {heading}")
     path = results / "ranks.png"
-    figure.savefig(path, dpi=100)
+    write_figure(path, figure)
     plt.close(figure)
     return path
 
