@@ -3,8 +3,9 @@ questions about them.
 
 What a language model knows is of no use here, and neither is what it saw in training: names are made of syllables, and
 questions for testing are about people, places and works that no training question mentions, in words that no training
-question uses. What remains is finding the right passage and reading it. Since the world is a function of its seed, any
-fact can be changed and its passage written anew in the same words, which shows whether an answer comes from there.
+question uses; so are those for validation, in words of their own. What remains is finding the right passage and reading
+it. Since the world is a function of its seed, any fact can be changed and its passage written anew in the same words,
+which shows whether an answer comes from there.
 
 Every entity belongs to one split for good, and facts link entities of one split only.
 """
@@ -18,10 +19,15 @@ import numpy as np
 from common.runtime import mix_seed
 from rag.config import DataConfig
 from rag.data import factwords as words
+from rag.data.asking import QUESTIONS
 from rag.data.corpus import Collection, Passage, Passages, Question
+from rag.data.factwords import Wordings
+from rag.data.statements import STATEMENTS
+from rag.data.two_hops import TWO_HOPS
 
 SHARES = {"person": 0.5, "place": 0.2, "work": 0.3}
 TEST = 0.2  # share of the entities
+NEW_STATEMENTS = 1 / 3  # share of the sentences about entities for validation and test that are worded as no others are
 NAME_STREAM, FACT_STREAM, TEXT_STREAM, QUESTION_STREAM, EDIT_STREAM = range(7_200_001, 7_200_006)
 
 
@@ -59,12 +65,12 @@ class World:
         told = entity.facts if facts is None else facts
         sentences = []
         for place, relation in enumerate(relations):
-            templates = words.STATEMENTS[relation]
-            # the last wordings of each fact are kept for tested entities: reading is tested on new sentences, too
-            usual = len(templates) - words.HELD_OUT
-            pick = int(rng.integers(0, len(templates) if entity.split == "test" else usual))
+            templates = STATEMENTS[relation]
+            # a third of what is said about entities for choosing and testing is said as no other passage says it
+            new = entity.split != "train" and rng.random() < NEW_STATEMENTS
+            sentence = str(rng.choice(templates.of(entity.split) if new else templates.train))
             subject = entity.name if place == 0 else words.again(entity.kind, entity.name, rng)
-            sentences.append(capital(templates[pick].format(s=subject, v=told[relation])))
+            sentences.append(capital(sentence.format(s=subject, v=told[relation])))
         sentences.insert(int(rng.integers(1, len(sentences) + 1)), str(rng.choice(words.FILLERS[entity.kind])))
         return Passage(f"{entity.kind}-{entity.number}-{part}", " ".join(sentences), entity.name, entity.name)
 
@@ -134,13 +140,11 @@ def ask(world: World, item: Entity) -> list[Question]:
     """Every question about an entity: of one fact, and of a fact of what one of its facts names."""
     rng = np.random.default_rng(mix_seed(world.seed, QUESTION_STREAM, item.number))
 
-    def wording(templates: tuple[str, ...]) -> str:
-        usual = len(templates) - words.HELD_OUT
-        low, high = (usual, len(templates)) if item.split == "test" else (0, usual)
-        return templates[int(rng.integers(low, high))]
+    def wording(templates: Wordings) -> str:
+        return str(rng.choice(templates.of(item.split)))
 
     questions = []
-    for relation, templates in words.QUESTIONS.items():
+    for relation, templates in QUESTIONS.items():
         if relation in item.facts:
             gold = {world.source(item, relation): 1}
             questions.append(
@@ -153,7 +157,7 @@ def ask(world: World, item: Entity) -> list[Question]:
                     "one_hop",
                 )
             )
-    for (first, second), wordings in words.TWO_HOPS.items():
+    for (first, second), wordings in TWO_HOPS.items():
         if first in item.facts:
             between = world.by_name[item.facts[first]]
             gold = {world.source(item, first): 1, world.source(between, second): 1}

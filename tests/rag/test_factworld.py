@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 
 import pytest
 
 from rag.config import DataConfig
-from rag.data import factwords, factworld
+from rag.data import asking, factworld, statements, two_hops
 
 CONFIG = DataConfig(entities=300, world=5)
+SPLITS = ("train", "validation", "test")
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +57,37 @@ def wording(text: str, names: list[str]) -> str:
     return re.sub("|".join(map(re.escape, names)), "X", text)
 
 
-def test_questions_for_testing_are_worded_as_none_in_training(world, data):
+def bare(sentence: str) -> str:
+    """Its words alone."""
+    return " ".join(re.findall(r"[a-z{}]+", sentence.lower()))
+
+
+def test_no_split_is_worded_as_another(world, data):
     names = sorted((item.name for item in world.entities), key=len, reverse=True)
-    trained = {wording(question.text, names) for question in data.train}
-    tested = {wording(question.text, names) for question in data.test}
-    assert trained and tested and not trained & tested
-    asked = [*factwords.QUESTIONS.values(), *factwords.TWO_HOPS.values()]
-    assert all(len(set(templates)) == len(templates) > factwords.HELD_OUT for templates in asked)
+    asked = {split: {wording(q.text, names) for q in data.questions(split)} for split in SPLITS}
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert asked[one] and asked[other] and not asked[one] & asked[other]
+    for wordings in (*asking.QUESTIONS.values(), *two_hops.TWO_HOPS.values(), *statements.STATEMENTS.values()):
+        every = [bare(sentence) for split in SPLITS for sentence in wordings.of(split)]
+        assert len(set(every)) == len(every)
+        assert len(wordings.train) >= 10 and len(wordings.validation) >= 2 and len(wordings.test) >= 2
+
+
+def test_a_third_of_what_is_said_for_testing_is_said_nowhere_else(world):
+    """Passages about tested entities have sentences of their own; those of validation and test never meet."""
+    patterns = {split: kept_sentences(split) for split in SPLITS}
+    for split in SPLITS:
+        texts = [p.text for p in world.passages() if world.by_name[p.title].split == split]
+        for other in SPLITS[1:]:
+            said = sum(bool(pattern.search(text)) for text in texts for pattern in patterns[other])
+            assert (said > len(texts) / 4) == (split == other), (split, other, said, len(texts))
+
+
+def kept_sentences(split: str) -> list[re.Pattern[str]]:
+    """What finds the sentences that only one split's passages have, whatever they are about."""
+    whole = [text for wordings in statements.STATEMENTS.values() for text in wordings.of(split)]
+    parts = [re.escape(text).replace(r"\{s\}", r"[\w ]+").replace(r"\{v\}", r"[\w ]+") for text in whole]
+    return [re.compile(rf"(^|\. ){part}", re.IGNORECASE) for part in parts]
 
 
 def test_guessing_does_not_pay(data):

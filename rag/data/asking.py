@@ -1,0 +1,323 @@
+"""How one fact of the made-up world is asked for: in many ways, and those of one split in none of another.
+
+Legend: {s} stands for an entity.
+"""
+
+from __future__ import annotations
+
+from rag.data.factwords import Wordings
+
+QUESTIONS = {  # relation: how it is asked for
+    "birthplace": Wordings(
+        (
+            "Where was {s} born?",
+            "In which town was {s} born?",
+            "What is the birthplace of {s}?",
+            "Which town did {s} come from?",
+            "What town was {s} born in?",
+            "{s} was born in which town?",
+            "Of which town was {s} a native?",
+            "Tell me the birthplace of {s}.",
+            "Where did the life of {s} begin?",
+            "In what place was {s} born?",
+            "Which town saw the birth of {s}?",
+            "Do you know where {s} was born?",
+        ),
+        (
+            "What is the town of origin of {s}?",
+            "Where did {s} come into the world?",
+        ),
+        (
+            "Which place does {s} hail from?",
+            "Name the home town of {s}.",
+        ),
+    ),
+    "birth_year": Wordings(
+        (
+            "When was {s} born?",
+            "In which year was {s} born?",
+            "What is the birth year of {s}?",
+            "What year was {s} born in?",
+            "Of which year is {s}?",
+            "{s} was born in which year?",
+            "Give the year in which {s} was born.",
+            "How long ago, by year, was {s} born?",
+            "Tell me when {s} was born.",
+            "Which year is the birth year of {s}?",
+            "At what date was {s} born?",
+            "Do you know the year of birth of {s}?",
+        ),
+        (
+            "What year saw the birth of {s}?",
+            "When did {s} come into the world?",
+        ),
+        (
+            "From what year on did {s} live?",
+            "Which year saw the birth of {s}?",
+        ),
+    ),
+    "profession": Wordings(
+        (
+            "What was the profession of {s}?",
+            "What did {s} do for a living?",
+            "What was {s} by profession?",
+            "Which occupation did {s} have?",
+            "What job did {s} have?",
+            "As what did {s} work?",
+            "What work did {s} do?",
+            "How did {s} earn a living?",
+            "Tell me the profession of {s}.",
+            "{s} was what by trade?",
+            "What trade did {s} practise?",
+            "What was the job of {s}?",
+        ),
+        (
+            "In what capacity was {s} employed?",
+            "What did {s} do as a career?",
+        ),
+        (
+            "What kind of job did {s} hold?",
+            "How did {s} make money?",
+        ),
+    ),
+    "teacher": Wordings(
+        (
+            "Who taught {s}?",
+            "Who was the teacher of {s}?",
+            "By whom was {s} taught?",
+            "Whose pupil was {s}?",
+            "Who was {s} a student of?",
+            "Under whom did {s} study?",
+            "From whom did {s} learn?",
+            "Who instructed {s}?",
+            "Tell me the teacher of {s}.",
+            "{s} was the student of whom?",
+            "Whose student was {s}?",
+            "Who gave lessons to {s}?",
+        ),
+        (
+            "Who prepared {s} for the trade?",
+            "Who schooled {s}?",
+        ),
+        (
+            "Who was the mentor of {s}?",
+            "Under whose guidance did {s} train?",
+        ),
+    ),
+    "award": Wordings(
+        (
+            "Which award did {s} win?",
+            "What award was {s} given?",
+            "Which prize did {s} receive?",
+            "What did {s} win?",
+            "Which award went to {s}?",
+            "What prize was {s} awarded?",
+            "What honour was given to {s}?",
+            "{s} was awarded what?",
+            "Tell me the award of {s}.",
+            "What is the prize that {s} won?",
+            "Which prize does {s} hold?",
+            "What award has {s} received?",
+        ),
+        (
+            "What distinction did {s} earn?",
+            "What was {s} decorated with?",
+        ),
+        (
+            "What distinction did {s} obtain?",
+            "Which honour came to {s}?",
+        ),
+    ),
+    "region": Wordings(
+        (
+            "In which region is {s}?",
+            "Where does {s} lie?",
+            "What region is {s} in?",
+            "Which region does {s} belong to?",
+            "{s} is in which region?",
+            "What is the region of {s}?",
+            "Of which region is {s} a part?",
+            "Tell me the region of {s}.",
+            "Which region contains {s}?",
+            "In what region does one find {s}?",
+            "Where is {s} situated?",
+            "To what region does {s} belong?",
+        ),
+        (
+            "In what part of the land is {s}?",
+            "What region is home to {s}?",
+        ),
+        (
+            "What part of the country is {s} found in?",
+            "To which region should one go to see {s}?",
+        ),
+    ),
+    "founded": Wordings(
+        (
+            "When was {s} founded?",
+            "In which year was {s} founded?",
+            "What is the founding year of {s}?",
+            "How far back does {s} go?",
+            "What is the year of foundation of {s}?",
+            "Since when has {s} existed?",
+            "In what year was {s} established?",
+            "Tell me when {s} was founded.",
+            "{s} was founded in which year?",
+            "When was {s} established?",
+            "How old is {s}, by its year of founding?",
+            "From which year is {s}?",
+        ),
+        (
+            "When did the history of {s} begin?",
+            "In what year did {s} come into being?",
+        ),
+        (
+            "What year marks the beginning of {s}?",
+            "When did {s} come into existence?",
+        ),
+    ),
+    "product": Wordings(
+        (
+            "What is {s} known for?",
+            "What is made in {s}?",
+            "Which goods come from {s}?",
+            "What does {s} sell?",
+            "What does {s} produce?",
+            "Which product is {s} known for?",
+            "What is the product of {s}?",
+            "{s} is known for making what?",
+            "Tell me what {s} makes.",
+            "What do the workshops of {s} make?",
+            "What goods does {s} trade in?",
+            "By what goods is {s} known?",
+        ),
+        (
+            "What comes out of the workshops of {s}?",
+            "What are the goods that {s} exports?",
+        ),
+        (
+            "What do the people of {s} manufacture?",
+            "What is the speciality of {s}?",
+        ),
+    ),
+    "landmark": Wordings(
+        (
+            "What is the landmark of {s}?",
+            "Which sight is there in {s}?",
+            "What can one visit in {s}?",
+            "Which building is {s} proud of?",
+            "Which landmark does {s} have?",
+            "What sight is {s} known for?",
+            "{s} has which landmark?",
+            "Tell me the landmark of {s}.",
+            "Which building stands in {s}?",
+            "What do visitors see in {s}?",
+            "What is there to see in {s}?",
+            "Which sight do travellers look for in {s}?",
+        ),
+        (
+            "What monument is found in {s}?",
+            "What do tourists photograph in {s}?",
+        ),
+        (
+            "What should a tourist look at in {s}?",
+            "What is the main attraction of {s}?",
+        ),
+    ),
+    "author": Wordings(
+        (
+            "Who wrote {s}?",
+            "Who is the author of {s}?",
+            "By whom was {s} written?",
+            "Whose work is {s}?",
+            "Which person wrote {s}?",
+            "{s} was written by whom?",
+            "Tell me the author of {s}.",
+            "Whose book is {s}?",
+            "What is the name of the author of {s}?",
+            "Who was {s} written by?",
+            "From whose hand is {s}?",
+            "Which author wrote {s}?",
+        ),
+        (
+            "To whom do we owe {s}?",
+            "Who created {s}?",
+        ),
+        (
+            "Which writer is behind {s}?",
+            "Who authored {s}?",
+        ),
+    ),
+    "year": Wordings(
+        (
+            "When was {s} published?",
+            "In which year did {s} come out?",
+            "What is the publication year of {s}?",
+            "What year is {s} from?",
+            "What year was {s} published in?",
+            "When did {s} come out?",
+            "Tell me when {s} was published.",
+            "{s} was published in which year?",
+            "In what year did {s} appear?",
+            "Which year is {s} from?",
+            "What is the date of {s}?",
+            "When was {s} printed?",
+        ),
+        (
+            "What year did {s} reach its readers?",
+            "When was {s} brought out?",
+        ),
+        (
+            "When was {s} released?",
+            "In what year was {s} issued?",
+        ),
+    ),
+    "genre": Wordings(
+        (
+            "What is the genre of {s}?",
+            "What kind of work is {s}?",
+            "What sort of book is {s}?",
+            "Which genre does {s} belong to?",
+            "{s} is what kind of work?",
+            "What type of book is {s}?",
+            "To which genre does {s} belong?",
+            "Tell me the genre of {s}.",
+            "As what is {s} classed?",
+            "What is {s}, as a work?",
+            "What form does {s} have?",
+            "In which genre is {s} written?",
+        ),
+        (
+            "Under what heading would one shelve {s}?",
+            "What category does {s} fall into?",
+        ),
+        (
+            "What type of text is {s}?",
+            "How would one categorise {s}?",
+        ),
+    ),
+    "setting": Wordings(
+        (
+            "Where does {s} take place?",
+            "In which town is {s} set?",
+            "What is the setting of {s}?",
+            "Where is {s} set?",
+            "What town is {s} set in?",
+            "{s} takes place in which town?",
+            "In what place does {s} happen?",
+            "Tell me the setting of {s}.",
+            "Which town is the setting of {s}?",
+            "In which town does {s} take place?",
+            "Which town does {s} tell of?",
+            "Where do the events of {s} happen?",
+        ),
+        (
+            "What place serves as the scene of {s}?",
+            "Where does the action of {s} unfold?",
+        ),
+        (
+            "Which town does {s} describe?",
+            "What is the location of the plot of {s}?",
+        ),
+    ),
+}
