@@ -10,7 +10,7 @@ import time
 import pytest
 
 from rag.config import ServeConfig
-from rag.data.corpus import Passage
+from rag.data.corpus import Passage, Passages
 from rag.reader.pipeline import Pipeline
 from rag.reader.reader import Answer
 from rag.serve import build_app
@@ -52,7 +52,7 @@ def address(elsewhere):
     passages = (Passage("a<b>.txt#1", evil, f"<iframe src={outside}/c></iframe>"), Passage("c.txt#1", "Nothing here."))
     side = Fixed()
     side.answer_ = Answer("ada lovelace", passages, (0,), 0.7)
-    side.passages = passages
+    side.passages = Passages(passages)
     side.stream = lambda question, shown: iter(("ada lovelace", side.answer_))
     app = build_app(Pipeline(side, side, 2, 0.0, "a reader"), ServeConfig(longest_question=50), "my notes")
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))

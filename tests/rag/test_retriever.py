@@ -135,7 +135,7 @@ def test_two_steps_in_a_made_up_world():
     collection = load_collection(config.data, "data")
     words = BM25(config.bm25, Analyser(config.analyser))
     words.add(passage.whole for passage in collection.passages)
-    questions = [question for question in collection.validation if question.kind == "two_hop"]
+    questions = [question for question in collection.train if question.kind == "two_hop"][:300]
 
     def complete(hops: int) -> float:
         retriever = Retriever(collection.passages, replace(config.search, hops=hops), words)

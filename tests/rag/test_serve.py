@@ -10,7 +10,7 @@ import pytest
 
 from common.config import Options
 from rag.config import Config, ServeConfig
-from rag.data.corpus import Passage
+from rag.data.corpus import Passage, Passages
 from rag.reader.pipeline import Pipeline
 from rag.reader.reader import Answer
 from rag.serve import build_app, main
@@ -27,7 +27,7 @@ class Fixed:
     """A retriever and a reader that say the same."""
 
     answer_ = Answer("Ada <i>&", PASSAGES, (0,), 0.7)
-    passages = PASSAGES
+    passages = Passages(PASSAGES)
 
     def __init__(self):
         self.seconds = {"prompt": 0.0, "read": 0.1, "write": 0.2}
