@@ -61,6 +61,9 @@ class ReaderConfig:
 class ReaderTrainConfig:
     """How `rag.train_reader` finetunes the reader."""
 
+    # generative: a run with a finetuned reader, or that reader's folder, whose low-rank matrices training begins with,
+    # such as one that has read many people's questions; empty: from the model as it comes
+    start: str = ""
     steps: int = 600  # updates
     batch_size: int = 8  # contexts a step, each with several questions about the same passages
     questions: int = 4  # most questions of a context about its right passages

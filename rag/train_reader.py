@@ -35,7 +35,7 @@ from rag.reader.extractive import SpanTask
 from rag.reader.pipeline import open_retriever
 from rag.reader.finetune import Batches, LanguageModelTask, Task, trained
 from rag.reader.reader import Reader
-from rag.reader.weights import FOLDER
+from rag.reader.weights import FOLDER, read_adapter
 from rag.search.retriever import Retriever
 
 VALIDATION_STREAM = 7_400_021
@@ -118,6 +118,13 @@ def check(config: Config) -> None:
         "model.kind",
         "must be bi_encoder: the extractive reader has a head of its own",
     )
+    require(
+        config.reader.kind == "generative" or not config.reader_train.start,
+        "reader_train.start",
+        "is for a language model; an extractive reader starts from model.name",
+    )
+    if config.reader_train.start:
+        read_adapter(config.reader_train.start)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("reader_train", "a reader is trained in one process; start it without torchrun")
 

@@ -24,7 +24,7 @@ from rag.reader.examples import Context, Contexts
 from rag.reader.prompt import Prompter
 from rag.reader.reader import Reader
 from rag.reader.tree import Tree, TreeBatch, collate, grow, tree_loss
-from rag.reader.weights import ADAPTER, build_reader, citing, load_base, longest_of, quiet_peft
+from rag.reader.weights import ADAPTER, build_reader, citing, load_base, longest_of, quiet_peft, read_adapter
 
 WINDOW = 16  # batches whose contexts are sorted by length together
 BATCH_STREAM = 7_400_011
@@ -160,8 +160,19 @@ class LanguageModelTask:
         self.device = run.device
         self.track = run.track
         self.learned = Adapter(self.model)
+        if config.reader_train.start:
+            self.go_on_from(config.reader_train.start)
         self.prompter = Prompter(self.tokenizer, self.config, longest_of(base.config))
         self.pad = self.tokenizer.pad_token_id or 0
+
+    def go_on_from(self, start: str) -> None:
+        """Take another finetuned reader's matrices. `ConfigError` if they have other shapes."""
+        try:
+            self.learned.load_state_dict(read_adapter(start))
+        except (ValueError, RuntimeError):
+            raise ConfigError(
+                "reader_train.start", f"the reader in {start} is of another model or has another reader_train.rank"
+            ) from None
 
     def row(self, context: Context) -> Tree | None:
         """See `Task`. An answer that the passages do not give is the abstention word."""

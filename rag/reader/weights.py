@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.config import ConfigError, resolve
 from common.errors import ProjectError, first_line
@@ -38,12 +39,33 @@ def find_reader(config: Config) -> Path | None:
         return None
     auto = config.reader.weights == "auto"
     folder = Path(config.run_dir) if auto else Path(config.reader.weights).expanduser()
+    found = reader_in(folder)
+    if found is None and not auto:
+        raise ConfigError("reader.weights", f"{folder} holds no finetuned reader; run rag.train_reader, or use base")
+    return found
+
+
+def reader_in(folder: Path) -> Path | None:
+    """Where in a run's folder, or a reader's, its finetuned reader is; None if there is none."""
     for path in (folder / FOLDER, folder):
         if (path / ADAPTER / "adapter_config.json").is_file() or (path / MARKER).is_file():
             return path
-    if not auto:
-        raise ConfigError("reader.weights", f"{folder} holds no finetuned reader; run rag.train_reader, or use base")
     return None
+
+
+def read_adapter(name: str) -> dict[str, Tensor]:
+    """The low-rank matrices that reader_train.start means. `ConfigError` for a folder without any."""
+    folder = reader_in(Path(name).expanduser())
+    if folder is None or not (folder / ADAPTER).is_dir():
+        raise ConfigError("reader_train.start", f"{name} holds no finetuned language model; run rag.train_reader")
+    with quiet_peft():
+        from peft.utils import load_peft_weights
+    try:
+        with quiet_peft():
+            matrices: dict[str, Tensor] = load_peft_weights(str(folder / ADAPTER), device="cpu")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ProjectError(f"the adapter in {folder / ADAPTER} cannot be read: {first_line(error)}") from None
+    return matrices
 
 
 def as_trained(config: Config, folder: Path | None) -> Config:

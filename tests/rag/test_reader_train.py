@@ -21,7 +21,7 @@ from rag.metrics.scores import answer_at
 from rag.reader.examples import Contexts, has_answer, window, worked_examples
 from rag.reader.finetune import Batches, LanguageModelTask, trained
 from rag.reader.tree import NONE, collate, grow, tree_loss
-from rag.reader.weights import open_reader
+from rag.reader.weights import open_reader, read_adapter
 from rag.search.analyser import Analyser
 from rag.search.bm25 import BM25
 from rag.search.retriever import Retriever
@@ -400,6 +400,24 @@ def test_a_finetuned_reader_is_used_as_it_was_trained(config, tmp_path):
     assert not torch.equal(base.model.layers[0].mlp.up_proj.weight, merged.model.layers[0].mlp.up_proj.weight)
     assert torch.equal(base.lm_head.weight, merged.lm_head.weight)
     assert reader.answer(["Who?"], [[Passage("a", "Mira Tolle.")]])[0].passages
+
+
+def test_training_may_begin_with_another_reader(config, tmp_path, capsys):
+    def run(name, **settings):
+        this = replace(config, run_dir=str(tmp_path / name), reader_train=replace(config.reader_train, **settings))
+        return status(train, this, Options("train"))
+
+    assert run("first", steps=2) == 0
+    first = str(tmp_path / "first")
+    assert run("second", steps=1, lr=1e-12, decay="constant", warmup=0, start=first) == 0
+    one, other = read_adapter(first), read_adapter(str(tmp_path / "second/reader"))
+    assert set(one) == set(other) and any(tensor.abs().max() > 1e-3 for name, tensor in one.items() if "lora_B" in name)
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=1e-9, rtol=0)
+    assert run("third", steps=1, start=first, rank=3) == 2
+    assert "reader_train.rank" in capsys.readouterr().err and not (tmp_path / "third/reader/adapter").exists()
+    assert run("fourth", steps=1, start=str(tmp_path)) == 2
+    assert "holds no finetuned language model" in capsys.readouterr().err and not (tmp_path / "fourth").exists()
 
 
 def test_peoples_mistakes(config, capsys):
