@@ -35,7 +35,7 @@ from rag.reader.extractive import SpanTask
 from rag.reader.pipeline import open_retriever
 from rag.reader.finetune import Batches, LanguageModelTask, Task, trained
 from rag.reader.reader import Reader
-from rag.reader.weights import FOLDER, read_adapter
+from rag.reader.weights import FOLDER, adapter_of
 from rag.search.retriever import Retriever
 
 VALIDATION_STREAM = 7_400_021
@@ -124,7 +124,7 @@ def check(config: Config) -> None:
         "is for a language model; an extractive reader starts from model.name",
     )
     if config.reader_train.start:
-        read_adapter(config.reader_train.start)
+        adapter_of(config.reader_train.start)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("reader_train", "a reader is trained in one process; start it without torchrun")
 

@@ -141,12 +141,11 @@ class Contexts:
         passages += [self.cut(passage, (), rng) for passage in others[:count]]
         order = [int(i) for i in rng.permutation(len(passages))]
         shown = tuple(passages[i] for i in order)
-        found = () if missing else tuple(order.index(i) for i in range(len(right)))  # where nobody has judged
         alike = [passage.id for passage in [*right, *others[count:]]]
         further = self.further([passage.id for passage in shown], alike, index, rng)
         complete = self.collection.complete
         asked = [
-            ask(question, shown, places_of(question, shown) if question.gold else found, complete)
+            ask(question, shown, places_of(question.relevant or [passage.id for passage in right], shown), complete)
             for question in [*questions, *further]
         ]
         return Context(shown, tuple(each for each in asked if each is not None))
@@ -212,12 +211,12 @@ def has_answer(passage: Passage, question: Question) -> bool:
     return answer_at([passage.whole], question.answers, 1) > 0
 
 
-def places_of(question: Question, passages: Sequence[Passage]) -> tuple[int, ...]:
-    """Where the passages that answer a question stand, in the order in which they are read; nowhere unless all do."""
+def places_of(right: Sequence[str], passages: Sequence[Passage]) -> tuple[int, ...]:
+    """Where the passages with these ids stand, in the order in which they are named; nowhere unless all do."""
     places = {passage.id: place for place, passage in enumerate(passages)}
-    if not all(name in places for name in question.relevant):
+    if not all(name in places for name in right):
         return ()
-    return tuple(places[name] for name in question.relevant)
+    return tuple(places[name] for name in right)
 
 
 def ask(question: Question, passages: Sequence[Passage], sources: tuple[int, ...], complete: bool) -> Asked | None:

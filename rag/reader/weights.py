@@ -53,18 +53,24 @@ def reader_in(folder: Path) -> Path | None:
     return None
 
 
-def read_adapter(name: str) -> dict[str, Tensor]:
-    """The low-rank matrices that reader_train.start means. `ConfigError` for a folder without any."""
+def adapter_of(name: str) -> Path:
+    """The adapter's folder that reader_train.start means. `ConfigError` where there is none."""
     folder = reader_in(Path(name).expanduser())
     if folder is None or not (folder / ADAPTER).is_dir():
         raise ConfigError("reader_train.start", f"{name} holds no finetuned language model; run rag.train_reader")
+    return folder / ADAPTER
+
+
+def read_adapter(name: str) -> dict[str, Tensor]:
+    """The low-rank matrices that reader_train.start means. `ConfigError` where there are none."""
+    folder = adapter_of(name)
     with quiet_peft():
         from peft.utils import load_peft_weights
     try:
         with quiet_peft():
-            matrices: dict[str, Tensor] = load_peft_weights(str(folder / ADAPTER), device="cpu")
+            matrices: dict[str, Tensor] = load_peft_weights(str(folder), device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
-        raise ProjectError(f"the adapter in {folder / ADAPTER} cannot be read: {first_line(error)}") from None
+        raise ProjectError(f"the adapter in {folder} cannot be read: {first_line(error)}") from None
     return matrices
 
 
