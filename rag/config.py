@@ -214,7 +214,8 @@ class SearchConfig:
     fusion: Literal["rrf", "score"] = "rrf"
     rrf_k: float = 60.0  # rrf: 1 / (rrf_k + rank)
     dense_weight: float = 0.5  # of the dense side; the lexical one has the rest
-    # 2: search again with what the first passage adds, for questions that need two passages; twice the time
+    # 2: search again with what the first passage adds, for questions that need two passages; twice the time.
+    # rag.train then trains both searches
     hops: Literal[1, 2] = 1
 
     def __post_init__(self) -> None:

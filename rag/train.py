@@ -32,6 +32,7 @@ from rag.model.encoder import CrossEncoder, Encoder, Tokenizer, Tokens, build_mo
 from rag.model.loss import Contrast, backward_in_chunks, contrastive_loss, list_loss, wrong_candidates
 from rag.negatives import Batch, load_examples
 from rag.metrics.validation import Validation
+from rag.search.hops import by_steps
 
 
 @exits_cleanly
@@ -39,6 +40,8 @@ def train(config: Config, options: Options) -> None:
     """Run one experiment, from its config to its last checkpoint and `model.safetensors`."""
     collection = load_collection(config.data, config.data_root)
     check_fit(config, collection)
+    if config.search.hops == 2:
+        collection = by_steps(collection)  # what is trained is what will be asked
     if options.dry_run:
         return describe(config, collection)
     run = Run.start(config, options)

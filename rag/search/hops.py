@@ -9,10 +9,12 @@ open-domain questions through iterative query generation", where a model is trai
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
-from rag.data.corpus import Passage
+from rag.data.corpus import Collection, Passage, Passages, Question
 
 WORD = re.compile(r"\w[\w'’-]*")
+POSSESSIVE = re.compile(r"['’]s?$")
 
 
 def follow_up(question: str, first: Passage | None) -> str:
@@ -26,7 +28,39 @@ def follow_up(question: str, first: Passage | None) -> str:
         return question
     asked = WORD.findall(question)
     told = WORD.findall(first.text)
-    known = {word.lower() for word in asked} & {word.lower() for word in [*told, *WORD.findall(first.title)]}
-    open_ = [word for word in asked if word.lower() not in known]
-    names = [word for word in told if word[0].isupper() and word.lower() not in known]
+    known = {plain(word) for word in asked} & {plain(word) for word in [*told, *WORD.findall(first.title)]}
+    open_ = [word for word in asked if plain(word) not in known]
+    names = [word for word in told if word[0].isupper() and plain(word) not in known]
     return " ".join([*open_, *dict.fromkeys(names)]) or question
+
+
+def plain(word: str) -> str:
+    """A word as it is compared: "Brel's" is Brel, whom the passage names without the ending."""
+    return POSSESSIVE.sub("", word.lower())
+
+
+def by_steps(collection: Collection) -> Collection:
+    """The collection with training and validation questions as two searches ask them, so that a retriever learns both:
+    a question that needs several passages asks for the first of them in its own words, and for each further one in
+    those of `follow_up` (as Xiong et al. 2021, "Answering complex open-domain questions with multi-hop dense
+    retrieval", train with the question and the passage before). The order is that of the question's judgements.
+    """
+    train = [step for question in collection.train for step in steps_of(question, collection.passages)]
+    validation = [step for question in collection.validation for step in steps_of(question, collection.passages)]
+    return replace(collection, train=train, validation=validation)
+
+
+def steps_of(question: Question, passages: Passages) -> list[Question]:
+    """A question as one for each of its passages; as it is where it has one or none."""
+    rows = {name: passages.row_of(name) for name in question.relevant}
+    found = [(name, row) for name, row in rows.items() if row is not None]
+    if len(found) < 2:
+        return [question]
+    steps = []
+    before: Passage | None = None
+    for place, (name, row) in enumerate(found, start=1):
+        text = follow_up(question.text, before)
+        gold = {name: question.gold[name]}
+        steps.append(replace(question, id=f"{question.id}/{place}", text=text, gold=gold))
+        before = passages[row]
+    return steps

@@ -10,12 +10,12 @@ import pytest
 from common.config import resolve
 from common.errors import ProjectError
 from rag.config import AnalyserConfig, BM25Config, Config, IndexConfig, RerankConfig, SearchConfig
-from rag.data import Passage, Passages, load_collection
+from rag.data import Collection, Passage, Passages, Question, load_collection
 from rag.search.analyser import Analyser
 from rag.search.bm25 import BM25
 from rag.search.embed import Reranker
 from rag.search.fuse import by_turns
-from rag.search.hops import follow_up
+from rag.search.hops import by_steps, follow_up
 from rag.search.retriever import Retriever
 from rag.search.vectors import VectorFiles, VectorIndex
 
@@ -103,6 +103,33 @@ def test_the_second_question_asks_for_what_is_new():
     assert follow_up(question, None) == question
     assert follow_up("Ada Brel?", Passage("p", "Ada Brel.")) == "Ada Brel?"  # nothing is left: as it was
     assert follow_up("Where did she go?", Passage("p", "She went.", "Brel")) == "Where did go"
+
+
+def test_an_ending_does_not_make_a_name_new():
+    passage = Passage("p", "Ada Brel grew up in Coldhaven.", "Ada Brel")
+    for question in (
+        "Which region is the town of Ada Brel's birth in?",
+        "Which region is the town of Ada Brel’s birth in?",
+    ):
+        words = follow_up(question, passage).split()
+        assert "Coldhaven" in words and not any(word.startswith("Brel") for word in words)
+
+
+def test_training_asks_as_two_searches_do():
+    passages = Passages(
+        [
+            Passage("birth", "Ada Brel was born in Coldhaven.", "Ada Brel"),
+            Passage("town", "Coldhaven belongs to Juthe.", "Coldhaven"),
+        ]
+    )
+    two = Question("q", "Which region is Ada Brel from?", ("Juthe",), {"birth": 2, "town": 1}, "Ada Brel", "two_hop")
+    one = Question("r", "Where was Ada Brel born?", ("Coldhaven",), {"birth": 1}, "Ada Brel", "one_hop")
+    steps = by_steps(Collection("made up", passages, train=[two, one], validation=[two], test=[two]))
+    first, second, single = steps.train
+    assert (first.text, first.gold) == (two.text, {"birth": 2}) and single == one
+    assert second.text == follow_up(two.text, passages[0]) and second.gold == {"town": 1}
+    assert len({each.id for each in steps.train}) == 3 and steps.validation == [first, second]
+    assert steps.test == [two], "what is reported is asked as it is"
 
 
 def test_rankings_by_turns():
