@@ -4,17 +4,16 @@ What is finished is kept as long as its config stays the same, and what was stop
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-from common.config import BaseConfig, resolve, to_yaml
+from common.config import BaseConfig, resolve
 from common.files import read_json
+from common.provenance import config_hash
 
 
 def train_and_evaluate(
@@ -34,7 +33,7 @@ def train_and_evaluate(
         The content of eval.json, and what a record says of how it came about.
     """
     overrides = [f"run_dir={folder}", *overrides]
-    digest = config_digest(resolve(kind, Path(config), overrides))
+    digest = config_hash(resolve(kind, Path(config), overrides))
     begun = is_begun(kind, folder, digest)
     if not begun:
         shutil.rmtree(folder, ignore_errors=True)
@@ -51,21 +50,16 @@ def train_and_evaluate(
         "precision": result["precision"],
         # without the folder, which is the machine's own
         "command": f"python {' '.join(word for word in train if not word.startswith('run_dir='))}",
-        "config_digest": digest,
+        "config_sha256": digest,
         **{key: environment[key] for key in ("commit", "device_name") if key in environment},
     }
     return result, origin
 
 
-def config_digest(config: BaseConfig) -> str:
-    """A short name of everything in a config that could change its results."""
-    return hashlib.sha256(to_yaml(replace(config, run_dir="", data_root="")).encode()).hexdigest()[:16]
-
-
 def is_begun(kind: type[BaseConfig], folder: Path, digest: str) -> bool:
     """Whether the folder holds a run of the same config that can be gone on with."""
     path = folder / "config.yaml"
-    return path.exists() and config_digest(resolve(kind, path)) == digest
+    return path.exists() and config_hash(resolve(kind, path)) == digest
 
 
 def command(arguments: list[str], threads: int) -> float:

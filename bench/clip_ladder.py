@@ -20,9 +20,9 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
+from bench.cells import name_of
 from clip.config import Config
 from common.config import resolve
 from common.files import read_json, write_json, write_text
@@ -124,21 +124,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def folder_of(name: str, runs: Path) -> Path:
-    """`batch 3,000` -> `batch_3000`."""
-    return runs / name.replace(",", "").replace(" ", "_")
-
-
 def run_rung(name: str, seed: int, runs: Path, extra: list[str]) -> dict[str, object]:
     """Train, unless that was done with the same config; what was measured after the last step."""
-    folder = folder_of(name, runs) / f"seed{seed}"
+    folder = runs / name_of(name) / f"seed{seed}"
     kept = folder.with_suffix(".json")
     settings = [f"seed={seed}", *RUNGS[name], *extra]
     config = resolve(Config, Path(CONFIG), [f"run_dir={folder}", *settings])
     # measured at the last step, whatever interval the config has
     settings.append(f"train.eval_every={config.train.steps}")
     config = resolve(Config, Path(CONFIG), [f"run_dir={folder}", *settings])
-    digest = config_hash(replace(config, run_dir="", data_root=""))
+    digest = config_hash(config)
     record = read_json(kept)
     if record.get("config_sha256") == digest:
         return record
@@ -171,7 +166,7 @@ def command(arguments: list[str]) -> None:
 
 def write(runs: Path, results: Path) -> None:
     """ladder.json and ladder.md, of all that is finished."""
-    found = {name: sorted(folder_of(name, runs).glob("seed*.json")) for name in RUNGS}
+    found = {name: sorted((runs / name_of(name)).glob("seed*.json")) for name in RUNGS}
     records = {name: [read_json(path) for path in paths] for name, paths in found.items() if paths}
     lines = [json.dumps(record) for rows in records.values() for record in rows]
     write_text(results / "ladder.json", "[\n" + ",\n".join(lines) + "\n]\n")

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from bench.cells import name_of
 from common.config import resolve
 from common.files import read_json
 from common.provenance import config_hash
@@ -73,14 +74,9 @@ def main() -> None:
         draw_depth(RESULTS / "depth.png", curves(results["depth"]))
 
 
-def folder_of(group: str, label: str) -> Path:
-    """Where a variation runs."""
-    return RUNS / group / label.replace(" ", "_").replace(",", "")
-
-
 def run(group: str, label: str, change: str, args: argparse.Namespace) -> None:
     """Train and evaluate one variation, unless it is done."""
-    folder = folder_of(group, label)
+    folder = RUNS / group / name_of(label)
     config, _, overrides = change.rpartition(": ")
     words = [
         f"run_dir={folder}",
@@ -110,7 +106,7 @@ def collect() -> dict[str, dict[str, dict]]:
     found: dict[str, dict[str, dict]] = {}
     for group, variations in GROUPS.items():
         for label in variations:
-            folder = folder_of(group, label)
+            folder = RUNS / group / name_of(label)
             if (folder / "done.json").exists():
                 result, note = (
                     json.loads((folder / name).read_text(encoding="utf-8")) for name in ("eval.json", "done.json")

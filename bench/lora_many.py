@@ -17,10 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.cells import command, config_digest, is_begun
+from bench.cells import command, is_begun
 from common.config import resolve
 from common.errors import ProjectError
 from common.files import read_json, write_json
+from common.provenance import config_hash
 from common.runtime import use_threads
 from lora.config import Config
 from lora.data import load_labelled
@@ -144,7 +145,7 @@ def train(name: str, args: argparse.Namespace, data_root: str) -> Path:
         settings += ["data.dataset=json", f"data.path={path}"]
     settings += [*args.overrides, *(TINY_TRAINING if args.tiny else [])]
     config = resolve(Config, Path(CONFIG), [f"run_dir={folder}", *settings])
-    if (folder / "adapter").is_dir() and is_begun(Config, folder, config_digest(config)):
+    if (folder / "adapter").is_dir() and is_begun(Config, folder, config_hash(config)):
         return folder
     seconds = command(
         ["-m", "lora.train", "--config", CONFIG, f"run_dir={folder}", *settings, "--overwrite"], args.threads

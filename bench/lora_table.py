@@ -17,11 +17,12 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cells import config_digest, name_of, spread, train_and_evaluate
+from bench.cells import name_of, spread, train_and_evaluate
 from common.checkpoint import Checkpoints
 from common.config import resolve
 from common.files import read_json, write_json, write_text
 from common.logging import read_metrics
+from common.provenance import config_hash
 from common.runtime import use_threads
 from lora.config import Config
 
@@ -174,7 +175,7 @@ def run_row(table: Table, row: str, seed: int, runs: Path, extra: list[str], thr
     settings = [f"seed={seed}", *table.settings, *table.rows[row], *extra]
     config = resolve(Config, Path(table.config), [f"run_dir={folder}", *settings])
     record = read_json(kept)
-    if record.get("config_digest") == config_digest(config):
+    if record.get("config_sha256") == config_hash(config):
         return record
     result, origin = train_and_evaluate("lora", Config, table.config, settings, folder, threads)
     learned = Checkpoints.load(folder / f"checkpoints/{config.train.steps:08d}.pt")["parts"]["learned"]

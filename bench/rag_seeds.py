@@ -19,9 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.cells import config_digest, spread
+from bench.cells import spread
 from common.config import resolve
 from common.files import read_json, write_json, write_text
+from common.provenance import config_hash
 from rag.config import Config
 
 RESULTS = Path("docs/results/rag")
@@ -86,7 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     seeds = [config.seed for config in configs]
     if len(set(seeds)) < len(seeds):
         parser.error(f"seeds must differ: {', '.join(map(str, seeds))}")
-    if len({config_digest(replace(config, seed=0)) for config in configs}) > 1:
+    if len({config_hash(replace(config, seed=0)) for config in configs}) > 1:
         parser.error("these runs differ in more than their seed")
     return args
 

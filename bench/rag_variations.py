@@ -30,11 +30,12 @@ from typing import Any
 import numpy as np
 
 from bench import cells
-from bench.cells import config_digest, name_of
+from bench.cells import name_of
 from bench.rag_collections import open_embedder
 from common.config import resolve
 from common.files import read_json, write_json, write_text
 from common.logging import read_metrics
+from common.provenance import config_hash
 from common.runtime import use_threads
 from rag.config import Config
 from rag.data import load_collection
@@ -251,16 +252,16 @@ def training_row(name: str, args: argparse.Namespace) -> Record:
     """A short training in FactWorld, and its validation questions after the last step."""
     settings = [*SHORT, f"seed={SEED}", *settings_of(name, args)]
     folder = args.runs / name_of(name)
-    digest = config_digest(resolve(Config, Path(CONFIGS["training"]), settings))
+    digest = config_hash(resolve(Config, Path(CONFIGS["training"]), settings))
     kept = folder.with_suffix(".json")
-    if read_json(kept).get("config_digest") == digest:
+    if read_json(kept).get("config_sha256") == digest:
         return read_json(kept)
     shutil.rmtree(folder, ignore_errors=True)
     arguments = ["-m", "rag.train", "--config", CONFIGS["training"], f"run_dir={folder}", *settings]
     seconds = cells.command(arguments, args.threads)
     last = read_metrics(folder / "metrics.jsonl")[-1]
     measured = {key: round(value, 4) for key, value in last.items() if key == "loss" or key.startswith("val_")}
-    record = {"settings": ROWS["training"][name], **measured, "seconds": round(seconds, 1), "config_digest": digest}
+    record = {"settings": ROWS["training"][name], **measured, "seconds": round(seconds, 1), "config_sha256": digest}
     write_json(kept, record)
     return record
 
@@ -280,9 +281,9 @@ def reading_row(name: str, args: argparse.Namespace) -> Record:
         f"seed={SEED}",
         *settings_of(name, args),
     ]
-    digest = config_digest(resolve(Config, args.run / "config.yaml", settings))
+    digest = config_hash(resolve(Config, args.run / "config.yaml", settings))
     kept = args.run / f"{label}.json"
-    if read_json(kept).get("config_digest") == digest:
+    if read_json(kept).get("config_sha256") == digest:
         return read_json(kept)
     started = time.perf_counter()
     cells.command(["-m", "rag.answer", "--run", str(args.run), *settings], args.threads)
@@ -297,7 +298,7 @@ def reading_row(name: str, args: argparse.Namespace) -> Record:
         **measured,
         "ms": round(times, 1),
         "seconds": round(time.perf_counter() - started, 1),
-        "config_digest": digest,
+        "config_sha256": digest,
     }
     write_json(kept, record)
     return record

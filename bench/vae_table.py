@@ -26,11 +26,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.cells import config_digest, spread, train_and_evaluate
+from bench.cells import spread, train_and_evaluate
 from common.checkpoint import read_weights
 from common.config import resolve
 from common.files import read_json, write_json, write_text
 from common.images import MemoryImages
+from common.provenance import config_hash
 from common.runtime import use_threads
 from vae.config import Config
 from vae.data import load_images
@@ -146,7 +147,7 @@ def run_cell(cell: Cell, seed: int, runs: Path, extra: list[str], threads: int) 
     overrides = [f"seed={seed}", *extra, *cell.overrides]
     config = resolve(Config, Path(cell.config), [f"run_dir={folder}", *overrides])
     record = read_json(kept)
-    if record.get("config_digest") == config_digest(config):
+    if record.get("config_sha256") == config_hash(config):
         return record
     result, origin = train_and_evaluate("vae", Config, cell.config, overrides, folder, threads)
     record = {

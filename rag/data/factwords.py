@@ -4,13 +4,16 @@ in statements.py, asking.py and two_hops.py.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import numpy as np
 
+ALTERNATIVES = re.compile(r"\[([^\[\]]*)\]")
+
 
 class Wordings(NamedTuple):
-    """Sentences that say the same, by the split that they belong to."""
+    """Sentences that say the same, by the split that they belong to. [this|that] stands for one of the two."""
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
@@ -19,6 +22,12 @@ class Wordings(NamedTuple):
     def of(self, split: str) -> tuple[str, ...]:
         """Those of one split."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+
+
+def worded(sentences: tuple[str, ...], rng: np.random.Generator) -> str:
+    """One of some sentences, with one of each of its alternatives."""
+    sentence = sentences[int(rng.integers(len(sentences)))]
+    return ALTERNATIVES.sub(lambda group: str(rng.choice(group[1].split("|"))), sentence)
 
 
 def listed(text: str) -> list[str]:

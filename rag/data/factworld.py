@@ -68,7 +68,7 @@ class World:
             templates = STATEMENTS[relation]
             # a third of what is said about entities for choosing and testing is said as no other passage says it
             new = entity.split != "train" and rng.random() < NEW_STATEMENTS
-            sentence = str(rng.choice(templates.of(entity.split) if new else templates.train))
+            sentence = words.worded(templates.of(entity.split if new else "train"), rng)
             subject = entity.name if place == 0 else words.again(entity.kind, entity.name, rng)
             sentences.append(capital(sentence.format(s=subject, v=told[relation])))
         sentences.insert(int(rng.integers(1, len(sentences) + 1)), str(rng.choice(words.FILLERS[entity.kind])))
@@ -141,7 +141,7 @@ def ask(world: World, item: Entity) -> list[Question]:
     rng = np.random.default_rng(mix_seed(world.seed, QUESTION_STREAM, item.number))
 
     def wording(templates: Wordings) -> str:
-        return str(rng.choice(templates.of(item.split)))
+        return words.worded(templates.of(item.split), rng)
 
     questions = []
     for relation, templates in QUESTIONS.items():

@@ -6,10 +6,12 @@ import itertools
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from rag.config import DataConfig
 from rag.data import asking, factworld, statements, two_hops
+from rag.data import factwords as words
 
 CONFIG = DataConfig(entities=300, world=5)
 SPLITS = ("train", "validation", "test")
@@ -68,9 +70,29 @@ def test_no_split_is_worded_as_another(world, data):
     for one, other in itertools.combinations(SPLITS, 2):
         assert asked[one] and asked[other] and not asked[one] & asked[other]
     for wordings in (*asking.QUESTIONS.values(), *two_hops.TWO_HOPS.values(), *statements.STATEMENTS.values()):
-        every = [bare(sentence) for split in SPLITS for sentence in wordings.of(split)]
-        assert len(set(every)) == len(every)
+        held_out = [bare(sentence) for sentence in (*wordings.validation, *wordings.test)]
+        assert len(set(held_out)) == len(held_out)
+        assert not any("[" in sentence for sentence in held_out), "counted one by one"
+        for sentence in wordings.train:
+            learned = re.compile(pattern(sentence))
+            assert not [text for text in held_out if learned.fullmatch(text)], sentence
         assert len(wordings.train) >= 10 and len(wordings.validation) >= 2 and len(wordings.test) >= 2
+
+
+def pattern(sentence: str) -> str:
+    """What finds a bare text that is this sentence in one of its alternatives."""
+    parts = words.ALTERNATIVES.split(sentence)  # plain text, alternatives, plain text, ...
+    texts = [re.escape(bare(part)) for part in parts]
+    texts[1::2] = ["(?:" + "|".join(re.escape(bare(each)) for each in part.split("|")) + ")" for part in parts[1::2]]
+    return " *".join(texts)
+
+
+def test_a_sentence_has_one_of_each_of_its_alternatives():
+    rng = np.random.default_rng(0)
+    said = {words.worded(("[Who|Which person] wrote [|the book ]{s}?",), rng) for _ in range(60)}
+    assert said == {f"{who} wrote {what}{{s}}?" for who in ("Who", "Which person") for what in ("", "the book ")}
+    assert re.fullmatch(pattern("[Who|Which person] wrote [|the book ]{s}?"), "who wrote the book {s}")
+    assert not re.fullmatch(pattern("[Who|Which person] wrote {s}?"), "who wrote the book {s}")
 
 
 def test_a_third_of_what_is_said_for_testing_is_said_nowhere_else(world):
