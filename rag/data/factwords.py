@@ -1,5 +1,5 @@
 """The words of FactWorld: which facts there are, names made of syllables, values. How facts are stated and asked for is
-in statements.py, asking.py and two_hops.py.
+in wordings/.
 """
 
 from __future__ import annotations

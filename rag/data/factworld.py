@@ -19,11 +19,9 @@ import numpy as np
 from common.runtime import mix_seed
 from rag.config import DataConfig
 from rag.data import factwords as words
-from rag.data.asking import QUESTIONS
 from rag.data.corpus import Collection, Passage, Passages, Question
 from rag.data.factwords import Wordings
-from rag.data.statements import STATEMENTS
-from rag.data.two_hops import TWO_HOPS
+from rag.data.wordings import QUESTIONS, STATEMENTS, TWO_HOPS
 
 SHARES = {"person": 0.5, "place": 0.2, "work": 0.3}
 TEST = 0.2  # share of the entities
@@ -140,8 +138,8 @@ def ask(world: World, item: Entity) -> list[Question]:
     """Every question about an entity: of one fact, and of a fact of what one of its facts names."""
     rng = np.random.default_rng(mix_seed(world.seed, QUESTION_STREAM, item.number))
 
-    def wording(templates: Wordings) -> str:
-        return words.worded(templates.of(item.split), rng)
+    def worded(templates: Wordings) -> str:
+        return capital(words.worded(templates.of(item.split), rng).format(s=item.name))
 
     questions = []
     for relation, templates in QUESTIONS.items():
@@ -150,7 +148,7 @@ def ask(world: World, item: Entity) -> list[Question]:
             questions.append(
                 Question(
                     f"{item.split}/{item.number}/{relation}",
-                    wording(templates).format(s=item.name),
+                    worded(templates),
                     (item.facts[relation],),
                     gold,
                     item.name,
@@ -164,7 +162,7 @@ def ask(world: World, item: Entity) -> list[Question]:
             questions.append(
                 Question(
                     f"{item.split}/{between.number}/{second}/{item.number}/{first}",
-                    wording(wordings).format(s=item.name),
+                    worded(wordings),
                     (between.facts[second],),
                     gold,
                     item.name,

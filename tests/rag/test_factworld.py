@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from rag.config import DataConfig
-from rag.data import asking, factworld, statements, two_hops
 from rag.data import factwords as words
+from rag.data import factworld
+from rag.data.wordings import QUESTIONS, STATEMENTS, TWO_HOPS
 
 CONFIG = DataConfig(entities=300, world=5)
 SPLITS = ("train", "validation", "test")
@@ -69,7 +70,7 @@ def test_no_split_is_worded_as_another(world, data):
     asked = {split: {wording(q.text, names) for q in data.questions(split)} for split in SPLITS}
     for one, other in itertools.combinations(SPLITS, 2):
         assert asked[one] and asked[other] and not asked[one] & asked[other]
-    for wordings in (*asking.QUESTIONS.values(), *two_hops.TWO_HOPS.values(), *statements.STATEMENTS.values()):
+    for wordings in (*QUESTIONS.values(), *TWO_HOPS.values(), *STATEMENTS.values()):
         held_out = [bare(sentence) for sentence in (*wordings.validation, *wordings.test)]
         assert len(set(held_out)) == len(held_out)
         assert not any("[" in sentence for sentence in held_out), "counted one by one"
@@ -107,7 +108,7 @@ def test_a_third_of_what_is_said_for_testing_is_said_nowhere_else(world):
 
 def kept_sentences(split: str) -> list[re.Pattern[str]]:
     """What finds the sentences that only one split's passages have, whatever they are about."""
-    whole = [text for wordings in statements.STATEMENTS.values() for text in wordings.of(split)]
+    whole = [text for wordings in STATEMENTS.values() for text in wordings.of(split)]
     parts = [re.escape(text).replace(r"\{s\}", r"[\w ]+").replace(r"\{v\}", r"[\w ]+") for text in whole]
     return [re.compile(rf"(^|\. ){part}", re.IGNORECASE) for part in parts]
 
