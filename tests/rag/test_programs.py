@@ -165,6 +165,14 @@ def test_dry_run(tmp_path, data_root, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_search_of_two_steps_is_trained_for_both(tmp_path, data_root, capsys):
+    config = tiny(tmp_path / "run", data_root, "search.hops=2", "train.steps=1")
+    collection = load_collection(config.data, config.data_root)
+    asked = [question for question in collection.train if len(question.relevant) > 1]
+    assert asked and train(config) == 0
+    assert f"{len(collection.train) + len(asked)} questions, 140 passages" in capsys.readouterr().err
+
+
 # -- examples ----------------------------------------------------------------------------------------------------------
 
 
