@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -137,7 +138,9 @@ def test_sources_come_in_the_order_in_which_they_are_read(world, config):
 def test_what_looks_alike_is_what_the_readers_own_search_finds(world, config):
     """Asked for a year of birth, a search of two steps finds the birthplace, too, which has a year of its own."""
     collection, retriever = world
-    asked = [q for q in collection.train if q.kind == "one_hop" and q.id.endswith("birth_year")]
+    asked = [q for q in collection.train if q.kind == "one_hop" and re.fullmatch(r"person-\d+-0", q.relevant[0])]
+    asked = [q for q in asked if retriever.search([q.text], 1)[0][0].passage.id in q.relevant]
+    assert len(asked) > 10
     towns = {p.title for p in collection.passages if p.id.startswith("place")}
     with_place = {}
     for hops in (1, 2):
@@ -149,7 +152,8 @@ def test_what_looks_alike_is_what_the_readers_own_search_finds(world, config):
             assert [passage.id for passage in right] == question.relevant and right[0] not in others
             behind = [p for p in others[:3] if p.title in towns and p.title in right[0].text]
             with_place[hops] += len(behind[:1]) / len(asked)
-    assert with_place[2] > 1.5 * with_place[1] > 0
+    assert with_place[2] > 0.25, with_place
+    assert with_place[2] > 1.5 * with_place[1], with_place
 
 
 def test_a_context_is_what_the_search_would_show(world, config):
