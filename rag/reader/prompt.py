@@ -169,8 +169,8 @@ class Prompter:
         said = self.clean(answer)
         if self.config.cite == "first":  # in the order in which they are read: the last has the answer
             return "".join(f"[{place + 1}] " for place in sources) + said
-        if self.config.cite == "model":  # first the one that the answer has just been read from, then what led to it
-            return said + "".join(f" [{place + 1}]" for place in reversed(sources))
+        if self.config.cite == "model":
+            return said + "".join(f" [{place + 1}]" for place in sorted(sources))
         return said
 
     def _prefix(self, examples: list[Example], closed: bool) -> list[int]:

@@ -315,7 +315,7 @@ def test_a_row_is_the_prompt_that_the_reader_will_see(world, config, cite):
                 assert [tree.ids[i] for i in at][: len(whole)] == whole
                 said = asked.answer or "unknown"
                 before = "".join(f" [{place + 1}]" for place in asked.sources) if cite == "first" else ""
-                behind = "" if cite == "first" else "".join(f" [{place + 1}]" for place in reversed(asked.sources))
+                behind = "" if cite == "first" else "".join(f" [{place + 1}]" for place in sorted(asked.sources))
                 assert answer == f"{before} {said}{behind}"
 
 
