@@ -21,6 +21,7 @@ METRICS = {
     "ndcg_at_10_*": Metric("nDCG@10, {}", "higher"),
     "recall_at_*": Metric("Recall at {}", "higher", "percent"),
     "hit_at_*": Metric("Any right passage among the first {}", "higher", "percent"),
+    "complete_at_*": Metric("All right passages among the first {}", "higher", "percent"),
     "answer_at_*": Metric("Answer's words among the first {}", "higher", "percent"),
     "*_difference": Metric("Difference, {}", "higher"),
     "*_low": Metric("Lower end of the 95 % interval, {}"),

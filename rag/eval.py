@@ -137,9 +137,11 @@ def summarise(results: dict[str, Result], questions: list[Question], config: Con
             first, second = (results[arm].each[main_metric][judged].tolist() for arm in (better, worse))
             compared = paired_bootstrap(first, second, config.eval.resamples)
             metrics |= {f"{better}_over_{worse}_{key}": value for key, value in compared.items()}
+    apart = [main_metric, *(metric for metric in results[own].each if metric.startswith("complete_at_"))]
     for kind, where in by_kind(questions).items():
         for name, result in results.items():
-            metrics[f"{main_metric}_{kind}_{name}"] = float(np.nanmean(result.each[main_metric][where]))
+            for metric in apart:
+                metrics[f"{metric}_{kind}_{name}"] = float(np.nanmean(result.each[metric][where]))
     for name, result in results.items():
         for stage, seconds in result.seconds.items():
             metrics[f"ms_{stage}_{name}"] = 1000 * seconds / len(questions)

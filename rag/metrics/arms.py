@@ -20,7 +20,7 @@ from common.run import Run
 from rag.config import SCRATCH, Config
 from rag.data.corpus import Collection, Passage, Question
 from rag.load import load_reranker, load_untrained
-from rag.metrics.scores import answer_at, score_ranking
+from rag.metrics.scores import answer_at, complete_at, score_ranking
 from rag.model.encoder import Encoder, Tokenizer, fingerprint
 from rag.negatives import CACHE, build_bm25
 from rag.search.embed import Embedder, Reranker, embed_into
@@ -155,7 +155,10 @@ def score(question: Question, rows: Array, arm: Retriever, config: Config) -> di
     found = arm.passages.ranked(rows)
     scores: dict[str, float] = {}
     if question.gold:
-        scores |= score_ranking([passage.id for passage in found], question.gold, config.eval.cutoffs)
+        ranking = [passage.id for passage in found]
+        scores |= score_ranking(ranking, question.gold, config.eval.cutoffs)
+        if config.search.hops == 2:
+            scores |= {f"complete_at_{k}": complete_at(ranking, question.gold, k) for k in config.eval.cutoffs}
     if question.answers:
         texts = [passage.text for passage in found]
         scores |= {f"answer_at_{k}": answer_at(texts, question.answers, k) for k in config.eval.cutoffs if k <= 20}

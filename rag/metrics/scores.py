@@ -40,6 +40,14 @@ def hit_at(ranking: Sequence[str], gold: Gold, k: int) -> float:
     return float(any(gold.get(passage, 0) > 0 for passage in ranking[:k]))
 
 
+def complete_at(ranking: Sequence[str], gold: Gold, k: int) -> float:
+    """1 where all relevant passages are among the first k, as a question needs them that takes several to answer; 0
+    where there are none.
+    """
+    relevant = {passage for passage, grade in gold.items() if grade > 0}
+    return float(bool(relevant) and relevant <= set(ranking[:k]))
+
+
 def reciprocal_rank_at(ranking: Sequence[str], gold: Gold, k: int = 10) -> float:
     """1 / rank of the first relevant passage, 0 where none is among the first k; its mean is MRR@k."""
     for rank, passage in enumerate(ranking[:k], start=1):

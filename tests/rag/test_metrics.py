@@ -50,6 +50,12 @@ def test_reciprocal_rank_fusion_equals_ranx():
         np.testing.assert_allclose([theirs[str(row)] for row in rows[q]], scores[q], rtol=1e-6)
 
 
+def test_a_question_of_two_steps_needs_both_passages():
+    gold = {"a": 2, "b": 1, "c": 0}
+    assert [metrics.complete_at(["a", "c", "b"], gold, k) for k in (1, 2, 3)] == [0.0, 0.0, 1.0]
+    assert metrics.complete_at(["c", "a"], {"c": 0}, 2) == 0.0
+
+
 def test_gain_equals_scikit_learn():
     from sklearn.metrics import ndcg_score
 

@@ -171,6 +171,9 @@ def test_a_search_of_two_steps_is_trained_for_both(tmp_path, data_root, capsys):
     asked = [question for question in collection.train if len(question.relevant) > 1]
     assert asked and train(config) == 0
     assert f"{len(collection.train) + len(asked)} questions, 140 passages" in capsys.readouterr().err
+    found = evaluate(tmp_path / "run", "eval.num_questions=40")["metrics"]
+    assert found["complete_at_1_two_hop_bm25"] == 0 < found["complete_at_20_two_hop_bm25"] <= 1
+    assert found["complete_at_5_one_hop_bm25"] > found["complete_at_5_two_hop_bm25"]
 
 
 # -- examples ----------------------------------------------------------------------------------------------------------
