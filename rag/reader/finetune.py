@@ -197,7 +197,7 @@ class LanguageModelTask:
 
     def loss(self, net: Any, batch: TreeBatch) -> Tensor:
         """See `Task`."""
-        return tree_loss(net, batch)
+        return tree_loss(net, self.model.get_output_embeddings(), batch)
 
     def reader(self) -> Reader:
         """See `Task`."""

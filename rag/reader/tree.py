@@ -8,16 +8,19 @@ Prompts that begin alike are written once, as a trunk, with what differs behind 
 the trunk in every branch, and the attention mask keeps branches apart: every token sees what it would see in a prompt
 of its own, so that the loss is that of separate prompts, at a fraction of the cost: SQuAD has five questions a passage.
 
-Legend: B rows, T tokens of the longest, K last tokens of a row that may be asked for a next one, V vocabulary.
+Legend: B rows, T tokens of the longest, K last tokens of a row that may be asked for a next one, N tokens of all rows
+that are, C width of a state, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 NONE = -100  # a target that does not count
 
@@ -102,14 +105,37 @@ def collate(trees: list[Tree], pad: int, device: torch.device) -> TreeBatch:
     return TreeBatch(rows("ids", pad), rows("positions", 0), mask.unsqueeze(1), rows("targets", NONE)[:, -keep:])
 
 
-def tree_loss(model: Any, batch: TreeBatch) -> Tensor:
-    """Cross-entropy of the answers' tokens, mean over all of them: in nats a token."""
-    out = model(
-        input_ids=batch.ids,
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
-        use_cache=False,
-        logits_to_keep=batch.targets.shape[1],
-    )
-    logits = out.logits[:, -batch.targets.shape[1] :].float()  # (B, K, V)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=NONE)
+def tree_loss(model: Any, head: nn.Module, batch: TreeBatch) -> Tensor:
+    """Cross-entropy of the answers' tokens, mean over all of them: in nats a token.
+
+    Args:
+        model: a causal language model, compiled or spread over processes, whatever it is wrapped in.
+        head: its output layer, the last thing that its states go through.
+    """
+    asked = batch.targets != NONE  # (B, K)
+    with only(head, asked):
+        out = model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            use_cache=False,
+            logits_to_keep=batch.targets.shape[1],
+        )
+    return torch.nn.functional.cross_entropy(out.logits.float(), batch.targets[asked])  # (N, V), (N,)
+
+
+@contextmanager
+def only(head: nn.Module, asked: Tensor) -> Iterator[None]:
+    """Within, a model's output layer is given the states of N tokens alone, those that `asked` (B, K) marks among the
+    last K, and returns logits (N, V). Questions stand between the answers, and their logits would be a quarter of a
+    step's work with a vocabulary of 49,152. What a model does with its logits (scaling, a soft cap) it still does.
+    """
+
+    def choose(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (given[0][:, -asked.shape[1] :][asked],)  # (B, T, C) -> (N, C)
+
+    hook = head.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        hook.remove()

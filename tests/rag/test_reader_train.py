@@ -273,18 +273,20 @@ def test_the_loss_of_a_tree_is_that_of_its_prompts(make):
         ([ids(6)], [ids(2)]),  # a single prompt
         ([[7, 8, 9], [7, 8, 9]], [[4], [5, 6]]),  # twice the same one
     ]
-    total = count = 0.0
+    apart = []
     for prompts, answers in groups:
         for prompt, answer in zip(prompts, answers):
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            total += torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
-            count += len(answer)
+            apart.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none"))
+    loss = torch.cat(apart).mean()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    gradients = torch.autograd.grad(loss, weights)
     trees = [grow(*group) for group in groups]
     assert len(trees[0].ids) == 12 + (4 + 3) + (7 + 1) + (1 + 2)
-    together = tree_loss(model, collate(trees, 0, torch.device("cpu")))
-    assert together.item() == pytest.approx(total / count, abs=1e-6)
-    together.backward()
-    assert all(torch.isfinite(weight.grad).all() for weight in model.parameters() if weight.grad is not None)
+    together = tree_loss(model, model.get_output_embeddings(), collate(trees, 0, torch.device("cpu")))
+    torch.testing.assert_close(together, loss.float(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.autograd.grad(together, weights), gradients, atol=1e-6, rtol=1e-4)
+    assert model(torch.tensor([[1, 2, 3]])).logits.shape[:2] == (1, 3), "the model is as it was"
 
 
 def test_only_answers_are_learned():
