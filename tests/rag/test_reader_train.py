@@ -21,7 +21,7 @@ from rag.data.corpus import Collection, Passage, Passages, Question
 from rag.metrics.scores import answer_at
 from rag.reader.examples import Contexts, has_answer, window, worked_examples
 from rag.reader.finetune import Batches, LanguageModelTask, trained
-from rag.reader.tree import NONE, collate, grow, tree_loss
+from rag.reader.tree import NONE
 from rag.reader.weights import open_reader, read_adapter
 from rag.search.analyser import Analyser
 from rag.search.bm25 import BM25
@@ -256,45 +256,7 @@ def test_worked_examples_are_training_questions(world, config):
     assert worked_examples(Collection("mine", Passages([Passage("a", "b")])), config)[0].question.startswith("When")
 
 
-# -- trees -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [tiny_lm.llama, tiny_lm.gpt2])
-def test_the_loss_of_a_tree_is_that_of_its_prompts(make):
-    model = make().double()
-    rng = np.random.default_rng(0)
-
-    def ids(count):
-        return [int(i) for i in rng.integers(5, 300, count)]
-
-    trunk = ids(12)
-    groups = [
-        ([trunk + ids(4), trunk + ids(7), trunk + ids(1)], [ids(3), ids(1), ids(2)]),
-        ([ids(6)], [ids(2)]),  # a single prompt
-        ([[7, 8, 9], [7, 8, 9]], [[4], [5, 6]]),  # twice the same one
-    ]
-    apart = []
-    for prompts, answers in groups:
-        for prompt, answer in zip(prompts, answers):
-            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-            apart.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none"))
-    loss = torch.cat(apart).mean()
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    gradients = torch.autograd.grad(loss, weights)
-    trees = [grow(*group) for group in groups]
-    assert len(trees[0].ids) == 12 + (4 + 3) + (7 + 1) + (1 + 2)
-    together = tree_loss(model, model.get_output_embeddings(), collate(trees, 0, torch.device("cpu")))
-    torch.testing.assert_close(together, loss.float(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(torch.autograd.grad(together, weights), gradients, atol=1e-6, rtol=1e-4)
-    assert model(torch.tensor([[1, 2, 3]])).logits.shape[:2] == (1, 3), "the model is as it was"
-
-
-def test_only_answers_are_learned():
-    tree = grow([[1, 2, 3, 4], [1, 2, 5, 6]], [[7, 8], [9]])
-    assert tree.ids == [1, 2, 3, 4, 7, 8, 5, 6, 9]
-    assert tree.positions == [0, 1, 2, 3, 4, 5, 2, 3, 4]
-    assert tree.targets == [NONE, NONE, NONE, 7, 8, NONE, NONE, 9, NONE]
-    assert tree.keep == 6
+# -- rows --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cite", ["auto", "first"])
