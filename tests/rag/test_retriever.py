@@ -157,7 +157,9 @@ def test_two_steps_find_what_one_does_not():
 
 
 def test_two_steps_in_a_made_up_world():
-    """Of questions that need two passages, words alone find both for few in one step, and for many in two."""
+    """Of questions that need two passages, words alone find both for few in one step, and for five times as many in
+    two. (It was more than .4 while questions and passages shared more words.)
+    """
     config = resolve(Config, None, ["data.entities=400", "search.mode=bm25"])
     collection = load_collection(config.data, "data")
     words = BM25(config.bm25, Analyser(config.analyser))
@@ -171,5 +173,5 @@ def test_two_steps_in_a_made_up_world():
         return float(np.mean(right))
 
     assert len(questions) > 30
-    assert complete(1) < 0.1
-    assert complete(2) > 0.4
+    assert complete(1) < 0.07
+    assert complete(2) > 0.35
