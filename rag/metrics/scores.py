@@ -44,8 +44,7 @@ def complete_at(ranking: Sequence[str], gold: Gold, k: int) -> float:
     """1 where all relevant passages are among the first k, as a question needs them that takes several to answer; 0
     where there are none.
     """
-    relevant = {passage for passage, grade in gold.items() if grade > 0}
-    return float(bool(relevant) and relevant <= set(ranking[:k]))
+    return float(recall_at(ranking, gold, k) == 1)
 
 
 def reciprocal_rank_at(ranking: Sequence[str], gold: Gold, k: int = 10) -> float:

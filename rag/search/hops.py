@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from rag.data.corpus import Collection, Passage, Passages, Question
+from rag.data.corpus import Collection, Passage, Question
 
 WORD = re.compile(r"\w[\w'’-]*")
 POSSESSIVE = re.compile(r"['’]s?$")
@@ -45,22 +45,21 @@ def by_steps(collection: Collection) -> Collection:
     those of `follow_up` (as Xiong et al. 2021, "Answering complex open-domain questions with multi-hop dense
     retrieval", train with the question and the passage before). The order is that of the question's judgements.
     """
-    train = [step for question in collection.train for step in steps_of(question, collection.passages)]
-    validation = [step for question in collection.validation for step in steps_of(question, collection.passages)]
+    train = [step for question in collection.train for step in steps_of(question, collection)]
+    validation = [step for question in collection.validation for step in steps_of(question, collection)]
     return replace(collection, train=train, validation=validation)
 
 
-def steps_of(question: Question, passages: Passages) -> list[Question]:
+def steps_of(question: Question, collection: Collection) -> list[Question]:
     """A question as one for each of its passages; as it is where it has one or none."""
-    rows = {name: passages.row_of(name) for name in question.relevant}
-    found = [(name, row) for name, row in rows.items() if row is not None]
-    if len(found) < 2:
+    right = collection.passages.ranked(collection.rows_of(question))
+    if len(right) < 2:
         return [question]
     steps = []
     before: Passage | None = None
-    for place, (name, row) in enumerate(found, start=1):
+    for place, passage in enumerate(right, start=1):
         text = follow_up(question.text, before)
-        gold = {name: question.gold[name]}
+        gold = {passage.id: question.gold[passage.id]}
         steps.append(replace(question, id=f"{question.id}/{place}", text=text, gold=gold))
-        before = passages[row]
+        before = passage
     return steps
