@@ -72,6 +72,8 @@ class ModelConfig:
     blocks: int = 2  # residual blocks a level (the way up has one more)
     attention: tuple[int, ...] = (16,)  # resolutions, in pixels of the network's own grid, with self-attention
     head_channels: int = 0  # channels an attention head; 0 = one head
+    # fused: PyTorch's own, the fastest on a GPU; written: the formula as it is printed, faster in training on a CPU
+    attention_kernel: Literal["fused", "written"] = "fused"
     # inside each residual block; each process and each microbatch draws its own masks, so that N processes equal one,
     # and microbatches the whole batch, without dropout only
     dropout: float = 0.1

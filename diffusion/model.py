@@ -90,6 +90,16 @@ class ResidualBlock(nn.Module):
         return h + self.shortcut(x)
 
 
+def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v as Vaswani et al., eq. 1 have it: three times (B, K, L, D) -> the same shape.
+
+    What PyTorch's fused kernel computes too, which never holds the L x L weights and so can do without much memory at a
+    large L. With few positions on a CPU it is the fused one's backward pass that is slow.
+    """
+    similarity = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, K, L, L): row i, how well each key fits query i
+    return similarity.softmax(dim=-1) @ v
+
+
 class Attention(nn.Module):
     """Every pixel looks at every other (Vaswani et al., eq. 1), around a skip connection: (B, C, H, W) -> the same
     shape.
@@ -98,6 +108,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, config: ModelConfig):
         super().__init__()
         self.heads = channels // config.head_channels if config.head_channels else 1
+        self.kernel = config.attention_kernel
         self.norm = nn.GroupNorm(config.groups, channels, NORM_EPS)
         self.qkv = nn.Linear(channels, 3 * channels)  # query, key and value in one matrix product
         self.out = nn.Linear(channels, channels)
@@ -108,7 +119,8 @@ class Attention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)
         qkv = self.qkv(tokens).view(B, H * W, 3, self.heads, C // self.heads)  # (B, L, 3, K, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, K, L, D) each
-        mixed = F.scaled_dot_product_attention(q, k, v)  # (B, K, L, D): softmax(q k^T / sqrt(D)) v
+        attend = F.scaled_dot_product_attention if self.kernel == "fused" else softmax_attention
+        mixed = attend(q, k, v)  # (B, K, L, D)
         mixed = self.out(mixed.transpose(1, 2).reshape(B, H * W, C)).transpose(1, 2).view(B, C, H, W)
         return x + mixed
 

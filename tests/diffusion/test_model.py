@@ -43,9 +43,10 @@ def build(**changes: object) -> UNet:
     [
         {},
         {"head_channels": 16, "attention": (16, 4)},
+        {"head_channels": 16, "attention_kernel": "written"},
         {"num_classes": 5, "scale_shift": True},
     ],
-    ids=["plain", "heads", "classes and scale_shift"],
+    ids=["plain", "heads", "written attention", "classes and scale_shift"],
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_outputs_and_gradients_equal_diffusers(changes: dict, memory_format: torch.memory_format) -> None:
