@@ -62,14 +62,16 @@ def is_begun(kind: type[BaseConfig], folder: Path, digest: str) -> bool:
     return path.exists() and config_hash(resolve(kind, path)) == digest
 
 
-def command(arguments: list[str], threads: int) -> float:
-    """Run a program of ours; its CPU-seconds. SystemExit with the end of what it said if it failed."""
+def command(arguments: list[str], threads: int | None = None) -> float:
+    """Run a program of ours, with as many threads as the environment says if none are given; its CPU-seconds. SystemExit
+    with the end of what it said if it failed.
+    """
     process = subprocess.Popen(
         [sys.executable, *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        env=os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
     )
     assert process.stderr is not None
     said = process.stderr.read()

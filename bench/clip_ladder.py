@@ -17,12 +17,10 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from bench.cells import name_of
+from bench.cells import command, name_of
 from clip.config import Config
 from common.config import resolve
 from common.files import read_json, write_json, write_text
@@ -155,13 +153,6 @@ def run_rung(name: str, seed: int, runs: Path, extra: list[str]) -> dict[str, ob
     }
     write_json(kept, record)
     return record
-
-
-def command(arguments: list[str]) -> None:
-    """Run a program of ours. SystemExit with the end of what it said if it failed."""
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"python {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
 
 
 def write(runs: Path, results: Path) -> None:
