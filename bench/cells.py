@@ -63,8 +63,8 @@ def is_begun(kind: type[BaseConfig], folder: Path, digest: str) -> bool:
 
 
 def command(arguments: list[str], threads: int | None = None) -> float:
-    """Run a program of ours, with as many threads as the environment says if none are given; its CPU-seconds. SystemExit
-    with the end of what it said if it failed.
+    """Run a program of ours, with as many threads as the environment says if none are given; its CPU-seconds.
+    SystemExit with the end of what it said if it failed.
     """
     process = subprocess.Popen(
         [sys.executable, *arguments],
