@@ -19,8 +19,8 @@ from tests.rag import tiny_lm
 
 TINY = [
     "model.name=scratch", "model.width=16", "model.layers=1", "model.heads=2", "model.vocabulary=400",
-    "data.entities=60", "train.steps=2", "train.validate_every=2", "train.save_every=2", "train.batch_size=8",
-    "device=cpu", "precision=fp32",
+    "data.dataset=factworld", "data.entities=60", "train.steps=2", "train.warmup=1",
+    "train.validate_every=2", "train.save_every=2", "train.batch_size=8", "device=cpu", "precision=fp32",
 ]  # fmt: skip
 PLACE = ["device=cpu", "precision=fp32", "data.dataset=factworld", "data.entities=60"]
 
