@@ -95,7 +95,7 @@ ROWS: dict[str, dict[str, list[str]]] = {
         "none": ["negatives.count=0"],
         "three": ["negatives.count=3"],
         "not the five best": ["negatives.skip=5"],
-        "all candidates count": ["loss.margin=2"],
+        "without a margin": ["loss.margin=2"],
         "batches of 16, rate 1e-5": ["train.batch_size=16", "train.lr=1e-5", *steps(80)],
         "batches of 256, rate 4e-5": ["train.batch_size=256", "train.lr=4e-5", *steps(5)],
         "temperature 0.02": ["loss.temperature=0.02"],
