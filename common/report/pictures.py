@@ -98,13 +98,14 @@ def data_uri(data: bytes, kind: str) -> str:
 
 def draw_curves(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """One small SVG for each numeric column, in a light and a dark version: losses first, then results, then how the
-    training went.
+    training went. What was logged once is no curve, and is left out beside others that are.
     """
     columns: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         for name, value in row.items():
             if name not in ("step", "time") and number(value) is not None and math.isfinite(value):
                 columns.setdefault(name, []).append((row["step"], float(value)))
+    columns = {name: points for name, points in columns.items() if len(points) > 1} or columns
 
     def order(name: str) -> int:
         if name == "loss":

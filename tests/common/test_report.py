@@ -182,6 +182,9 @@ def test_curves_of_whatever_is_numeric(run: Path):
     assert [name for name, _, _ in curves] == ["Loss", "Weird", "Learning rate", "Beads per second"]
     light, dark = (base64.b64decode(uri.split(",")[1]).decode() for uri in curves[0][1:])
     assert "<svg" in light and light != dark
+    rows[-1]["val_beads"] = 3.0  # logged once: a point beside curves says nothing
+    assert [name for name, _, _ in draw_curves(rows)] == ["Loss", "Learning rate", "Beads per second"]
+    assert [name for name, _, _ in draw_curves([{"step": 1, "loss": 2.0}])] == ["Loss"]
 
 
 def test_escapes_everything(tmp_path: Path):
