@@ -60,12 +60,18 @@ NEIGHBOUR_SAMPLES = 1000  # generated and held-out images whose distance to the 
 
 @dataclass
 class Judge:
-    """What generated images are compared with: an extractor, and the training images in its eyes."""
+    """What generated images are compared with: an extractor, and the training images in its eyes.
+
+    Attributes:
+        cache: the folder of statistics of real images; of which ones, `identity` says.
+    """
 
     extractor: FeatureExtractor
     real: MemoryImages
     statistics: FeatureStatistics
     held_out: MemoryImages | None
+    cache: Path
+    identity: dict[str, object]
 
     def floor(self, count: int, run: Run) -> float | None:
         """The distance of `count` held-out images, drawn by seed (all, if there are fewer), from the training images:
@@ -76,7 +82,10 @@ class Judge:
         """
         if self.held_out is None:
             return None
-        return self.distance(self.held_out.draw(count).images, run)
+        images = self.held_out.draw(count).images
+        identity = {**self.identity, "split": "test"}
+        statistics = reference_statistics(self.extractor, images, self.cache, identity, track=run.track)
+        return frechet_between(self.statistics, statistics, len(images))
 
     def distance(self, images: Tensor, run: Run) -> float:
         """The distance of images uint8 (M, C, H, W) from the training images."""
@@ -165,7 +174,7 @@ def build_judge(config: Config, features: str, train: Images, test: Images | Non
     if extractor.name in ("sfid", "fd_inception768"):
         identity["precision"] = config.eval.feature_precision
     statistics = reference_statistics(extractor, real.images, cache, {**identity, "split": "train"}, track=run.track)
-    return Judge(extractor, real, statistics, held_out)
+    return Judge(extractor, real, statistics, held_out, cache, identity)
 
 
 def generate_resumable(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import common.judges.features
 import diffusion.eval
 import diffusion.sample
 from common.checkpoint import Checkpoints, read_weights
@@ -107,6 +108,18 @@ def test_evaluation(run_dir, capsys):
     assert not (run_dir / "eval_samples").exists()
     with Image.open(run_dir / "figures/samples.png") as image:
         image.verify()
+
+
+def test_real_images_are_looked_at_once(run_dir, capsys, monkeypatch):
+    assert evaluate(run_dir) == 0
+    first = json.loads((run_dir / "eval.json").read_text())["metrics"]
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("statistics of training and held-out images are in the cache")
+
+    monkeypatch.setattr(common.judges.features, "extract", refuse)  # generated images go by diffusion.eval's own name
+    assert evaluate(run_dir) == 0
+    assert json.loads((run_dir / "eval.json").read_text())["metrics"] == first
 
 
 def test_every_output_says_what_made_it(run_dir):
