@@ -81,13 +81,23 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
+def focused(browser):
+    """Autofocus acts when the page is first drawn, which may be after it has been loaded."""
+    return browser.switch_to.active_element.get_attribute("aria-label") == "Question"
+
+
+def answered(browser):
+    """The answer is there, and all that follows it on the page."""
+    shown = browser.find_elements(By.CLASS_NAME, "answer")
+    return bool(shown) and browser.execute_script("return document.readyState") == "complete"
+
+
 def ask(browser, address, question):
     """Type a question and press Enter, as a person does."""
     browser.get(address)
-    field = browser.switch_to.active_element  # nobody has to click first
-    assert field.get_attribute("aria-label") == "Question"
-    field.send_keys(question, Keys.ENTER)
-    Wait(browser, 20).until(lambda _: browser.find_elements(By.CLASS_NAME, "answer"))
+    Wait(browser, 20).until(focused)  # nobody has to click first
+    browser.switch_to.active_element.send_keys(question, Keys.ENTER)
+    Wait(browser, 20).until(answered)
     return browser.find_element(By.TAG_NAME, "body").text
 
 
