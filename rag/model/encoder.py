@@ -214,6 +214,7 @@ def scratch_network(config: ModelConfig, vocabulary: int) -> nn.Module:
         intermediate_size=4 * config.width,
         max_position_embeddings=config.query_length + config.passage_length + 8,
         pad_token_id=0,
+        **attention_for(config),
     )
     set_dropout(shape, config.dropout)
     return BertModel(shape, add_pooling_layer=False)
@@ -235,10 +236,15 @@ def named_network(config: ModelConfig, weights: bool) -> nn.Module:
             )
         set_dropout(shape, config.dropout)
         if not weights:
-            return AutoModel.from_config(shape)
-        return AutoModel.from_pretrained(folder, config=shape, dtype=torch.float32)
+            return AutoModel.from_config(shape, **attention_for(config))
+        return AutoModel.from_pretrained(folder, config=shape, dtype=torch.float32, **attention_for(config))
     except (OSError, ValueError, KeyError) as error:
         raise ProjectError(f"{config.name} cannot be read as an encoder: {first_line(error)}") from None
+
+
+def attention_for(config: ModelConfig) -> dict[str, Any]:
+    """How transformers shall compute attention; left to itself, by PyTorch's fused kernel where the encoder has it."""
+    return {"attn_implementation": "eager"} if config.attention_kernel == "written" else {}
 
 
 def quiet() -> None:

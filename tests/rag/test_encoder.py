@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -191,6 +192,28 @@ def test_a_cross_encoder_and_its_loss(small):
     expected = -(torch.tensor([1.0]).sigmoid().log() + torch.tensor([-3.0]).sigmoid().log()) / 2
     torch.testing.assert_close(result.loss, expected[0])
     assert result.accuracy == 0.5
+
+
+@pytest.mark.parametrize("model", [SMALL, pytest.param(MINILM, marks=needs_minilm)], ids=["scratch", "minilm"])
+def test_attention_as_the_formula_is_printed(small, model, monkeypatch):
+    """The same vectors and gradients by both kernels, with padding; the fused one is called by its setting alone."""
+    tokenizer = small[0] if model is SMALL else build_tokenizer(model)
+    calls = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or kernel(*a, **k)
+    )
+    found = {}
+    for name in ("fused", "written"):
+        torch.manual_seed(0)
+        net = build_model(replace(model, dropout=0.0, attention_kernel=name), len(tokenizer.inner)).double()
+        vectors = net(tokenizer.passages(TEXTS))
+        gradients = torch.autograd.grad((vectors @ vectors.T).logsumexp(1).sum(), list(net.parameters()))
+        found[name] = [vectors, *gradients]
+        assert bool(calls) == (name == "fused")
+        calls.clear()
+    for fused, written in zip(found["fused"], found["written"], strict=True):
+        torch.testing.assert_close(fused, written, atol=1e-9, rtol=1e-7)
 
 
 def test_fingerprints(small):
