@@ -2,11 +2,12 @@
 
     python -m bench.rag_step [--config configs/rag_squad.yaml] [--rounds 9] [--batches 2] [--precision bf16]
 
-Same weights, same batches of real questions, each with its passage and its hard negatives, same tokens. First, in
-float32, the losses (no candidate masked, as in MultipleNegativesRankingLoss) and the gradients of all weights must
-agree between ours by either kernel and the peer; otherwise nothing is timed. Then each round times, in one process, one
-thread, by CPU time, from texts to updated weights: ours as the config says, ours with the other
-`model.attention_kernel`, the peer, which pads each column of texts to its longest, and ours again.
+Same weights, same batches of real questions, each with its passage and its hard negatives, same tokens. First, with
+float64 networks, the losses (no candidate masked, as in MultipleNegativesRankingLoss) and the gradients of all weights
+must agree between ours by either kernel and the peer; otherwise nothing is timed. (Our vectors and the loss are float32
+in any case.) Then each round times, in one process, one thread, by CPU time, from texts to updated weights: ours as the
+config says, ours with the other `model.attention_kernel`, the peer, which pads each column of texts to its longest, and
+ours again.
 
 `ratio` is the peer's time over ours, `ratio_kernel` the other kernel's over ours, `aa_ratio` ours again over ours. The
 last line of stdout is one JSON object.
@@ -39,7 +40,7 @@ from rag.negatives import Batch, load_examples
 from rag.search.hops import by_steps
 from rag.train import batch_loss, parameter_groups, tokenize
 
-TOLERANCE = 1e-4  # of float32 losses and gradients, relative to the largest
+TOLERANCE = 1e-4  # of losses and gradients, relative to the largest
 LEARNING_RATE = 1e-5
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -104,15 +105,17 @@ def nothing(loss: Tensor) -> Tensor:
 
 
 def check_same(sides: dict[str, Ours | Peer], batch: Batch, config: Config) -> dict[str, float]:
-    """How far losses and gradients of each side are from ours, relative to the largest, in float32 and with every
-    candidate counted; SystemExit where that is too far.
+    """How far losses and gradients of each side are from ours, relative to the largest, by float64 networks and
+    with every candidate counted; SystemExit where that is too far.
     """
     plain = replace(config, loss=LossConfig(temperature=config.loss.temperature, mask_false_negatives=False))
     found = {}
     for name, side in sides.items():
+        side.model.double()
         loss = side.backward(batch, plain, nullcontext)
         found[name] = [loss, *(p.grad for p in encoder_of(side).parameters() if p.grad is not None)]
         side.model.zero_grad(set_to_none=True)
+        side.model.float()  # the weights are what they were
     difference = {}
     for name, values in found.items():
         worst = 0.0
@@ -189,7 +192,7 @@ def compare(config: Config, rounds: int, count: int, precision: str) -> dict[str
 
 
 def few(batch: Batch, count: int) -> Batch:
-    """The first questions of a batch: float32 needs room."""
+    """The first questions of a batch: float64 needs room."""
     return replace(
         batch,
         questions=batch.questions[:count],

@@ -98,7 +98,7 @@ class ModelConfig:
     heads: int = 4  # scratch: attention heads a layer
     dropout: float = -1.0  # of the encoder in training; below 0: what it came with
     # fused: PyTorch's own, where the encoder has it: the fastest on a GPU; written: plain products, faster in bf16 on a
-    # CPU with texts of up to 150 tokens, slower with longer ones
+    # CPU, with texts of more than 150 tokens only in chunks of about 8
     attention_kernel: Literal["fused", "written"] = "fused"
 
     def __post_init__(self) -> None:
