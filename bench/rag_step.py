@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,9 @@ from common.runtime import use_threads
 from rag.config import Config, LossConfig
 from rag.data import Collection, load_collection
 from rag.model.encoder import Encoder, Tokenizer, build_model, build_tokenizer
-from rag.model.loss import backward_in_chunks
 from rag.negatives import Batch, load_examples
 from rag.search.hops import by_steps
-from rag.train import batch_loss, parameter_groups, tokenize
+from rag.train import backward, parameter_groups
 
 TOLERANCE = 1e-4  # of losses and gradients, relative to the largest
 LEARNING_RATE = 1e-5
@@ -46,18 +46,21 @@ Autocast = Callable[[], AbstractContextManager[object]]
 
 
 class OneProcess:
-    """What `tokenize` asks of a run."""
+    """What `backward` asks of a run."""
 
     rank = 0
     world = 1
     device = torch.device("cpu")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def __init__(self, autocast: Autocast) -> None:
+        self.autocast = autocast
 
 
 class Ours:
     """Our encoder and a step of it."""
 
     def __init__(self, config: Config, weights: Encoder, tokenizer: Tokenizer, collection: Collection) -> None:
-        self.config = config
         self.tokenizer = tokenizer
         self.collection = collection
         self.model = build_model(config.model, len(tokenizer.inner), weights=False).train()
@@ -65,12 +68,8 @@ class Ours:
 
     def backward(self, batch: Batch, config: Config, autocast: Autocast) -> Tensor:
         """Gradients of a batch's loss, which is returned."""
-        one: Any = OneProcess()
-        chunks, places = tokenize(batch, self.collection, self.tokenizer, config, one)
-        small = batch.positives.size + batch.negatives.size <= config.train.one_pass
-        return backward_in_chunks(
-            self.model, chunks, places, lambda vectors: batch_loss(vectors, batch, config), nothing, autocast, small
-        ).loss
+        run: Any = OneProcess(autocast)
+        return backward(self.model, batch, self.collection, self.tokenizer, config, run).loss
 
 
 class Peer:
@@ -97,11 +96,6 @@ class Peer:
             loss: Tensor = self.loss(tokens, None)
         loss.backward()
         return loss.detach()
-
-
-def nothing(loss: Tensor) -> Tensor:
-    """Gradients are not scaled."""
-    return loss
 
 
 def check_same(sides: dict[str, Ours | Peer], batch: Batch, config: Config) -> dict[str, float]:
@@ -168,12 +162,9 @@ def compare(config: Config, rounds: int, count: int, precision: str) -> dict[str
         other: Ours(turned, start, tokenizer, collection),
         "peer": Peer(config, start, tokenizer, collection),
     }
-    draw = [examples.batch(i, config.train.batch_size, config.negatives.count, 1000) for i in range(count)]
+    draw = [examples.batch(i, config.train.batch_size, config.negatives.count, 1000) for i in range(1, count + 1)]
     difference = check_same(sides, few(draw[0], 16), config)
-
-    def autocast() -> AbstractContextManager[object]:
-        return torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
-
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "bf16")
     times = interleave({name: stepper(side, draw, config, autocast) for name, side in sides.items()}, rounds, count)
     ours = ours_of(times)
     a_step = {name: statistics.median(seconds) / count for name, seconds in times.items()}

@@ -66,19 +66,10 @@ def train(config: Config, options: Options) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.train)
             batch = examples.batch(step, config.train.batch_size, config.negatives.count, config.seed)
-            chunks, places = tokenize(batch, collection, tokenizer, config, run)  # of this process's questions
 
             optimizer.zero_grad(set_to_none=True)
             net.train()
-            result = backward_in_chunks(
-                net,
-                chunks,
-                places,
-                lambda vectors: batch_loss(vectors, batch, config),  # noqa: B023 (called at once)
-                run.scaler.scale,
-                run.autocast,
-                at_once=run.world == 1 and batch.positives.size + batch.negatives.size <= config.train.one_pass,
-            )
+            result = backward(net, batch, collection, tokenizer, config, run)
             grad_norm = run.check_gradients(optimizer, result.loss, config.train.grad_clip)
             run.scaler.step(optimizer)  # in fp16 left out where a gradient overflowed; else simply optimizer.step()
             run.scaler.update()
@@ -147,6 +138,22 @@ def tokenize(
         places = [*range(len(questions)), *(len(questions) + place for place in order)]
     chunks = [{name: part.to(run.device) for name, part in tokens.items()} for tokens in parts]
     return chunks, torch.tensor(places, device=run.device)
+
+
+def backward(
+    net: nn.Module, batch: Batch, collection: Collection, tokenizer: Tokenizer, config: Config, run: Run
+) -> Contrast:
+    """The loss of a batch, whose gradients are added to those of the weights."""
+    chunks, places = tokenize(batch, collection, tokenizer, config, run)  # of this process's questions
+    return backward_in_chunks(
+        net,
+        chunks,
+        places,
+        lambda vectors: batch_loss(vectors, batch, config),
+        run.scaler.scale,
+        run.autocast,
+        at_once=run.world == 1 and batch.positives.size + batch.negatives.size <= config.train.one_pass,
+    )
 
 
 def batch_loss(vectors: Tensor, batch: Batch, config: Config) -> Contrast:
